@@ -1,0 +1,1 @@
+"""Run configurations: each module has a `get_config()`."""

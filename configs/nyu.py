@@ -1,0 +1,72 @@
+"""NYU-v2, segmentation + depth + normals, with the settings of "Less is More" (Upadhyay et al., CPAL 2024).
+
+    python launch.py --config=configs/nyu.py --config.data.folder=/data/NYUD_MT
+
+Every number that affects a result stands here; the other configs change some of them.
+"""
+
+import ml_collections
+from ml_collections.config_dict import create
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = create(
+        seed=0,
+        tasks=("segmentation", "depth", "normals"),  # any subset of these and "edge"
+        data=create(
+            name="nyud_mt",
+            folder="",  # the published NYUD_MT folder
+            prepared="",  # where its array_record form is kept; "" is <folder>.tfds beside it
+            size=(256, 256),  # height, width; plain resize
+            num_classes=40,
+            depth_target="normalized",  # the paper's; "metres" trains L1 in metres
+            flip=False,  # mirror every second training frame
+            max_scale=1.0,  # random zoom up to this; 1.5 is usual
+            # Embedded rooms instead of a folder where frames > 0 (see input_pipeline/synthetic.py).
+            rooms=create(frames=0, test_frames=0, height=0, width=0, seed=0, folder="runs/data"),
+        ),
+        model=create(
+            depth=50,  # 18, 50 or 101
+            width=64,  # channels of the first stage
+            head_features=256,
+            dropout=0.3,
+            dtype="float32",  # of the computation; "bfloat16" keeps parameters and BatchNorm statistics float32
+        ),
+        loss=create(
+            weighting="uncertainty",  # or "equal", "fixed"
+            weights=create(segmentation=1.0, depth=1.0, normals=1.0, edge=1.0),  # for "fixed"
+            label_smoothing=0.1,
+        ),
+        optimizer=create(
+            learning_rate=1e-4,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,  # decoupled, on kernels
+            schedule="plateau",  # or "constant", "cosine"
+            plateau_epochs=5,  # stale epochs before the learning rate is multiplied by ...
+            plateau_factor=0.1,
+            min_learning_rate=1e-7,
+        ),
+        sparsity=create(
+            lambda_=1e-5,  # 0 is dense
+            metric="adaptive",  # prox in Adam's metric; "plain" is the closed form
+            fixed_norm=True,  # False is the published behaviour; see README, "Fixed-norm kernels"
+            scope="backbone",  # or "all": the heads' kernels, too
+        ),
+        train=create(
+            batch_size=16,
+            eval_batch_size=16,
+            epochs=1000,
+            early_stop_epochs=25,  # without a better validation score; 0 is never
+        ),
+        # How the run goes; none of these changes what comes out of it.
+        run=create(
+            num_workers=4,  # processes that load data; 0 loads in threads
+            log_every_steps=50,
+            checkpoint_every_steps=500,  # besides the end of every epoch
+            progress_every_secs=30.0,
+            sample_frames=6,  # test frames on the sheet of pictures
+        ),
+    )
+    return config

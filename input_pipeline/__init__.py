@@ -1,0 +1,1 @@
+"""Data: published folders or embedded rooms -> TFDS array_record -> Grain batches."""

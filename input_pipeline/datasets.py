@@ -1,0 +1,73 @@
+"""Opens a data set by its config: renders it if it is embedded, prepares it with TFDS if it is new."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from input_pipeline import nyud_mt, synthetic
+from mtl_sparse.errors import UserError
+
+DATASETS = {"nyud_mt": (nyud_mt.NyudMt, nyud_mt.fingerprint)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Random-access sources of stored frames, and the frame names of each split."""
+
+    train: Sequence
+    validation: Sequence
+    test: Sequence
+    names: dict[str, list[str]]
+
+
+def load(config) -> Data:
+    """Opens the data of `config.data`.
+
+    `config.rooms.frames > 0` renders the embedded rooms first (see `synthetic.py`). The published folder is
+    prepared once into array_record files; they are enough from then on, without the folder and without
+    TensorFlow.
+
+    Raises:
+      UserError: an unknown data set, a folder that is missing or damaged, or that changed after it was
+        prepared, no TensorFlow to prepare with.
+    """
+    if config.name not in DATASETS:
+        raise UserError(f"unknown data set config.data.name={config.name!r}; known: {', '.join(DATASETS)}")
+    builder_class, fingerprint = DATASETS[config.name]
+    if config.rooms.frames > 0:
+        folder = synthetic.render_folder(**config.rooms)
+    elif config.folder:
+        folder = pathlib.Path(config.folder).expanduser()
+    elif not config.prepared:
+        raise UserError("config.data.folder is not set; give it the folder of the published data set")
+    else:
+        folder = None
+    prepared = pathlib.Path(config.prepared or f"{folder}.tfds").expanduser()
+    target = prepared / config.name / str(builder_class.VERSION)
+
+    if not target.is_dir():
+        if folder is None:
+            raise UserError(f"no prepared data in {target}; set config.data.folder so that it can be prepared")
+        fingerprint(folder)  # what is missing is said before anything is written
+        if importlib.util.find_spec("tensorflow") is None:
+            raise UserError(
+                "preparing data needs TensorFlow (training on prepared data does not): pip install "
+                f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here"
+            )
+        logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
+        builder = builder_class(data_dir=str(prepared), file_format="array_record")
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
+        )
+    builder = tfds.builder_from_directory(str(target))
+    metadata = builder.info.metadata
+    if folder is not None and folder.is_dir() and fingerprint(folder) != metadata["fingerprint"]:
+        raise UserError(
+            f"{folder} has changed since {prepared} was prepared from it; delete {prepared} to prepare it again"
+        )
+    sources = {split: builder.as_data_source(split=split) for split in ("train", "validation", "test")}
+    return Data(**sources, names=metadata["splits"])

@@ -1,0 +1,97 @@
+"""Grain pipelines over a random-access source: training batches by step, evaluation batches to the last frame."""
+
+import collections
+import itertools
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Sequence,
+    transform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless shuffled batches of this process, beginning with the one of step `start_step`.
+
+    The data are a function of (seed, step) alone: every epoch has its own order, a run that resumes at a step
+    sees what an uninterrupted one sees there, and a global batch holds the same frames on any number of
+    processes.
+
+    Args:
+      source: stored frames, random access.
+      transform: callable (frame, numpy Generator) -> example.
+      batch_size: global; each process gets its equal share.
+      seed: of the order and of the augmentations.
+      num_workers: worker processes; 0 reads in threads of this process.
+    """
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
+    dataset = dataset[process_index::process_count].batch(batch_size // process_count)[start_step:]
+    return iter(_prefetched(dataset, num_workers))
+
+
+def eval_batches(
+    source: Sequence,
+    transform,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every frame of this process's share once, in order; the last batch is padded with `mask` 0 examples."""
+    total = -(-len(source) // batch_size) * batch_size
+    dataset = grain.MapDataset.range(total).map(_PaddedExample(source, transform))
+    dataset = dataset[process_index::process_count].batch(batch_size // process_count)
+    return iter(_prefetched(dataset, num_workers))
+
+
+class _PaddedExample:
+    """Index -> example; past the end, the last example again with its mask at 0."""
+
+    def __init__(self, source, transform):
+        self._source, self._transform = source, transform
+
+    def __call__(self, index):
+        example = self._transform(self._source[min(index, len(self._source) - 1)])
+        return example if index < len(self._source) else {**example, "mask": np.float32(0)}
+
+
+def _prefetched(dataset, num_workers):
+    if num_workers == 0:
+        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+
+
+def shard(batch: Batch) -> Batch:
+    """[B, ...] -> [local devices, B / local devices, ...], the form that pmap takes."""
+    count = jax.local_device_count()
+    return {key: value.reshape(count, -1, *value.shape[1:]) for key, value in batch.items()}
+
+
+def prefetch_to_device(batches: Iterator[Batch], size: int = 2) -> Iterator[dict[str, jax.Array]]:
+    """Keeps `size` sharded batches on the devices ahead of the one in use."""
+    devices = np.array(jax.local_devices())
+    mesh = jax.sharding.Mesh(devices, ("devices",))
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    queue = collections.deque()
+
+    def fill(count):
+        for batch in itertools.islice(batches, count):
+            queue.append(jax.device_put(shard(batch), sharding))
+
+    fill(size)
+    while queue:
+        yield queue.popleft()
+        fill(1)

@@ -1,0 +1,177 @@
+"""TFDS builder of NYU-Depth-v2 in its multi-task form, the published `NYUD_MT` folder.
+
+    images/<frame>.jpg          uint8 RGB [H, W, 3]
+    segmentation/<frame>.png    uint8 [H, W], 0 = void, 1..40 = class
+    depth/<frame>.npy           float32 [H, W], metres, 0 = no measurement
+    normals/<frame>.npy         float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none
+    edge/<frame>.npy            float32 [H, W] in [0, 1]
+    gt_sets/{train,val[,test]}.txt   one frame name a line
+
+Where there is no test.txt, the frames of val.txt are the ones that papers report on: they become the test
+split, and a seeded tenth of train.txt is held out as the validation split.
+"""
+
+import hashlib
+import pathlib
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mtl_sparse.errors import UserError
+
+CLASSES = (
+    "wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain "
+    "dresser pillow mirror floor_mat clothes ceiling books refrigerator television paper towel shower_curtain "
+    "box whiteboard person night_stand toilet sink lamp bathtub bag otherstructure otherfurniture otherprop"
+).split()
+VALIDATION_FRACTION = 0.1
+SPLIT_SEED = 0
+
+_FILES = {
+    "image": "images/{}.jpg",
+    "segmentation": "segmentation/{}.png",
+    "depth": "depth/{}.npy",
+    "normals": "normals/{}.npy",
+    "edge": "edge/{}.npy",
+}
+
+
+class NyudMt(tfds.core.GeneratorBasedBuilder):
+    """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder itself."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the published NYUD_MT folder (images, ..., gt_sets)."
+
+    def _info(self):
+        def array(*shape):
+            return tfds.features.Tensor(shape=shape, dtype=np.float32, encoding="zlib")
+
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "name": tfds.features.Text(),
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                    "segmentation": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                    "depth": array(None, None),
+                    "normals": array(None, None, 3),
+                    "edge": array(None, None),
+                }
+            ),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager):
+        folder = pathlib.Path(dl_manager.manual_dir)
+        splits = read_splits(folder)
+        self.info.metadata["splits"] = splits
+        self.info.metadata["fingerprint"] = fingerprint(folder)
+        return {split: self._generate_examples(folder, names) for split, names in splits.items()}
+
+    def _generate_examples(self, folder, names):
+        for index, name in enumerate(names):
+            yield index, read_frame(folder, name)
+
+
+def read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
+    """Frame names of the splits train, validation and test of an `NYUD_MT` folder.
+
+    Raises:
+      UserError: a missing folder or list, an empty list, a frame in two lists.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist; set config.data.folder to the NYUD_MT folder")
+    lists = {}
+    for key in ("train", "val", "test"):
+        path = folder / "gt_sets" / f"{key}.txt"
+        if not path.is_file():
+            if key == "test":
+                continue
+            raise UserError(f"{path} is missing; an NYUD_MT folder lists its frames there, one name a line")
+        lists[key] = path.read_text().split()
+        if not lists[key]:
+            raise UserError(f"{path} is empty; it must name at least one frame")
+    seen = {}
+    for key, names in lists.items():
+        for name in names:
+            if name in seen:
+                raise UserError(
+                    f"frame {name} stands twice, in gt_sets/{seen[name]}.txt and gt_sets/{key}.txt of {folder}; "
+                    "a frame belongs to one split"
+                )
+            seen[name] = key
+    if "test" in lists:
+        return {"train": lists["train"], "validation": lists["val"], "test": lists["test"]}
+    names = lists["train"]
+    held_out = max(1, round(VALIDATION_FRACTION * len(names)))
+    if held_out >= len(names):
+        raise UserError(f"{folder}/gt_sets/train.txt has {len(names)} frame: too few to hold a tenth out")
+    chosen = set(np.random.default_rng(SPLIT_SEED).choice(len(names), held_out, replace=False).tolist())
+    return {
+        "train": [name for i, name in enumerate(names) if i not in chosen],
+        "validation": [name for i, name in enumerate(names) if i in chosen],
+        "test": lists["val"],
+    }
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """Digest of the frame lists and of the listed files' sizes: changes when the folder's content does."""
+    digest = hashlib.sha256()
+    for split, names in read_splits(folder).items():
+        for name in names:
+            sizes = [_existing(folder, key, name).stat().st_size for key in _FILES]
+            digest.update(f"{split} {name} {sizes}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def read_frame(folder: pathlib.Path, name: str) -> dict:
+    """Reads and checks one frame, in the form that the builder's features take.
+
+    Raises:
+      UserError: a missing or unreadable file, a label of another size than the image, a class outside 0..40.
+    """
+    path = _existing(folder, "image", name)
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f"image {path} cannot be decoded; replace the file or take {name} out of gt_sets")
+    path = _existing(folder, "segmentation", name)
+    segmentation = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if segmentation is None:
+        raise UserError(f"label {path} cannot be decoded; replace the file or take {name} out of gt_sets")
+    frame = {"segmentation": segmentation}
+    for key in ("depth", "normals", "edge"):
+        path = _existing(folder, key, name)
+        try:
+            frame[key] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"label {path} is not a readable .npy array ({error}); replace the file") from error
+    for key, label in frame.items():
+        shape = (*image.shape[:2], 3) if key == "normals" else image.shape[:2]
+        if label.shape != shape:
+            raise UserError(
+                f"label {folder / _FILES[key].format(name)} has shape {label.shape}, its image wants {shape}"
+            )
+    if segmentation.max() > len(CLASSES):
+        raise UserError(
+            f"label {folder / _FILES['segmentation'].format(name)} has class {segmentation.max()}; the classes "
+            f"are 0 (void) to {len(CLASSES)}"
+        )
+    # What was not measured is stored as zero, whichever way the folder marks it.
+    depth = np.nan_to_num(frame["depth"].astype(np.float32), nan=0, posinf=0, neginf=0)
+    return {
+        "name": name,
+        "image": str(folder / _FILES["image"].format(name)),  # the file's own bytes are stored
+        "segmentation": segmentation.astype(np.uint8)[..., None],
+        "depth": np.maximum(depth, 0),
+        "normals": np.nan_to_num(frame["normals"].astype(np.float32), nan=0, posinf=0, neginf=0),
+        "edge": frame["edge"].astype(np.float32),
+    }
+
+
+def _existing(folder, key, name):
+    path = folder / _FILES[key].format(name)
+    if not path.is_file():
+        raise UserError(f"{path} is missing although gt_sets lists frame {name}; restore it or unlist the frame")
+    return path

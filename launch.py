@@ -1,0 +1,100 @@
+"""python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]"""
+
+import errno
+import logging as stdlib_logging
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mtl_sparse.errors import UserError
+
+
+def _train(config, workdir):
+    from mtl_sparse import train
+
+    train.train(config, workdir)
+
+
+def _evaluate(config, workdir):
+    from mtl_sparse import train
+
+    train.evaluate_best(config, workdir)
+
+
+def _report(config, workdir):
+    from mtl_sparse.report import plots, records, tables
+
+    print(tables.run_table(records.read_json(pathlib.Path(workdir) / "results.json")))
+    for path in plots.draw(workdir):
+        print(path)
+
+
+def _prepare(config, workdir):
+    from input_pipeline import datasets
+
+    data = datasets.load(config.data)
+    print(", ".join(f"{split}: {len(names)} frames" for split, names in data.names.items()))
+
+
+JOBS = {
+    "train": (_train, "train, evaluate the best checkpoint, write the report; goes on where the folder left off"),
+    "evaluate": (_evaluate, "evaluate the best checkpoint of a run and write its report again"),
+    "report": (_report, "draw a run's table and pictures again from its records"),
+    "prepare": (_prepare, "only prepare the data, so that machines without TensorFlow can train on it"),
+}
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run, a file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default runs/<name of the config>.")
+_JOB = flags.DEFINE_string("job", "train", "; ".join(f"{name}: {text}" for name, (_, text) in JOBS.items()))
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.FIELD=VALUE")
+    if _JOB.value not in JOBS:
+        raise UserError(f"unknown job {_JOB.value!r}; the jobs are {', '.join(JOBS)}")
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_worth_reading)
+    JOBS[_JOB.value][0](_CONFIG.value, workdir)
+
+
+def _worth_reading(record):
+    """Whether a log line is ours, or a warning: checkpoint and data libraries tell every file they touch."""
+    ours = any(name in record.pathname for name in ("mtl_sparse", "input_pipeline", "clu"))
+    return ours or record.levelno > stdlib_logging.INFO
+
+
+def _parse(argv):
+    """absl's flags, with a wrong config field told in one sentence."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        _exit(f"cannot use these settings: {text}")
+
+
+def _exit(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(argv=None):
+    """Entry point: errors that the user can put right are one sentence and exit code 2."""
+    try:
+        app.run(main, argv=argv, flags_parser=_parse)
+    except UserError as error:
+        _exit(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    run()

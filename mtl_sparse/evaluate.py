@@ -1,0 +1,125 @@
+"""Evaluation over a whole split: per-image sums on the device, added in float64, divided once on the host."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import loader
+from mtl_sparse.models.resnet import OUTPUT_STRIDE
+from mtl_sparse.tasks import Task
+
+STRIDED = f"_stride{OUTPUT_STRIDE}"  # suffix of the metrics at the prediction's own resolution, the paper's
+
+
+def strided_label(label):
+    """The labels [B, H, W, ...] that a prediction at the backbone's stride answers for: its cells' centres."""
+    return label[:, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE]
+
+
+def upsample(raw, label):
+    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]."""
+    return jax.image.resize(raw, (*label.shape[:3], raw.shape[-1]), "bilinear")
+
+
+def predict(model, tasks: Sequence[Task], variables, images) -> dict[str, jax.Array]:
+    """Images [B, H, W, 3] -> {task: prediction [B, H, W, C] in the label's unit}."""
+    raw = model.apply(variables, images, train=False)
+    return {task.name: task.activation(upsample(raw[task.name], images)) for task in tasks}
+
+
+def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
+    """Sums of one batch, image by image: {task: {"loss", "full", "strided": {name: [B, ...]}}}."""
+    raw = model.apply(variables, batch["image"], train=False)
+    sums = {}
+    for task in tasks:
+        label, prediction = batch[task.label], raw[task.name]
+        loss, valid = task.loss(prediction, strided_label(label))
+        axes = tuple(range(1, loss.ndim))
+        sums[task.name] = {
+            "loss": {"total": jnp.sum(loss, axes), "count": jnp.sum(valid, axes)},
+            "full": jax.vmap(task.sums)(task.activation(upsample(prediction, label)), label),
+            "strided": jax.vmap(task.sums)(task.activation(prediction), strided_label(label)),
+        }
+    return sums
+
+
+def make_evaluator(model, tasks: Sequence[Task]) -> Callable:
+    """Compiles `eval_sums` once; returns evaluate(variables, batches) -> {"<task>/<metric>": value}.
+
+    `variables` are replicated over the local devices, `batches` host batches with a `mask`. Every example
+    counts once; the result does not depend on the batch size. "<task>/loss" is among the values.
+    """
+    step = jax.pmap(functools.partial(eval_sums, model=model, tasks=tasks))
+
+    def evaluate(variables, batches: Iterator[loader.Batch]) -> dict[str, float]:
+        return _values(tasks, (_total(step(variables, loader.shard(batch)), batch) for batch in batches))
+
+    return evaluate
+
+
+def _total(sums, batch):
+    """Adds the images of one batch, padding left out: [devices, B / devices, ...] -> float64 [...]."""
+    real = batch["mask"] > 0
+
+    def add(x):
+        x = np.asarray(x)
+        return x.reshape(-1, *x.shape[2:])[real].sum(0, dtype=np.float64)
+
+    return jax.tree.map(add, jax.device_get(sums))
+
+
+def _values(tasks, totals):
+    total = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), totals)
+    values = {}
+    for task in tasks:
+        sums = total[task.name]
+        if "loss" in sums:
+            values[f"{task.name}/loss"] = float(sums["loss"]["total"] / max(sums["loss"]["count"], 1))
+        for name, value in task.values(sums["full"]).items():
+            values[f"{task.name}/{name}"] = value
+        for name, value in task.values(sums["strided"]).items():
+            values[f"{task.name}/{name}{STRIDED}"] = value
+    return values
+
+
+def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:
+    """The best constant guess of each task, [outputs]: mean depth, mean normal, class frequencies."""
+
+    @jax.jit
+    def targets(batch):
+        sums = {}
+        for task in tasks:
+            target, valid = task.target(strided_label(batch[task.label]))
+            sums[task.name] = {
+                "target": jnp.sum(jnp.where(valid[..., None], target, 0), (1, 2)),
+                "count": jnp.sum(valid, (1, 2)),
+            }
+        return jax.tree.map(lambda x: x[None], sums)
+
+    total = functools.reduce(
+        lambda a, b: jax.tree.map(np.add, a, b), (_total(targets(batch), batch) for batch in batches)
+    )
+    return {name: sums["target"] / np.maximum(sums["count"], 1) for name, sums in total.items()}
+
+
+def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader.Batch]) -> dict[str, float]:
+    """The metrics of `constants`, computed as a model's are."""
+
+    @jax.jit
+    def sums(batch, constants):
+        result = {}
+        for task in tasks:
+
+            def of(label, task=task):
+                shape = (*label.shape[:3], task.outputs)
+                return jax.vmap(task.sums)(jnp.broadcast_to(constants[task.name], shape), label)
+
+            label = batch[task.label]
+            result[task.name] = {"full": of(label), "strided": of(strided_label(label))}
+        return jax.tree.map(lambda x: x[None], result)
+
+    constants = jax.tree.map(np.float32, constants)
+    return _values(tasks, (_total(sums(batch, constants), batch) for batch in batches))

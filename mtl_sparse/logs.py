@@ -1,0 +1,73 @@
+"""What a run writes while it goes on: metrics.jsonl always, TensorBoard events where TensorFlow is."""
+
+import importlib.util
+import json
+import pathlib
+import time
+
+from absl import logging
+
+
+class MetricLog:
+    """Appends to `metrics.jsonl`, one object a line: {"step", "split", name: value, ...}.
+
+    Where TensorFlow and TensorBoard are installed, the same scalars go to event files through clu, too.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        """Args: workdir; start_step, the step that the run goes on from: later lines are of a lost stretch."""
+        self._path = workdir / "metrics.jsonl"
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+        if kept != lines:
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._writer = None
+        if tensorboard_available():
+            from clu import metric_writers
+
+            self._writer = metric_writers.SummaryWriter(str(workdir))
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            self._writer.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def tensorboard_available() -> bool:
+    """Whether clu's metric writers can be imported: they need both packages."""
+    return all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tensorboard"))
+
+
+def progress_reporter(total_steps: int, every_secs: float):
+    """Callable (step) that reports the rate and the time left: clu's where it can be imported."""
+    if tensorboard_available():
+        from clu import periodic_actions
+
+        return periodic_actions.ReportProgress(num_train_steps=total_steps, every_secs=every_secs)
+    return _Progress(total_steps, every_secs)
+
+
+class _Progress:
+    """`clu.periodic_actions.ReportProgress` in small, for where TensorFlow, which its module needs, is not."""
+
+    def __init__(self, total_steps, every_secs):
+        self._total, self._every, self._last = total_steps, every_secs, None
+
+    def __call__(self, step):
+        now = time.monotonic()
+        if self._last is None:
+            self._last = (step, now)
+        elif now - self._last[1] > self._every or step == self._total:
+            rate = (step - self._last[0]) / (now - self._last[1])
+            left = (self._total - step) / rate if rate else float("inf")
+            logging.info("%.1f steps/s, %d/%d, %.0f s left", rate, step, self._total, left)
+            self._last = (step, now)

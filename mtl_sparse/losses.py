@@ -1,0 +1,46 @@
+"""Losses of the tasks, element by element.
+
+Each takes a raw prediction [..., C] and its label, and returns (loss [...], valid [...]): `valid` is 1 where
+there is a label and 0 elsewhere, and the loss is 0 there. The trainer divides the sum of one by the sum of
+the other over the whole global batch.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from input_pipeline.transforms import VOID
+from mtl_sparse import activations
+
+
+def cross_entropy(logits, label, smoothing: float = 0.0):
+    """Softmax cross entropy with label smoothing; label int [...], VOID is ignored."""
+    valid = label != VOID
+    classes = logits.shape[-1]
+    target = optax.smooth_labels(jax.nn.one_hot(jnp.where(valid, label, 0), classes), smoothing)
+    return _masked(optax.softmax_cross_entropy(logits, target), valid)
+
+
+def depth_mse(raw, label):
+    """Squared error of sigmoid(raw [..., 1]) against normalised depth [...]; 0 is no measurement."""
+    return _masked(jnp.square(activations.unit_depth(raw)[..., 0] - label), label > 0)
+
+
+def depth_l1(raw, label):
+    """Absolute error in metres of softplus(raw [..., 1]) against depth [...]; 0 is no measurement."""
+    return _masked(jnp.abs(activations.metric_depth(raw)[..., 0] - label), label > 0)
+
+
+def one_minus_cosine(raw, label):
+    """1 - cosine of the angle between the predicted normal and the unit label [..., 3]; 0 is no label."""
+    cosine = jnp.sum(activations.unit_normals(raw) * label, -1)
+    return _masked(1.0 - cosine, jnp.sum(label * label, -1) > 0.25)
+
+
+def binary_cross_entropy(logits, label):
+    """Sigmoid cross entropy of logits [..., 1] against probabilities [...]."""
+    return _masked(optax.sigmoid_binary_cross_entropy(logits[..., 0], label), jnp.ones_like(label, bool))
+
+
+def _masked(loss, valid):
+    return jnp.where(valid, loss, 0.0), valid.astype(jnp.float32)

@@ -1,0 +1,139 @@
+"""Metrics as sums over the valid pixels of one image, and the values that follow from sums over many.
+
+`*_sums` take one image's prediction [H, W, C], in the label's unit, and its label; the evaluator adds them up
+in float64 over a whole split. `*_values` divide once, at the end. So no figure depends on the batch size or
+on the number of devices.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline.transforms import VOID
+
+_BINS_PER_DEGREE = 10
+
+
+def segmentation_sums(probabilities, label):
+    """Confusion matrix [label, prediction], and the image's own IoU."""
+    classes = probabilities.shape[-1]
+    valid = label != VOID
+    predicted = jnp.argmax(probabilities, -1)
+    cell = jnp.where(valid, label * classes + predicted, classes * classes)
+    confusion = jnp.bincount(cell.ravel(), length=classes * classes + 1)[:-1].reshape(classes, classes)
+    pixels = jnp.sum(confusion)
+    correct = jnp.trace(confusion)
+    # True positives over (true + false positives + false negatives), each summed over the classes.
+    return {
+        "confusion": confusion,
+        "image_iou": correct / jnp.maximum(2 * pixels - correct, 1),
+        "images": (pixels > 0).astype(jnp.int32),
+    }
+
+
+def segmentation_values(sums):
+    """miou: mean over the classes that occur as label or prediction; image_iou: the paper's, mean over images."""
+    confusion = sums["confusion"]
+    hits = np.diagonal(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    seen = union > 0
+    return {
+        "miou": _divide(np.sum(hits[seen] / union[seen]), seen.sum()),
+        "pixel_accuracy": _divide(hits.sum(), confusion.sum()),
+        "image_iou": _divide(sums["image_iou"], sums["images"]),
+    }
+
+
+def depth_sums(prediction, label):
+    """Errors of depth [H, W, 1] against [H, W], in whatever unit both are in; label 0 counts nowhere."""
+    valid = label > 0
+    target = jnp.where(valid, label, 1.0)
+    predicted = jnp.where(valid, jnp.maximum(prediction[..., 0], 1e-6), 1.0)
+    error = jnp.abs(predicted - target)
+    ratio = jnp.maximum(predicted / target, target / predicted)
+    return {
+        "pixels": jnp.sum(valid),
+        "absolute": jnp.sum(error),
+        "relative": jnp.sum(error / target),
+        "squared": jnp.sum(error * error),
+        "within": jnp.stack([jnp.sum(valid & (ratio < 1.25**k)) for k in (1, 2, 3)]),
+    }
+
+
+def normalized_depth_values(sums):
+    """On the paper's normalised depth (each image's maximum is 1)."""
+    return {f"{name}_normalized": value for name, value in _depth_values(sums).items()}
+
+
+def metric_depth_sums(prediction, label):
+    """`depth_sums` in metres, and the absolute error after the paper's normalisation by the label's maximum."""
+    valid = label > 0
+    largest = jnp.maximum(jnp.max(label), 1e-6)
+    relative = label / largest
+    top = jnp.maximum(jnp.nanpercentile(jnp.where(valid, relative, jnp.nan), 99), 0.1)
+    error = jnp.abs(jnp.clip(prediction[..., 0] / largest, 0.1, top) - jnp.clip(relative, 0.1, top))
+    return {**depth_sums(prediction, label), "normalized": jnp.sum(jnp.where(valid, error, 0.0))}
+
+
+def metric_depth_values(sums):
+    """In metres (mae, rmse); mae_normalized is comparable with the normalised task's."""
+    normalized = _divide(sums["normalized"], sums["pixels"])
+    return {**_depth_values(sums), "mae_normalized": normalized}
+
+
+def _depth_values(sums):
+    pixels = sums["pixels"]
+    return {
+        "mae": _divide(sums["absolute"], pixels),
+        "abs_rel": _divide(sums["relative"], pixels),
+        "rmse": _divide(sums["squared"], pixels) ** 0.5,
+        **{f"delta{k}": _divide(sums["within"][k - 1], pixels) for k in (1, 2, 3)},
+    }
+
+
+def normals_sums(prediction, label):
+    """Cosines and angles of vectors [H, W, 3] against unit labels; a zero label counts nowhere."""
+    valid = jnp.sum(label * label, -1) > 0.25
+    length = jnp.maximum(jnp.linalg.norm(prediction, axis=-1), 1e-6)
+    cosine = jnp.clip(jnp.sum(prediction * label, -1) / length, -1, 1)
+    degrees = jnp.rad2deg(jnp.arccos(cosine))
+    last = 180 * _BINS_PER_DEGREE
+    cell = jnp.where(valid, jnp.minimum((degrees * _BINS_PER_DEGREE).astype(jnp.int32), last - 1), last)
+    return {
+        "pixels": jnp.sum(valid),
+        "cosine": jnp.sum(jnp.where(valid, cosine, 0.0)),
+        "degrees": jnp.sum(jnp.where(valid, degrees, 0.0)),
+        "within": jnp.stack([jnp.sum(valid & (degrees < limit)) for limit in (11.25, 22.5, 30)]),
+        "histogram": jnp.bincount(cell.ravel(), length=last + 1)[:-1],
+    }
+
+
+def normals_values(sums):
+    """Angles in degrees; the median is interpolated in a histogram of 0.1 degree bins."""
+    pixels = sums["pixels"]
+    cumulative = np.cumsum(sums["histogram"])
+    half = cumulative[-1] / 2
+    cell = int(np.searchsorted(cumulative, half))
+    below = cumulative[cell - 1] if cell else 0
+    median = (cell + _divide(half - below, sums["histogram"][cell])) / _BINS_PER_DEGREE
+    return {
+        "cosine": _divide(sums["cosine"], pixels),
+        "mean_angle": _divide(sums["degrees"], pixels),
+        "median_angle": float(median),
+        "within_11.25": _divide(sums["within"][0], pixels),
+        "within_22.5": _divide(sums["within"][1], pixels),
+        "within_30": _divide(sums["within"][2], pixels),
+    }
+
+
+def edge_sums(prediction, label):
+    """Absolute error of the edge probability [H, W, 1] against [H, W]."""
+    return {"pixels": jnp.asarray(label.size), "absolute": jnp.sum(jnp.abs(prediction[..., 0] - label))}
+
+
+def edge_values(sums):
+    return {"mae": _divide(sums["absolute"], sums["pixels"])}
+
+
+def _divide(total, count):
+    """total / count as a float; NaN where nothing was counted."""
+    return float(total / count) if count > 0 else float("nan")

@@ -1,0 +1,190 @@
+"""The pictures of one run, drawn from its records: curves, sparsity, groups per layer, sheet of test frames."""
+
+import pathlib
+
+import numpy as np
+
+from input_pipeline.nyud_mt import CLASSES
+from input_pipeline.transforms import VOID
+from mtl_sparse.report import records
+
+_DENSE, _LEFT = "#d5dbe3", "#20639b"
+
+
+def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
+    """Draws every picture of a run into `plots/`; returns their paths.
+
+    Raises:
+      UserError: the folder lacks the records of a finished run.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    metrics = records.read_metrics(workdir)
+    results = records.read_json(workdir / "results.json")
+    samples = records.read_samples(workdir)
+    folder = workdir / "plots"
+    folder.mkdir(exist_ok=True)
+    return [
+        _save(curves(metrics, results), folder / "curves.png"),
+        _save(sparsity_over_steps(metrics, results), folder / "sparsity.png"),
+        _save(groups_per_layer(results), folder / "groups_per_layer.png"),
+        _save(sample_sheet(samples), folder / "samples.png"),
+    ]
+
+
+def _figure(*args, **kwargs):
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(*args, layout="constrained", **kwargs)
+    return figure
+
+
+def _save(figure, path):
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def curves(metrics, results):
+    """A column a task: training and validation loss above, the task's main validation metric below."""
+    tasks = results["headlines"]
+    figure = _figure(figsize=(4.2 * len(tasks), 6))
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
+    for column, (task, headline) in enumerate(tasks.items()):
+        above, below = axes[:, column]
+        for split, color in (("train", "#9aa5b1"), ("validation", _LEFT)):
+            steps, values = metrics[split][f"{task}/loss"]
+            above.plot(steps, values, color=color, label=split, marker="." if len(steps) < 3 else None)
+        above.set_title(task)
+        above.set_ylabel("loss")
+        above.legend(frameon=False)
+        name = headline["metric"]
+        steps, values = metrics["validation"][name]
+        below.plot(steps, values, color=_LEFT, marker="." if len(steps) < 3 else None, label="validation")
+        below.axhline(results["constant"][name], color="#b03a2e", linestyle=":", label="constant guess (test)")
+        below.plot(results["step"], results["test"][name], "o", color="#e67e22", label="test, best checkpoint")
+        below.set_ylabel(name.split("/")[1] + (" ↑" if headline["higher_is_better"] else " ↓"))
+        below.set_xlabel("step")
+        below.legend(frameon=False, fontsize=8)
+    return _plain(figure)
+
+
+def sparsity_over_steps(metrics, results):
+    """Percentage of zero groups and of the parameters in them, at every validation."""
+    figure = _figure(figsize=(6, 3.6))
+    axis = figure.subplots()
+    for name, label, color in (
+        ("sparsity/group", "groups", _LEFT),
+        ("sparsity/parameter", "parameters in them", "#7fb3d5"),
+    ):
+        steps, values = metrics["validation"][name]
+        axis.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
+    axis.axvline(results["step"], color="#e67e22", linestyle=":", label="best checkpoint")
+    axis.set(xlabel="step", ylabel="% zero", ylim=(-2, 102), title="Zero channel groups of the backbone")
+    axis.legend(frameon=False)
+    return _plain(figure)
+
+
+def groups_per_layer(results):
+    """Groups of each conv layer and how many of them are left (as Fig. 3 of the paper)."""
+    layers = sorted(results["sparsity"]["layers"], key=lambda layer: _network_order(layer["path"]))
+    names = [_short(layer["path"]) for layer in layers]
+    total = np.array([layer["groups"] for layer in layers])
+    left = total - np.array([layer["zero_groups"] for layer in layers])
+    figure = _figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
+    axis = figure.subplots()
+    place = np.arange(len(layers))
+    axis.bar(place, total, color=_DENSE, label="groups (input channels)")
+    axis.bar(place, left, color=_LEFT, label="left after training")
+    axis.set_xticks(place, names, rotation=90, fontsize=7)
+    axis.set(ylabel="groups", xlim=(-0.8, len(layers) - 0.2))
+    axis.set_title(f"{100 * results['sparsity']['group']:.1f} % of {total.sum()} groups are zero")
+    axis.legend(frameon=False)
+    return _plain(figure)
+
+
+def _network_order(path):
+    """Sorts the stem first, then stages and blocks by number, and a block's layers by name."""
+    name = _short(path)
+    block, _, layer = name.partition("/")
+    stage, _, index = block.removeprefix("layer").partition("_")
+    return (1, int(stage), int(index), layer) if block.startswith("layer") else (0, 0, 0, name)
+
+
+def _short(path):
+    return path.removeprefix("backbone/").removesuffix("/kernel")
+
+
+def sample_sheet(samples):
+    """One row a test frame: the image, then label and prediction of each task."""
+    tasks = [key.removeprefix("label/") for key in samples if key.startswith("label/")]
+    images = samples["image"]
+    count, height, width = images.shape[:3]
+    columns = 1 + 2 * len(tasks)
+    figure = _figure(figsize=(2 * columns, 2 * count * height / width + 0.8))
+    axes = figure.subplots(count, columns, squeeze=False)
+    shown = set()
+    for row in range(count):
+        axes[row, 0].imshow(images[row])
+        axes[row, 0].set_ylabel(str(samples["name"][row]), fontsize=7)
+        for i, task in enumerate(tasks):
+            label, prediction = samples[f"label/{task}"][row], samples[f"prediction/{task}"][row]
+            pictures = _PICTURES.get(task, _scalar_pictures)(label, prediction)
+            for axis, picture in zip(axes[row, 1 + 2 * i : 3 + 2 * i], pictures, strict=True):
+                axis.imshow(picture)
+            if task == "segmentation":
+                shown |= set(np.unique(label)) | set(np.unique(prediction))
+    titles = ["image"] + [f"{task}: {kind}" for task in tasks for kind in ("label", "prediction")]
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if shown:
+        from matplotlib.patches import Patch
+
+        classes = sorted(int(index) for index in shown - {VOID})
+        handles = [Patch(color=class_colors()[index], label=CLASSES[index]) for index in classes]
+        figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=7, frameon=False)
+    return figure
+
+
+def class_colors() -> np.ndarray:
+    """One RGB in [0, 1] for each class, [40, 3]: neighbours in the list differ in hue."""
+    from matplotlib.colors import hsv_to_rgb
+
+    index = np.arange(len(CLASSES))
+    hsv = np.stack([index * 0.618034 % 1, 0.45 + 0.25 * (index % 3) / 1, 0.95 - 0.25 * (index // 3 % 2)], -1)
+    return hsv_to_rgb(np.clip(hsv, 0, 1))
+
+
+def _segmentation_pictures(label, prediction):
+    colors = class_colors()
+    void = label == VOID
+    shown = colors[np.where(void, 0, label)]
+    shown[void] = 0  # void is black
+    return shown, colors[prediction]
+
+
+def _normals_pictures(label, prediction):
+    missing = np.sum(label * label, -1) == 0
+    shown = (label + 1) / 2
+    shown[missing] = 0
+    return shown, np.clip((prediction + 1) / 2, 0, 1)
+
+
+def _scalar_pictures(label, prediction):
+    """Both in the label's own range, by the viridis map."""
+    from matplotlib import colormaps
+
+    valid = label > 0
+    low = label[valid].min() if valid.any() else 0.0
+    high = max(label.max(), low + 1e-6)
+    return tuple(colormaps["viridis"](np.clip((x - low) / (high - low), 0, 1))[..., :3] for x in (label, prediction))
+
+
+_PICTURES = {"segmentation": _segmentation_pictures, "normals": _normals_pictures}
+
+
+def _plain(figure):
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,100 @@
+"""A run's folder as data: who owns it, its metrics, results and sample predictions."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from input_pipeline.transforms import unnormalize_image
+from mtl_sparse.errors import UserError
+
+# Fields of config.run change how a run goes, not what comes out of it.
+_FREE = "run"
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes JSON so that the file is always whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: pathlib.Path):
+    """Raises UserError where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} holds no such run, or it has not come that far") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); run the job that writes it again") from error
+
+
+def claim(workdir: pathlib.Path, config) -> None:
+    """Writes config.json into a new run's folder, or checks that an old one is of the same config.
+
+    Raises:
+      UserError: the folder is of a run with other settings (fields of config.run may differ).
+    """
+    path = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if path.exists():
+        theirs = read_json(path)
+        a, b = _flat(theirs), _flat(ours)
+        differing = [
+            f"{name}={a.get(name)!r} there, {b.get(name)!r} now"
+            for name in sorted(a.keys() | b.keys())
+            if a.get(name) != b.get(name) and not name.startswith(f"{_FREE}.")
+        ]
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
+                f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, ours)
+
+
+def _flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, branch in tree.items() for key, value in _flat(branch, f"{prefix}{name}.").items()}
+
+
+def read_metrics(workdir: pathlib.Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """metrics.jsonl as {split: {name: (steps, values)}}."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is missing: {workdir} holds no run")
+    series = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name not in ("step", "split"):
+                series.setdefault(row["split"], {}).setdefault(name, []).append((row["step"], value))
+    return {
+        split: {name: tuple(np.array(points).T) for name, points in names.items()} for split, names in series.items()
+    }
+
+
+def write_samples(workdir, *, images, names, labels, predictions) -> None:
+    """samples.npz: uint8 `image`, `name`, and `label/<task>`, `prediction/<task>` of some test frames.
+
+    Predictions of class probabilities are stored as classes.
+    """
+    arrays = {"image": unnormalize_image(images), "name": np.array(names)}
+    for task, label in labels.items():
+        prediction = predictions[task]
+        if np.issubdtype(label.dtype, np.integer):
+            prediction = prediction.argmax(-1).astype(np.int32)
+        elif prediction.shape[-1] == 1:
+            prediction = prediction[..., 0]
+        arrays[f"label/{task}"], arrays[f"prediction/{task}"] = label, prediction
+    np.savez_compressed(workdir / "samples.npz", **arrays)
+
+
+def read_samples(workdir) -> dict[str, np.ndarray]:
+    path = workdir / "samples.npz"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run --job=evaluate on {workdir} first")
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)

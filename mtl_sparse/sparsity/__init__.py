@@ -1,0 +1,1 @@
+"""Group sparsity: groups, proximal operators, the optimizer, statistics."""

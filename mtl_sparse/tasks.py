@@ -1,0 +1,138 @@
+"""The tasks, one row each: head, outputs, label, loss, activation, metrics.
+
+A task of your own is one more row: `TASKS["mine"] = lambda config: Task(...)`, and its name in config.tasks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mtl_sparse import activations, losses, metrics
+from mtl_sparse.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+      name: as in config.tasks and in the model's output dictionary.
+      label: key of its label in a batch.
+      outputs: channels of the raw prediction.
+      loss: (raw [..., outputs], label) -> (loss [...], valid [...]), see `losses`.
+      activation: raw -> prediction in the label's unit.
+      sums: (prediction, label) of one image -> dict of sums, see `metrics`.
+      values: sums over a split -> dict of floats.
+      target: (label) -> (the label in the prediction's form [..., outputs], valid [...]); its mean is the
+        best constant guess, what every trained model must beat.
+      headline: the one metric of short tables.
+      higher_is_better: whether more of the headline is better.
+      head: a key of `models.multitask.HEADS`.
+    """
+
+    name: str
+    label: str
+    outputs: int
+    loss: Callable
+    activation: Callable
+    sums: Callable
+    values: Callable
+    target: Callable
+    headline: str
+    higher_is_better: bool
+    head: str = "deeplab"
+
+
+def _segmentation(config):
+    classes = config.data.num_classes
+    return Task(
+        name="segmentation",
+        label="segmentation",
+        outputs=classes,
+        loss=functools.partial(losses.cross_entropy, smoothing=config.loss.label_smoothing),
+        activation=activations.probabilities,
+        sums=metrics.segmentation_sums,
+        values=metrics.segmentation_values,
+        target=lambda label: (jax.nn.one_hot(label, classes), label < classes),
+        headline="miou",
+        higher_is_better=True,
+    )
+
+
+def _depth(config):
+    common = {
+        "name": "depth",
+        "label": "depth",
+        "outputs": 1,
+        "target": lambda label: (label[..., None], label > 0),
+        "headline": "mae_normalized",
+        "higher_is_better": False,
+    }
+    if config.data.depth_target == "metres":
+        return Task(
+            loss=losses.depth_l1,
+            activation=activations.metric_depth,
+            sums=metrics.metric_depth_sums,
+            values=metrics.metric_depth_values,
+            **common,
+        )
+    return Task(
+        loss=losses.depth_mse,
+        activation=activations.unit_depth,
+        sums=metrics.depth_sums,
+        values=metrics.normalized_depth_values,
+        **common,
+    )
+
+
+def _normals(config):
+    return Task(
+        name="normals",
+        label="normals",
+        outputs=3,
+        loss=losses.one_minus_cosine,
+        activation=activations.unit_normals,
+        sums=metrics.normals_sums,
+        values=metrics.normals_values,
+        target=lambda label: (label, jnp.sum(label * label, -1) > 0.25),
+        headline="cosine",
+        higher_is_better=True,
+    )
+
+
+def _edge(config):
+    return Task(
+        name="edge",
+        label="edge",
+        outputs=1,
+        loss=losses.binary_cross_entropy,
+        activation=activations.edge_probability,
+        sums=metrics.edge_sums,
+        values=metrics.edge_values,
+        target=lambda label: (label[..., None], jnp.ones_like(label, bool)),
+        headline="mae",
+        higher_is_better=False,
+    )
+
+
+TASKS = {"segmentation": _segmentation, "depth": _depth, "normals": _normals, "edge": _edge}
+
+
+def resolve(config) -> tuple[Task, ...]:
+    """The rows of config.tasks, in its order.
+
+    Raises:
+      UserError: no task, an unknown one, or one twice.
+    """
+    names = tuple(config.tasks)
+    if not names:
+        raise UserError(f"config.tasks is empty; choose from {', '.join(TASKS)}")
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r} in config.tasks; the tasks are {', '.join(TASKS)}")
+        if names.count(name) > 1:
+            raise UserError(f"task {name!r} stands twice in config.tasks")
+    return tuple(TASKS[name](config) for name in names)
