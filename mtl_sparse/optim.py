@@ -15,17 +15,14 @@ def check(config) -> None:
         raise UserError(
             f"unknown optimizer.schedule={config.optimizer.schedule!r}; the schedules are {', '.join(SCHEDULES)}"
         )
-    for name in ("lambda_",):
-        if not config.sparsity[name] >= 0:
-            raise UserError(f"sparsity.{name}={config.sparsity[name]}: it must be >= 0 (0 is dense)")
+    if not config.sparsity.lambda_ >= 0:
+        raise UserError(f"sparsity.lambda_={config.sparsity.lambda_}: it must be >= 0 (0 is dense)")
     if config.sparsity.metric not in transform.METRICS:
         raise UserError(
             f"unknown sparsity.metric={config.sparsity.metric!r}; the metrics are {', '.join(transform.METRICS)}"
         )
     if config.sparsity.scope not in groups.SCOPES:
-        raise UserError(
-            f"unknown sparsity.scope={config.sparsity.scope!r}; the scopes are {', '.join(groups.SCOPES)}"
-        )
+        raise UserError(f"unknown sparsity.scope={config.sparsity.scope!r}; the scopes are {', '.join(groups.SCOPES)}")
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: it must be > 0")
 

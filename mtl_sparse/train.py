@@ -300,9 +300,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
             if epoch_ends or saves:
                 saved.save("latest", step, _host(state), dataclasses.asdict(progress))
             if progress.stopped:
-                logging.info(
-                    "Stopping early: no better validation score for %d epochs", config.train.early_stop_epochs
-                )
+                logging.info("Stopping early: no better validation score for %d epochs", config.train.early_stop_epochs)
                 break
     finally:
         log.close()

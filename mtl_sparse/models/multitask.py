@@ -40,9 +40,7 @@ class MultiTaskModel(nn.Module):
         shared = {"dtype": self.dtype, "axis_name": self.axis_name}
         features = resnet.ResNet(self.depth, self.width, **shared, name="backbone")(images, train)
         return {
-            task: HEADS[kind](
-                outputs, self.head_features, self.dropout, **shared, name=f"head_{task}"
-            )(features, train)
+            task: HEADS[kind](outputs, self.head_features, self.dropout, **shared, name=f"head_{task}")(features, train)
             for task, kind, outputs in self.heads
         }
 

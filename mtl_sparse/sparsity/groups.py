@@ -26,7 +26,7 @@ class ConvGroups:
 
 
 def path_name(path) -> str:
-    """"/"-joined name of a jax key path."""
+    """ "/"-joined name of a jax key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -50,9 +50,7 @@ def _zero_groups(kernels):
 def sparsity(params, scope: str | None = None) -> Sparsity:
     """Counts the zero groups of `params` (see `groups.find` for `scope`)."""
     found = groups_lib.find(params, scope)
-    leaves = {
-        groups_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    leaves = {groups_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     zeros = jax.device_get(_zero_groups([leaves[entry.path] for entry in found]))
     return Sparsity(
         tuple(

@@ -1,0 +1,44 @@
+"""Small configs and data that the tests share."""
+
+import os
+import pathlib
+import shutil
+
+# Event files are the only use of TensorFlow here; its import alone takes seconds of every subprocess.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+
+from configs import demo
+from input_pipeline import datasets, synthetic
+
+
+@pytest.fixture(scope="session")
+def rooms(tmp_path_factory) -> pathlib.Path:
+    """An embedded NYUD_MT folder of 20 + 9 frames at 32x48, prepared; do not change it."""
+    folder = synthetic.render_folder(20, 9, 32, 48, seed=0, folder=str(tmp_path_factory.mktemp("data")))
+    datasets.load(tiny(folder).data)
+    return folder
+
+
+@pytest.fixture
+def own_rooms(rooms, tmp_path) -> pathlib.Path:
+    """A copy of the folder that a test may damage, not prepared."""
+    return pathlib.Path(shutil.copytree(rooms, tmp_path / "NYUD_MT"))
+
+
+def tiny(folder):
+    """The demo's config at a size that trains in seconds, on the NYUD_MT folder given."""
+    config = demo.get_config()
+    config.data.rooms.update(frames=0, test_frames=0, height=0, width=0)
+    config.data.folder = str(folder)
+    config.data.size = (32, 48)
+    config.model.update(width=4, head_features=4)
+    config.train.update(batch_size=8, eval_batch_size=8, epochs=2)
+    config.run.update(log_every_steps=1, checkpoint_every_steps=1, sample_frames=2)
+    return config
+
+
+@pytest.fixture
+def config(rooms):
+    return tiny(rooms)

@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from input_pipeline.transforms import VOID
+from mtl_sparse import activations, losses, weighting
+from mtl_sparse.errors import UserError
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]]))
+    loss, valid = losses.cross_entropy(logits, jnp.array([0, VOID]), smoothing=0.3)
+    # smoothed target: (0.8, 0.1, 0.1)
+    want = -(0.8 * np.log(0.7) + 0.1 * np.log(0.2) + 0.1 * np.log(0.1))
+    np.testing.assert_allclose(loss, [want, 0], rtol=1e-6)
+    np.testing.assert_array_equal(valid, [1, 0])
+
+
+def test_depth_losses_by_hand():
+    raw = jnp.zeros((3, 1))
+    label = jnp.array([0.75, 0.5, 0.0])
+    loss, valid = losses.depth_mse(raw, label)
+    np.testing.assert_allclose(loss, [0.0625, 0, 0], atol=1e-7)
+    np.testing.assert_array_equal(valid, [1, 1, 0])
+    loss, _ = losses.depth_l1(raw, label)
+    np.testing.assert_allclose(loss, [0.75 - np.log(2), np.log(2) - 0.5, 0], rtol=1e-5)
+
+
+def test_normals_loss_by_hand():
+    raw = jnp.array([[0.0, 0.0, 5.0], [0.5, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    label = jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    loss, valid = losses.one_minus_cosine(raw, label)
+    np.testing.assert_allclose(loss, [0, 1, 0], atol=1e-6)
+    np.testing.assert_array_equal(valid, [1, 1, 0])
+
+
+def test_normals_gradient_is_finite_at_zero():
+    grad = jax.grad(lambda raw: losses.one_minus_cosine(raw, jnp.array([0.0, 0.0, 1.0]))[0])(jnp.zeros(3))
+    assert jnp.isfinite(grad).all()
+
+
+def test_edge_loss_by_hand():
+    loss, _ = losses.binary_cross_entropy(jnp.array([[0.0], [0.0]]), jnp.array([1.0, 0.3]))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
+def test_normals_are_unit_and_depths_positive():
+    raw = jax.random.normal(jax.random.key(0), (50, 3)) * 4
+    np.testing.assert_allclose(jnp.linalg.norm(activations.unit_normals(raw), axis=-1), 1, rtol=1e-5)
+    assert (activations.metric_depth(raw) > 0).all()
+
+
+LOSSES = {"a": jnp.array(2.0), "b": jnp.array(4.0)}
+
+
+def test_weightings_by_hand():
+    params = weighting.init("uncertainty", ["a", "b"])
+    assert params == {"a": 1.0, "b": 1.0}
+    got = weighting.combine("uncertainty", {"a": 0.0, "b": np.log(2)}, LOSSES, {})
+    assert float(got) == pytest.approx(2 + 2 + np.log(2))
+    assert float(weighting.combine("equal", {}, LOSSES, {})) == 6
+    assert float(weighting.combine("fixed", {}, LOSSES, {"a": 0.5, "b": 0.25})) == 2
+
+
+def test_uncertainty_is_least_at_the_log_of_the_loss():
+    grads = jax.grad(lambda s: weighting.combine("uncertainty", s, LOSSES, {}))({"a": jnp.log(2.0), "b": jnp.log(4.0)})
+    np.testing.assert_allclose([grads["a"], grads["b"]], 0, atol=1e-6)
+
+
+def test_bad_weightings_are_named():
+    with pytest.raises(UserError, match="'gradnorm'.*uncertainty, equal, fixed"):
+        weighting.check("gradnorm", {}, ["a"])
+    with pytest.raises(UserError, match="'b'"):
+        weighting.check("fixed", {"a": 1.0}, ["a", "b"])

@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from input_pipeline.transforms import VOID
+from mtl_sparse import metrics
+
+
+def total(sums):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums)
+
+
+def test_segmentation_by_hand():
+    label = jnp.array([[[0, 0], [1, VOID]], [[1, 1], [1, 1]]])
+    predicted = jnp.array([[[0, 1], [1, 2]], [[1, 1], [0, 2]]])
+    sums = total(jax.vmap(metrics.segmentation_sums)(jax.nn.one_hot(predicted, 4), label))
+    np.testing.assert_array_equal(sums["confusion"], [[1, 1, 0, 0], [1, 3, 1, 0], [0] * 4, [0] * 4])
+    values = metrics.segmentation_values(sums)
+    # class 0: 1 / 3, class 1: 3 / 6, class 2: 0 / 1 (only predicted), class 3 never occurs
+    assert values["miou"] == pytest.approx((1 / 3 + 3 / 6 + 0) / 3)
+    assert values["pixel_accuracy"] == pytest.approx(4 / 7)
+    # image 1: 2 right of 3, 2 / (2 + 1 + 1); image 2: 2 of 4, 2 / (2 + 2 + 2)
+    assert values["image_iou"] == pytest.approx((2 / 4 + 2 / 6) / 2)
+
+
+def test_an_image_without_labels_does_not_count():
+    label = jnp.full((2, 2, 2), VOID).at[1].set(0)
+    sums = total(jax.vmap(metrics.segmentation_sums)(jnp.zeros((2, 2, 2, 3)).at[..., 0].set(1), label))
+    assert metrics.segmentation_values(sums)["image_iou"] == 1.0
+
+
+def test_depth_by_hand():
+    label = jnp.array([[1.0, 2.0], [4.0, 0.0]])
+    prediction = jnp.array([[1.2, 2.0], [2.0, 9.0]])[..., None]
+    values = metrics.normalized_depth_values(total(jax.vmap(metrics.depth_sums)(prediction[None], label[None])))
+    assert values["mae_normalized"] == pytest.approx((0.2 + 0 + 2) / 3)
+    assert values["abs_rel_normalized"] == pytest.approx((0.2 + 0 + 0.5) / 3)
+    assert values["rmse_normalized"] == pytest.approx(((0.04 + 4) / 3) ** 0.5)
+    # ratios 1.2, 1, 2: the thresholds are 1.25, 1.5625, 1.953125
+    assert [values[f"delta{k}_normalized"] for k in (1, 2, 3)] == pytest.approx([2 / 3] * 3)
+
+
+def test_depth_in_metres_reports_the_normalised_error_too():
+    label = jnp.array([[2.0, 4.0], [8.0, 0.0]])
+    sums = total(jax.vmap(metrics.metric_depth_sums)((label * 1.1)[None, ..., None], label[None]))
+    values = metrics.metric_depth_values(sums)
+    assert values["mae"] == pytest.approx((0.2 + 0.4 + 0.8) / 3, rel=1e-5)
+    top = np.percentile([0.25, 0.5, 1.0], 99)
+    assert values["mae_normalized"] == pytest.approx((0.025 + 0.05 + 0) / 3, rel=1e-4)
+    assert top < 1, "both sides of the third pixel are clipped to the 99th percentile"
+
+
+def test_normals_by_hand():
+    degrees = np.array([0.0, 10.0, 20.0, 60.0])
+    prediction = jnp.stack([np.sin(np.deg2rad(degrees)), np.zeros(4), np.cos(np.deg2rad(degrees))], -1)
+    label = jnp.tile(jnp.array([0.0, 0.0, 1.0]), (4, 1))
+    # a fifth pixel has no label; the length of a prediction does not matter
+    prediction = jnp.concatenate([2 * prediction, jnp.ones((1, 3))])[None, None]
+    label = jnp.concatenate([label, jnp.zeros((1, 3))])[None, None]
+    values = metrics.normals_values(total(jax.vmap(metrics.normals_sums)(prediction, label)))
+    assert values["mean_angle"] == pytest.approx(22.5, abs=0.02)
+    assert values["cosine"] == pytest.approx(np.cos(np.deg2rad(degrees)).mean(), rel=1e-6)
+    assert 10 <= values["median_angle"] <= 20
+    assert [values[f"within_{limit}"] for limit in ("11.25", "22.5", "30")] == [0.5, 0.75, 0.75]
+
+
+def test_median_angle_is_that_of_all_pixels():
+    rng = np.random.default_rng(0)
+    prediction, label = rng.normal(size=(2, 1, 60, 80, 3))
+    prediction /= np.linalg.norm(prediction, axis=-1, keepdims=True)
+    label /= np.linalg.norm(label, axis=-1, keepdims=True)
+    values = metrics.normals_values(total(jax.vmap(metrics.normals_sums)(prediction, label)))
+    exact = np.median(np.rad2deg(np.arccos((prediction * label).sum(-1))))
+    assert values["median_angle"] == pytest.approx(exact, abs=0.1)
+
+
+def test_edges_by_hand():
+    sums = total(jax.vmap(metrics.edge_sums)(jnp.full((1, 2, 2, 1), 0.25), jnp.array([[[1.0, 0.0], [0.0, 0.5]]])))
+    assert metrics.edge_values(sums)["mae"] == pytest.approx((0.75 + 0.25 + 0.25 + 0.25) / 4)
+
+
+def test_nothing_to_count_is_nan_not_zero():
+    sums = total(jax.vmap(metrics.depth_sums)(jnp.ones((1, 2, 2, 1)), jnp.zeros((1, 2, 2))))
+    assert np.isnan(metrics.normalized_depth_values(sums)["mae_normalized"])
