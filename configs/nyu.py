@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
             width=64,  # channels of the first stage
             head_features=256,
             dropout=0.3,
+            bn_momentum=0.9,  # share of the old running statistics that a step keeps
             dtype="float32",  # of the computation; "bfloat16" keeps parameters and BatchNorm statistics float32
         ),
         loss=create(

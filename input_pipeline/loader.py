@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 Batch = dict[str, np.ndarray]
 
@@ -70,6 +71,8 @@ class _PaddedExample:
 def _prefetched(dataset, num_workers):
     if num_workers == 0:
         return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which a notebook never parses
+        flags.FLAGS.mark_as_parsed()
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
 

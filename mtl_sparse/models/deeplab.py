@@ -47,14 +47,14 @@ class DeepLabHead(nn.Module):
     dropout: float = 0.3
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
+    bn_momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """[B, h, w, C] -> raw prediction [B, h, w, outputs], float32."""
 
         def normalized(y, name):
-            norm = resnet.batch_norm(train=train, dtype=self.dtype, axis_name=self.axis_name, name=name)
-            return nn.relu(norm(y))
+            return nn.relu(resnet.batch_norm(self, train, name)(y))
 
         conv = functools.partial(resnet.conv, self.features, dtype=self.dtype)
         drop = functools.partial(Dropout, self.dropout, self.axis_name)

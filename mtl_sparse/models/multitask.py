@@ -21,6 +21,7 @@ class MultiTaskModel(nn.Module):
       head_features, dropout: of the heads, see `deeplab.DeepLabHead`.
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
+      bn_momentum: of every BatchNorm, see `resnet.ResNet`.
     """
 
     heads: tuple[tuple[str, str, int], ...]
@@ -30,6 +31,7 @@ class MultiTaskModel(nn.Module):
     dropout: float = 0.3
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
+    bn_momentum: float = 0.9
 
     @nn.compact
     def __call__(self, images, train: bool = False):
@@ -37,7 +39,7 @@ class MultiTaskModel(nn.Module):
 
         Raw is before sigmoid, softmax or normalisation.
         """
-        shared = {"dtype": self.dtype, "axis_name": self.axis_name}
+        shared = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
         features = resnet.ResNet(self.depth, self.width, **shared, name="backbone")(images, train)
         return {
             task: HEADS[kind](outputs, self.head_features, self.dropout, **shared, name=f"head_{task}")(features, train)
@@ -63,4 +65,5 @@ def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskMod
         dropout=config.dropout,
         dtype=DTYPES[config.dtype],
         axis_name=axis_name,
+        bn_momentum=config.bn_momentum,
     )

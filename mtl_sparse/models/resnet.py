@@ -35,10 +35,18 @@ def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype,
     )
 
 
-def batch_norm(*, train: bool, dtype, axis_name: str | None, name: str) -> nn.BatchNorm:
-    """BatchNorm synchronised over `axis_name`; statistics and parameters stay float32 whatever `dtype`."""
+def batch_norm(module: nn.Module, train: bool, name: str) -> nn.BatchNorm:
+    """BatchNorm by the dtype, axis_name and bn_momentum of the module that it belongs to.
+
+    It is synchronised over `axis_name`; its statistics and parameters stay float32 whatever the dtype.
+    """
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name, name=name
+        use_running_average=not train,
+        momentum=module.bn_momentum,
+        epsilon=1e-5,
+        dtype=module.dtype,
+        axis_name=module.axis_name,
+        name=name,
     )
 
 
@@ -51,23 +59,24 @@ class Block(nn.Module):
     bottleneck: bool
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
+    bn_momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x, train: bool):
         convolve = functools.partial(conv, dtype=self.dtype)
-        norm = functools.partial(batch_norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
+        norm = functools.partial(batch_norm, self, train)
         features = self.width * (4 if self.bottleneck else 1)
         spatial = {"stride": self.stride, "dilation": self.dilation}
         if self.bottleneck:
-            y = nn.relu(norm(name="bn1")(convolve(self.width, 1, name="conv1")(x)))
-            y = nn.relu(norm(name="bn2")(convolve(self.width, 3, **spatial, name="conv2")(y)))
-            y = norm(name="bn3")(convolve(features, 1, name="conv3")(y))
+            y = nn.relu(norm("bn1")(convolve(self.width, 1, name="conv1")(x)))
+            y = nn.relu(norm("bn2")(convolve(self.width, 3, **spatial, name="conv2")(y)))
+            y = norm("bn3")(convolve(features, 1, name="conv3")(y))
         else:
-            y = nn.relu(norm(name="bn1")(convolve(self.width, 3, **spatial, name="conv1")(x)))
-            y = norm(name="bn2")(convolve(features, 3, dilation=self.dilation, name="conv2")(y))
+            y = nn.relu(norm("bn1")(convolve(self.width, 3, **spatial, name="conv1")(x)))
+            y = norm("bn2")(convolve(features, 3, dilation=self.dilation, name="conv2")(y))
         if self.stride != 1 or x.shape[-1] != features:
             x = convolve(features, 1, self.stride, name="downsample_conv")(x)
-            x = norm(name="downsample_bn")(x)
+            x = norm("downsample_bn")(x)
         return nn.relu(x + y)
 
 
@@ -79,12 +88,14 @@ class ResNet(nn.Module):
       width: channels of the first stage (64 in the paper); the others follow from it.
       dtype: dtype of the computation; parameters and BatchNorm statistics are float32.
       axis_name: pmap axis that BatchNorm is synchronised over while training.
+      bn_momentum: share of the old running statistics that a step keeps (PyTorch's 0.1 is 0.9 here).
     """
 
     depth: int = 50
     width: int = 64
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
+    bn_momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x, train: bool = False):
@@ -93,8 +104,7 @@ class ResNet(nn.Module):
         x = x.astype(self.dtype)
         for i, (features, stride) in enumerate([(self.width, 2), (self.width, 1), (2 * self.width, 1)], 1):
             x = conv(features, 3, stride, dtype=self.dtype, name=f"stem_conv{i}")(x)
-            norm = batch_norm(train=train, dtype=self.dtype, axis_name=self.axis_name, name=f"stem_bn{i}")
-            x = nn.relu(norm(x))
+            x = nn.relu(batch_norm(self, train, f"stem_bn{i}")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, count in enumerate(blocks):
             for index in range(count):
@@ -105,6 +115,7 @@ class ResNet(nn.Module):
                     bottleneck=bottleneck,
                     dtype=self.dtype,
                     axis_name=self.axis_name,
+                    bn_momentum=self.bn_momentum,
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
         return x

@@ -35,8 +35,8 @@ def test_outputs_are_raw_predictions_at_an_eighth():
     heads = (("segmentation", "deeplab", 40), ("depth", "deeplab", 1), ("normals", "deeplab", 3))
     model = multitask.MultiTaskModel(heads, depth=50, width=4, head_features=4, dtype=jnp.bfloat16)
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
-    variables = model.init(jax.random.key(1), images)
-    outputs = model.apply(variables, images)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    outputs = jax.jit(model.apply)(variables, images)
     assert {task: raw.shape for task, raw in outputs.items()} == {
         "segmentation": (2, 4, 6, 40),
         "depth": (2, 4, 6, 1),
@@ -50,20 +50,20 @@ def test_bfloat16_computes_the_same_function():
     heads = (("depth", "deeplab", 1),)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     model = multitask.MultiTaskModel(heads, depth=18, width=8, head_features=8)
-    variables = model.init(jax.random.key(1), images)
-    exact = model.apply(variables, images)["depth"]
-    rounded = model.clone(dtype=jnp.bfloat16).apply(variables, images)["depth"]
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    exact = jax.jit(model.apply)(variables, images)["depth"]
+    rounded = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, images)["depth"]
     assert not (exact == rounded).all()
     np.testing.assert_allclose(rounded, exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
 def test_dilation_and_strides_of_the_stages():
     """Where a unit impulse in one stage's 3x3 input reaches says its stride and dilation."""
-    model = resnet.Block(width=2, stride=1, dilation=4, bottleneck=True)
-    x = jnp.zeros((1, 17, 17, 8)).at[0, 8, 8].set(1.0)
+    model = resnet.Block(width=16, stride=1, dilation=4, bottleneck=True)
+    x = jnp.zeros((1, 17, 17, 64)).at[0, 8, 8].set(1.0)
     variables = model.init(jax.random.key(0), x, False)
-    moved = np.argwhere(np.abs(model.apply(variables, x, False) - model.apply(variables, 0 * x, False)).sum(-1)[0] > 0)
-    assert set(moved.ravel().tolist()) == {4, 8, 12}
+    difference = np.abs(model.apply(variables, x, False) - model.apply(variables, 0 * x, False)).sum(-1)[0]
+    assert set(np.argwhere(difference > 0).ravel().tolist()) == {4, 8, 12}
     assert (resnet.STRIDES, resnet.DILATIONS) == ((1, 2, 1, 1), (1, 1, 2, 4))
 
 

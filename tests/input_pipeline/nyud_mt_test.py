@@ -1,0 +1,143 @@
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from input_pipeline import datasets, nyud_mt
+from mtl_sparse.errors import UserError
+from tests.conftest import tiny
+
+
+def load(folder):
+    return datasets.load(tiny(folder).data)
+
+
+def test_without_test_list_val_is_the_test_split_and_a_tenth_is_held_out(rooms):
+    data = load(rooms)
+    listed = {key: (rooms / "gt_sets" / f"{key}.txt").read_text().split() for key in ("train", "val")}
+    assert data.names["test"] == listed["val"]
+    assert len(data.names["validation"]) == 2
+    assert sorted(data.names["train"] + data.names["validation"]) == listed["train"]
+    assert nyud_mt.read_splits(rooms) == data.names, "the same frames are held out every time"
+
+
+def test_with_three_lists_each_is_its_own_split(own_rooms):
+    names = (own_rooms / "gt_sets" / "train.txt").read_text().split()
+    (own_rooms / "gt_sets" / "test.txt").write_text("\n".join(names[:4]))
+    (own_rooms / "gt_sets" / "train.txt").write_text("\n".join(names[4:]))
+    data = load(own_rooms)
+    assert data.names["test"] == names[:4] and data.names["train"] == names[4:]
+    assert (len(data.train), len(data.validation), len(data.test)) == (16, 9, 4)
+
+
+def test_stored_frames_are_the_folders(rooms):
+    data = load(rooms)
+    for source, name in ((data.train, data.names["train"][3]), (data.test, data.names["test"][8])):
+        index = 3 if source is data.train else 8
+        frame = source[index]
+        assert frame["name"].decode() == name
+        image = cv2.imread(str(rooms / "images" / f"{name}.jpg"))[..., ::-1]
+        assert np.abs(frame["image"].astype(int) - image).max() <= 3, "up to the JPEG decoder"
+        label = cv2.imread(str(rooms / "segmentation" / f"{name}.png"), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(frame["segmentation"][..., 0], label)
+        for kind in ("depth", "normals", "edge"):
+            np.testing.assert_array_equal(frame[kind], np.load(rooms / kind / f"{name}.npy"))
+
+
+def test_prepared_data_are_read_without_tensorflow_and_without_the_folder(rooms):
+    script = f"""
+import importlib.machinery as machinery
+real = machinery.PathFinder.find_spec
+def hidden(cls, name, path=None, target=None):
+    return None if name.split(".")[0] in ("tensorflow", "tensorboard") else real(name, path, target)
+machinery.PathFinder.find_spec = classmethod(hidden)
+from input_pipeline import datasets
+from tests.conftest import tiny
+config = tiny({str(rooms)!r})
+config.data.prepared = {str(rooms) + ".tfds"!r}
+config.data.folder = "nowhere"
+frame = datasets.load(config.data).train[0]
+import sys
+print(frame["image"].shape, "tensorflow" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(32, 48, 3) False"
+
+
+def damage_segmentation(folder, change):
+    path = folder / "segmentation" / "00003.png"
+    cv2.imwrite(str(path), change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+
+
+def set_class_41(label):
+    label[2, 3] = 41
+    return label
+
+
+BAD_FOLDERS = {
+    "no data folder": (lambda folder: folder.rename(folder.with_name("gone")), "does not exist.*config.data.folder"),
+    "no list": (lambda folder: (folder / "gt_sets" / "val.txt").unlink(), "val.txt is missing"),
+    "empty list": (lambda folder: (folder / "gt_sets" / "val.txt").write_text("\n"), "val.txt is empty"),
+    "frame in two lists": (
+        lambda folder: (folder / "gt_sets" / "val.txt").write_text("00003\n"),
+        "frame 00003 stands twice.*train.txt.*val.txt",
+    ),
+    "missing file": (lambda folder: (folder / "depth" / "00003.npy").unlink(), "depth/00003.npy is missing"),
+    "unreadable image": (
+        lambda folder: (folder / "images" / "00003.jpg").write_bytes(b"\xff\xd8 no picture"),
+        "images/00003.jpg cannot be decoded",
+    ),
+    "unreadable label": (
+        lambda folder: (folder / "segmentation" / "00003.png").write_bytes(b"no png"),
+        "segmentation/00003.png cannot be decoded",
+    ),
+    "truncated array": (
+        lambda folder: (folder / "normals" / "00003.npy").write_bytes(
+            (folder / "normals" / "00003.npy").read_bytes()[:200]
+        ),
+        "normals/00003.npy is not a readable .npy",
+    ),
+    "pickled array": (
+        lambda folder: np.save(folder / "edge" / "00003.npy", np.array([{}]), allow_pickle=True),
+        "edge/00003.npy is not a readable .npy",
+    ),
+    "label of another shape": (
+        lambda folder: np.save(folder / "depth" / "00003.npy", np.ones((31, 48), np.float32)),
+        r"depth/00003.npy has shape \(31, 48\), its image wants \(32, 48\)",
+    ),
+    "segmentation of another shape": (
+        lambda folder: damage_segmentation(folder, lambda label: label[:, 1:]),
+        r"segmentation/00003.png has shape \(32, 47\)",
+    ),
+    "class out of range": (lambda folder: damage_segmentation(folder, set_class_41), "00003.png has class 41.*0.*40"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders_are_named(own_rooms, case):
+    damage, message = BAD_FOLDERS[case]
+    damage(own_rooms)
+    with pytest.raises(UserError, match=message):
+        load(own_rooms)
+    prepared = own_rooms.with_name("NYUD_MT.tfds") / "nyud_mt" / "1.0.0"
+    assert not prepared.exists(), "nothing half-prepared is left to be trained on"
+
+
+def test_a_folder_that_changed_since_it_was_prepared_is_refused(own_rooms):
+    load(own_rooms)
+    names = (own_rooms / "gt_sets" / "train.txt").read_text().split()
+    (own_rooms / "gt_sets" / "train.txt").write_text("\n".join(names[:-1]))
+    with pytest.raises(UserError, match="has changed since .*NYUD_MT.tfds.* delete"):
+        load(own_rooms)
+
+
+def test_unknown_data_set_and_no_folder_are_named(rooms):
+    config = tiny(rooms)
+    config.data.name = "cityscapes"
+    with pytest.raises(UserError, match="cityscapes.*nyud_mt"):
+        datasets.load(config.data)
+    config = tiny("")
+    with pytest.raises(UserError, match="config.data.folder is not set"):
+        datasets.load(config.data)

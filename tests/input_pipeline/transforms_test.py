@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+
+from input_pipeline import transforms
+from input_pipeline.transforms import VOID, Transform
+
+
+@pytest.fixture
+def frame():
+    rng = np.random.default_rng(0)
+    normals = rng.normal(size=(16, 24, 3)).astype(np.float32)
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    frame = {
+        "image": rng.integers(0, 256, (16, 24, 3), np.uint8),
+        "segmentation": rng.integers(0, 41, (16, 24, 1), np.uint8),
+        "depth": rng.uniform(1, 5, (16, 24)).astype(np.float32),
+        "normals": normals,
+        "edge": (rng.random((16, 24)) < 0.2).astype(np.float32),
+    }
+    frame["segmentation"][:4], frame["depth"][:, :3], frame["normals"][-2:] = 0, 0, 0
+    return frame
+
+
+def test_masks_are_kept_and_classes_begin_at_zero(frame):
+    example = Transform((16, 24), "metres")(frame)
+    assert (example["segmentation"][:4] == VOID).all()
+    np.testing.assert_array_equal(example["segmentation"][4:] == VOID, frame["segmentation"][4:, :, 0] == 0)
+    present = example["segmentation"] != VOID
+    np.testing.assert_array_equal(example["segmentation"][present], frame["segmentation"][..., 0][present] - 1)
+    np.testing.assert_array_equal(example["depth"], frame["depth"])
+    np.testing.assert_array_equal(example["normals"][-2:], 0)
+    np.testing.assert_allclose(np.linalg.norm(example["normals"][:-2], axis=-1), 1, rtol=1e-6)
+    assert example["mask"] == 1
+
+
+def test_image_round_trip(frame):
+    example = Transform((16, 24))(frame)
+    np.testing.assert_array_equal(transforms.unnormalize_image(example["image"]), frame["image"])
+    white = transforms.normalize_image(np.full((1, 1, 3), 255, np.uint8))
+    np.testing.assert_allclose(white[0, 0], (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], rtol=1e-6)
+
+
+def test_depth_normalisation_by_hand():
+    depth = np.array([[0.0, 0.2, 4.0], [2.0, 1.0, 0.0]], np.float32)
+    top = np.percentile([0.05, 1.0, 0.5, 0.25], 99)
+    np.testing.assert_allclose(transforms.normalize_depth(depth), [[0, 0.1, top], [0.5, 0.25, 0]], rtol=1e-6)
+    assert (transforms.normalize_depth(np.zeros((2, 2), np.float32)) == 0).all()
+
+
+def test_resizing_keeps_label_values(frame):
+    example = Transform((8, 16), "metres")(frame)
+    assert {value.shape for key, value in example.items() if key != "mask"} == {(8, 16), (8, 16, 3)}
+    assert set(np.unique(example["depth"])) <= set(np.unique(frame["depth"]))
+    assert set(np.unique(example["segmentation"])) <= {VOID, *range(40)}
+    length = np.linalg.norm(example["normals"], axis=-1)
+    assert ((np.abs(length - 1) < 1e-5) | (length == 0)).all()
+    assert example["edge"].mean() == pytest.approx(frame["edge"].mean(), rel=1e-5), "the area mean keeps the edges"
+
+
+class Always:
+    """A generator whose draws are given."""
+
+    def __init__(self, uniform=1.0, integer=0, random=0.0):
+        self.uniform = lambda low, high: uniform
+        self.integers = lambda high: min(integer, high - 1)
+        self.random = lambda: random
+
+
+def test_flip_mirrors_everything_and_the_normals_x(frame):
+    plain = Transform((16, 24), "metres")(frame)
+    flipped = Transform((16, 24), "metres", flip=True)(frame, Always())
+    for key in ("image", "segmentation", "depth", "edge"):
+        np.testing.assert_array_equal(flipped[key], plain[key][:, ::-1])
+    np.testing.assert_allclose(flipped["normals"], plain["normals"][:, ::-1] * [-1, 1, 1])
+    kept = Transform((16, 24), "metres", flip=True)(frame, Always(random=0.9))
+    np.testing.assert_array_equal(kept["depth"], plain["depth"])
+
+
+def test_zoom_crops_jointly_and_divides_depth(frame):
+    frame["segmentation"][4:, :, 0] = np.arange(24) % 40 + 1
+    zoomed = Transform((8, 12), "metres", max_scale=2.0)(frame, Always(uniform=2.0, integer=5))
+    window = np.s_[5:13, 5:17]
+    np.testing.assert_allclose(zoomed["depth"], frame["depth"][window] / 2)
+    np.testing.assert_allclose(zoomed["normals"], frame["normals"][window], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(zoomed["segmentation"], frame["segmentation"][window][..., 0].astype(int) - 1)
+    np.testing.assert_array_equal(transforms.unnormalize_image(zoomed["image"]), frame["image"][window])
+
+
+def test_without_a_generator_nothing_is_augmented(frame):
+    example = Transform((16, 24), "metres", flip=True, max_scale=2.0)(frame)
+    np.testing.assert_array_equal(example["depth"], frame["depth"])
