@@ -6,6 +6,10 @@ import os
 import pathlib
 import sys
 
+# TensorFlow only prepares data and writes event files here; its start-up notes would drown the run's own.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -57,6 +61,8 @@ def main(argv):
     if _JOB.value not in JOBS:
         raise UserError(f"unknown job {_JOB.value!r}; the jobs are {', '.join(JOBS)}")
     path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not pathlib.Path(path.split(":")[0]).is_file():
+        raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
     workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
@@ -70,12 +76,12 @@ def _worth_reading(record):
 
 
 def _parse(argv):
-    """absl's flags, with a wrong config field told in one sentence."""
+    """absl's flags, with what is wrong told in one sentence."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).split())
-        _exit(f"cannot use these settings: {text}")
+        return flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        text = str(error.args[0] if error.args else error).strip("'").replace("\\n", " ").replace("\\'", "'")
+        _exit(f"cannot use these settings: {' '.join(text.split())}")
 
 
 def _exit(message):

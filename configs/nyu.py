@@ -51,6 +51,9 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         sparsity=create(
             lambda_=1e-5,  # 0 is dense
+            # Steps over which lambda grows from 0. In Adam's first steps v, which is the metric, stands on a few
+            # batches: weights whose gradient happens to be small there would be shrunk for it. 0 is published.
+            warmup_steps=100,
             metric="adaptive",  # prox in Adam's metric; "plain" is the closed form
             fixed_norm=True,  # False is the published behaviour; see README, "Fixed-norm kernels"
             scope="backbone",  # or "all": the heads' kernels, too
@@ -70,4 +73,4 @@ def get_config() -> ml_collections.ConfigDict:
             sample_frames=6,  # test frames on the sheet of pictures
         ),
     )
-    return config
+    return config.lock()  # an unknown field raises

@@ -29,6 +29,8 @@ class Checkpoints:
             self._managers[kind] = ocp.CheckpointManager(
                 self.folder / kind,
                 options=ocp.CheckpointManagerOptions(max_to_keep=2 if kind == "latest" else 1),
+                # named so that a manager that has saved nothing yet can read what is there
+                item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
             )
         return self._managers[kind]
 

@@ -17,6 +17,8 @@ def check(config) -> None:
         )
     if not config.sparsity.lambda_ >= 0:
         raise UserError(f"sparsity.lambda_={config.sparsity.lambda_}: it must be >= 0 (0 is dense)")
+    if config.sparsity.warmup_steps < 0:
+        raise UserError(f"sparsity.warmup_steps={config.sparsity.warmup_steps}: it must be >= 0 (0 is none)")
     if config.sparsity.metric not in transform.METRICS:
         raise UserError(
             f"unknown sparsity.metric={config.sparsity.metric!r}; the metrics are {', '.join(transform.METRICS)}"
@@ -36,8 +38,11 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
     rate = config.optimizer.learning_rate
     if config.optimizer.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, total_steps)
+    lambda_ = config.sparsity.lambda_
+    if lambda_ > 0 and config.sparsity.warmup_steps > 0:
+        lambda_ = optax.linear_schedule(0.0, lambda_, config.sparsity.warmup_steps)
     settings = {
-        "lambda_": config.sparsity.lambda_,
+        "lambda_": lambda_,
         "b1": config.optimizer.b1,
         "b2": config.optimizer.b2,
         "eps": config.optimizer.eps,

@@ -80,28 +80,32 @@ class Run:
     steps_per_epoch: int
     total_steps: int
 
-    def train_batches(self, start_step):
-        config = self.config
-        transform = Transform(
-            tuple(config.data.size), config.data.depth_target, config.data.flip, config.data.max_scale
-        )
+    def train_transform(self) -> Transform:
+        data = self.config.data
+        return Transform(tuple(data.size), data.depth_target, data.flip, data.max_scale)
+
+    def eval_transform(self) -> Transform:
+        return Transform(tuple(self.config.data.size), self.config.data.depth_target)
+
+    def train_batches(self, start_step: int):
+        """Host batches from the one of step `start_step` on, without end."""
         return loader.train_batches(
             self.data.train,
-            transform,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
+            self.train_transform(),
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
             start_step=start_step,
-            num_workers=config.run.num_workers,
+            num_workers=self.config.run.num_workers,
         )
 
-    def eval_batches(self, split):
-        config = self.config
+    def eval_batches(self, split: str):
+        """Host batches of a split, once, padded to what the devices share equally."""
         devices = jax.local_device_count()
         return loader.eval_batches(
             getattr(self.data, split),
-            Transform(tuple(config.data.size), config.data.depth_target),
-            batch_size=-(-config.train.eval_batch_size // devices) * devices,
-            num_workers=config.run.num_workers,
+            self.eval_transform(),
+            batch_size=-(-self.config.train.eval_batch_size // devices) * devices,
+            num_workers=self.config.run.num_workers,
         )
 
     def init_state(self) -> TrainState:
@@ -174,7 +178,7 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
       seed: of the dropout.
 
     Returns:
-      (state, {"loss", "loss/<task>", "learning_rate"}): scalars over the global batch.
+      (state, {"loss", "grad_norm", "learning_rate", "<task>/loss", ...}): scalars over the global batch.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -199,7 +203,11 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
     grads = jax.lax.pmean(grads, AXIS)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    scalars = {"loss": loss, "learning_rate": optim.learning_rate(opt_state)}
+    scalars = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": optim.learning_rate(opt_state),
+    }
     scalars |= {f"{task}/loss": value for task, value in losses.items()}
     scalars |= {f"{task}/log_variance": value for task, value in params["weighting"].items()}
     return TrainState(state.step + 1, params, batch_stats, opt_state), scalars
@@ -258,7 +266,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
         progress = Progress(**restored)
         logging.info("Going on from step %d of %s", int(state.step), workdir)
     else:
-        _log_overview(state)
+        _log_overview(state, workdir)
     start = int(state.step)
     if start >= run.total_steps or progress.stopped:
         return
@@ -325,7 +333,7 @@ def _write_pending(log, pending, saved):
             latest = saved.step("latest")
             kept = f"the checkpoint of step {latest} is kept" if latest is not None else "none was saved yet"
             raise UserError(
-                f"the loss is not finite at step {step} ({', '.join(wrong)}); {kept}; try a lower "
+                f"training is not finite at step {step} ({', '.join(wrong)}); {kept}; try a lower "
                 "optimizer.learning_rate or sparsity.lambda_, and look at the data of that step"
             )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -361,10 +369,15 @@ def _say_epoch(run, step, values, sparsity, improved):
     )  # fmt: skip
 
 
-def _log_overview(state):
+def _log_overview(state, workdir):
+    """Every parameter into parameters.txt; in the log, one number a part of the model."""
     from clu import parameter_overview
 
-    logging.info("Parameters:\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    overview = parameter_overview.get_parameter_overview(state.params["model"], include_stats=False)
+    (workdir / "parameters.txt").write_text(overview + "\n")
+    parts = {part: parameter_overview.count_parameters(tree) for part, tree in sorted(state.params["model"].items())}
+    counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    logging.info("Parameters: %s (each one in %s)", counts, workdir / "parameters.txt")
 
 
 def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
@@ -422,7 +435,7 @@ def _save_samples(run, workdir, variables):
     frames = run.data.test
     count = min(run.config.run.sample_frames, len(frames))
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
-    transform = Transform(tuple(run.config.data.size), run.config.data.depth_target)
+    transform = run.eval_transform()
     examples = [transform(frames[int(index)]) for index in chosen]
     batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
     predict = jax.jit(functools.partial(evaluate.predict, run.model, run.tasks))

@@ -3,8 +3,11 @@
 import os
 import pathlib
 import shutil
+import tempfile
 
-# Event files are the only use of TensorFlow here; its import alone takes seconds of every subprocess.
+# Most of the suite's time is XLA compiling the same small models, some of it in subprocesses: compile each once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest

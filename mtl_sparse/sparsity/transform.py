@@ -23,7 +23,7 @@ class ProximalAdamState(NamedTuple):
 
 def proximal_adam(
     learning_rate: optax.ScalarOrSchedule,
-    lambda_: float = 0.0,
+    lambda_: optax.ScalarOrSchedule = 0.0,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -41,7 +41,7 @@ def proximal_adam(
 
     Args:
       learning_rate: a number or an optax schedule; it scales the penalty as it scales the step.
-      lambda_: strength of the penalty, >= 0.
+      lambda_: strength of the penalty, a number >= 0 or an optax schedule of the steps taken.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: Adam's epsilon, outside the square root.
@@ -57,15 +57,16 @@ def proximal_adam(
     Raises:
       ValueError: a negative lambda_, an unknown metric, or (at init) a scope that matches no kernel.
     """
-    if not lambda_ >= 0:
+    if not callable(lambda_) and not lambda_ >= 0:
         raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}")
+    penalizes = callable(lambda_) or lambda_ > 0
     adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask)
 
     def init_fn(params):
         norms = {}
-        if lambda_ > 0:
+        if penalizes:
             leaves = _by_path(params)
             for kernel in groups_lib.find(params, scope):
                 if fixed_norm:
@@ -77,8 +78,9 @@ def proximal_adam(
             raise ValueError(optax.NO_PARAMS_MSG)
         updates, adam_state = adam.update(updates, state.adam, params)
         count = optax.safe_increment(state.count)
-        if lambda_ > 0:
+        if penalizes:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+            strength = lambda_(state.count) if callable(lambda_) else lambda_
             correction = 1 - b2 ** count.astype(jnp.float32)
             moments = _by_path(optax.tree.get(adam_state, "nu"))
             kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope)}
@@ -91,7 +93,7 @@ def proximal_adam(
                 if metric == "adaptive":
                     d = jnp.sqrt(moments[kernel.path] / correction) + eps
                 z = param + update
-                x = prox.group_lasso(z, rate * lambda_ * kernel.size**0.5, d, group_axis=kernel.axis)
+                x = prox.group_lasso(z, rate * strength * kernel.size**0.5, d, group_axis=kernel.axis)
                 if fixed_norm:
                     norm = jnp.linalg.norm(x)
                     x = x * jnp.where(norm > 0, state.kernel_norms[kernel.path] / jnp.where(norm > 0, norm, 1), 1)

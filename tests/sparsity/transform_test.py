@@ -83,6 +83,18 @@ def test_fixed_norm_holds_the_kernels_norm_and_off_lets_it_shrink():
     assert list(state.kernel_norms) == ["backbone/conv/kernel"]
 
 
+def test_lambda_on_a_schedule_starts_when_it_says():
+    params = random_tree(0)
+    starts_late = lambda step: jnp.where(step < 3, 0.0, 1e4)  # noqa: E731
+    tx = transform.proximal_adam(1e-2, starts_late, fixed_norm=False)
+    before, _ = run(tx, params, 3)
+    plain, _ = run(optax.adamw(1e-2, weight_decay=0.0), params, 3)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after, _ = run(tx, params, 4)
+    assert (after["backbone"]["conv"]["kernel"] == 0).all()
+
+
 def test_a_wholly_zero_kernel_stays_finite():
     params = random_tree(0)
     params, _ = run(transform.proximal_adam(1e-2, 1e4), params, 3)

@@ -1,0 +1,42 @@
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from mtl_sparse import optim, tasks, train
+from mtl_sparse.models import multitask
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_initialises(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    train.check_config(config)
+    rows = tasks.resolve(config)
+    model = multitask.build(config.model, rows)
+    images = jax.ShapeDtypeStruct((1, *config.data.size, 3), "float32")
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    outputs = jax.eval_shape(model.apply, variables, images)
+    assert sorted(outputs) == sorted(config.tasks)
+    state = jax.eval_shape(optim.build(config, 10).init, {"model": variables["params"], "weighting": {}})
+    assert optim.learning_rate(state).shape == ()
+    with pytest.raises(AttributeError, match="lamda"):
+        config.sparsity.lamda = 1.0
+
+
+def test_nyu_has_the_papers_settings():
+    config = importlib.import_module("configs.nyu").get_config()
+    assert config.tasks == ("segmentation", "depth", "normals")
+    assert (config.data.size, config.train.batch_size, config.train.epochs) == ((256, 256), 16, 1000)
+    assert (config.optimizer.learning_rate, config.optimizer.b1, config.optimizer.b2) == (1e-4, 0.9, 0.999)
+    assert (config.optimizer.schedule, config.optimizer.plateau_epochs, config.optimizer.plateau_factor) == (
+        "plateau",
+        5,
+        0.1,
+    )
+    assert (config.train.early_stop_epochs, config.optimizer.min_learning_rate) == (25, 1e-7)
+    assert (config.model.depth, config.model.width, config.model.head_features) == (50, 64, 256)
+    assert not config.data.flip and config.data.max_scale == 1.0
+    assert config.loss.label_smoothing == 0.1 and config.loss.weighting == "uncertainty"

@@ -1,0 +1,76 @@
+import jax
+import numpy as np
+import pytest
+from flax import jax_utils
+
+from input_pipeline import loader
+from mtl_sparse import evaluate, train
+
+
+@pytest.fixture(scope="module")
+def run(rooms):
+    from tests.conftest import tiny
+
+    config = tiny(rooms)
+    config.tasks = ("segmentation", "depth", "normals", "edge")
+    return train.setup(config)
+
+
+def batches(run, split, batch_size):
+    transform = run.eval_transform()
+    return loader.eval_batches(getattr(run.data, split), transform, batch_size=batch_size)
+
+
+def test_results_do_not_depend_on_the_batch_size(run):
+    variables = jax_utils.replicate(run.init_state().variables)
+    evaluator = evaluate.make_evaluator(run.model, run.tasks)
+    whole = evaluator(variables, batches(run, "train", 18))
+    for batch_size in (1, 7, 32):
+        got = evaluator(variables, batches(run, "train", batch_size))
+        assert got.keys() == whole.keys()
+        for name, value in got.items():
+            assert value == pytest.approx(whole[name], rel=1e-5), (batch_size, name)
+
+
+def test_metrics_of_a_perfect_and_of_a_constant_prediction(run):
+    """The constant predictor's metrics follow from the labels alone."""
+    constants = evaluate.constant_predictions(run.tasks, batches(run, "train", 7))
+    values = evaluate.evaluate_constant(run.tasks, constants, batches(run, "test", 4))
+    transform = run.eval_transform()
+    train_frames = [transform(frame) for frame in run.data.train]
+    test_frames = [transform(frame) for frame in run.data.test]
+    strided = lambda key: np.stack([frame[key] for frame in train_frames])[:, 4::8, 4::8]  # noqa: E731
+
+    depth = strided("depth")
+    np.testing.assert_allclose(constants["depth"], depth[depth > 0].mean(), rtol=1e-5)
+    test_depth = np.stack([frame["depth"] for frame in test_frames])
+    error = np.abs(test_depth - constants["depth"])[test_depth > 0].mean()
+    assert values["depth/mae_normalized"] == pytest.approx(error, rel=1e-4)
+
+    majority = np.bincount(strided("segmentation").ravel()).argmax()
+    assert constants["segmentation"].argmax() == majority
+    labels = np.stack([frame["segmentation"] for frame in test_frames])
+    assert values["segmentation/pixel_accuracy"] == pytest.approx((labels == majority).mean(), rel=1e-5)
+
+    mean = strided("normals").reshape(-1, 3).mean(0)
+    np.testing.assert_allclose(constants["normals"], mean, atol=1e-5)
+    cosine = np.stack([frame["normals"] for frame in test_frames]) @ (mean / np.linalg.norm(mean))
+    assert values["normals/cosine"] == pytest.approx(cosine.mean(), rel=1e-4)
+
+
+def test_upsampling_is_aligned_with_the_strided_labels():
+    """Labels that are linear in the position survive: stride 8, then bilinear back, inside the border cells."""
+    rows = np.broadcast_to(np.arange(32.0)[None, :, None], (1, 32, 48))
+    raw = evaluate.strided_label(rows)[..., None]
+    back = np.asarray(evaluate.upsample(raw, rows))[..., 0]
+    np.testing.assert_allclose(back[:, 4:-4], rows[:, 4:-4] + 0.5, atol=1e-4)
+
+
+def test_predictions_are_in_the_labels_units(run):
+    images = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
+    predict = jax.jit(lambda variables: evaluate.predict(run.model, run.tasks, variables, images))
+    predictions = predict(run.init_state().variables)
+    np.testing.assert_allclose(predictions["segmentation"].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(predictions["normals"], axis=-1), 1, rtol=1e-3)
+    assert ((predictions["depth"] > 0) & (predictions["depth"] < 1)).all()
+    assert predictions["segmentation"].shape == (2, 32, 48, 40)

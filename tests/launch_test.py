@@ -1,0 +1,72 @@
+"""The command line, as a user meets it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def launch(*arguments):
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+BAD = {
+    "unknown field": (["--config=configs/demo.py", "--config.sparsity.lamda=1"], ["lamda", "lambda_"]),
+    "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
+    "no config": (["--workdir=x"], ["--config"]),
+    "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),
+    "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate"]),
+    "stray argument": (["--config=configs/demo.py", "train"], ["unexpected argument 'train'"]),
+    "no data folder": (
+        ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=1"],
+        ["/nowhere/NYUD_MT does not exist"],
+    ),
+    "unknown task": (["--config=configs/nyu.py", "--config.tasks=('albedo',)"], ["'albedo'", "segmentation"]),
+    "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["sparsity.lambda_=-1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_a_non_zero_exit(case, tmp_path):
+    arguments, words = BAD[case]
+    done = launch(*arguments, *([] if "--workdir=x" in arguments else [f"--workdir={tmp_path / 'run'}"]))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    *_, sentence = [line for line in done.stderr.splitlines() if line.strip()]
+    assert all(word in done.stderr for word in words), done.stderr
+    assert sentence.startswith("error: "), done.stderr
+    assert not (tmp_path / "run").exists(), "nothing is written for a run that cannot start"
+
+
+def test_training_from_the_command_line(rooms, tmp_path):
+    workdir = tmp_path / "run"
+    done = launch(
+        "--config=configs/demo.py",
+        f"--workdir={workdir}",
+        "--config.data.rooms.frames=0",
+        f"--config.data.folder={rooms}",
+        "--config.data.size=(32, 48)",
+        "--config.model.width=4",
+        "--config.model.head_features=4",
+        "--config.train.batch_size=8",
+        "--config.train.epochs=1",
+        "--config.tasks=('normals',)",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "**cosine**" in done.stdout and "% of groups zero" in done.stdout
+    assert "checkpoint_manager" not in done.stderr, "only our own log lines"
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["config"]["tasks"] == ["normals"]
+    assert results["config"]["data"]["size"] == [32, 48]
+
+    table = launch("--config=configs/demo.py", f"--workdir={workdir}", "--job=report")
+    assert table.returncode == 0, table.stderr[-2000:]
+    assert "**cosine**" in table.stdout and "samples.png" in table.stdout
+
+    empty = launch("--config=configs/demo.py", f"--workdir={tmp_path / 'none'}", "--job=report")
+    assert empty.returncode == 2 and "results.json is missing" in empty.stderr

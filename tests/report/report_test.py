@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+
+from input_pipeline.transforms import VOID
+from mtl_sparse.errors import UserError
+from mtl_sparse.report import plots, records, tables
+
+RESULTS = {
+    "test": {"depth/loss": 0.1, "depth/mae_normalized": 0.0625},
+    "constant": {"depth/mae_normalized": 0.2},
+    "headlines": {"depth": {"metric": "depth/mae_normalized", "higher_is_better": False}},
+    "sparsity": {
+        "group": 0.5,
+        "parameter": 0.75,
+        "layers": [
+            {"path": "backbone/layer1_0/conv2/kernel", "groups": 4, "zero_groups": 1, "group_size": 9},
+            {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 3, "group_size": 9},
+            {"path": "backbone/layer1_10/conv1/kernel", "groups": 2, "zero_groups": 0, "group_size": 9},
+            {"path": "backbone/layer1_0/conv1/kernel", "groups": 5, "zero_groups": 2, "group_size": 9},
+        ],
+    },
+    "step": 7,
+}
+
+
+def test_run_table_has_each_metric_beside_the_constant_guess():
+    table = tables.run_table(RESULTS)
+    row = next(line for line in table.splitlines() if "mae_normalized" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["depth", "**mae_normalized**", "0.0625", "0.2000"]
+    assert "loss" not in table
+    assert "50.0 % of groups zero, 75.0 % of parameters in them (4 conv layers); best validation at step 7" in table
+
+
+def test_groups_per_layer_are_drawn_in_network_order():
+    axis = plots.groups_per_layer(RESULTS).axes[0]
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    assert names == ["stem_conv1", "layer1_0/conv1", "layer1_0/conv2", "layer1_10/conv1"]
+    heights = [bar.get_height() for bar in axis.patches]
+    assert heights == [3, 5, 4, 2, 0, 3, 3, 2], "all groups, then those left"
+
+
+def test_metrics_are_read_by_split(tmp_path):
+    rows = [
+        {"step": 1, "split": "train", "loss": 3.0},
+        {"step": 2, "split": "train", "loss": 2.0},
+        {"step": 2, "split": "validation", "loss": 9.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    series = records.read_metrics(tmp_path)
+    np.testing.assert_array_equal(series["train"]["loss"], [[1, 2], [3, 2]])
+    np.testing.assert_array_equal(series["validation"]["loss"], [[2], [9]])
+
+
+def test_samples_round_trip_and_are_drawn(tmp_path):
+    label = np.array([[[0, 1], [VOID, 2]]], np.int32)
+    records.write_samples(
+        tmp_path,
+        images=np.zeros((1, 2, 2, 3), np.float32),
+        names=["0001"],
+        labels={"segmentation": label, "depth": np.ones((1, 2, 2), np.float32)},
+        predictions={
+            "segmentation": np.eye(3)[[[[0, 1], [1, 2]]]],
+            "depth": np.full((1, 2, 2, 1), 0.5, np.float32),
+        },
+    )
+    samples = records.read_samples(tmp_path)
+    np.testing.assert_array_equal(samples["prediction/segmentation"], [[[0, 1], [1, 2]]])
+    assert samples["image"].dtype == np.uint8
+    figure = plots.sample_sheet(samples)
+    shown = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(shown) == 5
+    colors = plots.class_colors()
+    np.testing.assert_allclose(shown[1][0, 1], colors[1])
+    np.testing.assert_allclose(shown[1][1, 0], 0, err_msg="void is black")
+    np.testing.assert_allclose(shown[2][1, 0], colors[1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wall", "floor", "cabinet"]
+
+
+def test_class_colors_can_be_told_apart():
+    colors = plots.class_colors()
+    distance = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + np.eye(40)
+    assert distance.min() > 0.05
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="metrics.jsonl is missing"):
+        plots.draw(tmp_path)
+    (tmp_path / "results.json").write_text('{"test": ')
+    with pytest.raises(UserError, match="results.json is damaged"):
+        records.read_json(tmp_path / "results.json")

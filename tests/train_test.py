@@ -1,0 +1,270 @@
+"""Runs of the whole job at the smallest size, alone, killed, and on several devices."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import jax_utils
+
+from input_pipeline import loader
+from mtl_sparse import checkpoints, optim, train
+from mtl_sparse.errors import UserError
+from tests.conftest import tiny
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(rooms, tmp_path_factory):
+    """A finished run of 4 steps and its results."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train.train(tiny(rooms), workdir)
+
+
+def test_a_run_leaves_what_its_folder_promises(finished):
+    workdir, results = finished
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert json.loads((workdir / "config.json").read_text()) == results["config"]
+    assert {path.name for path in (workdir / "plots").iterdir()} == {
+        "curves.png", "sparsity.png", "groups_per_layer.png", "samples.png"
+    }  # fmt: skip
+    assert list(workdir.glob("events.out.tfevents.*"))
+    rows = lines(workdir)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
+    assert set(results["sparsity"]) == {"group", "parameter", "layers"}
+    assert len(results["sparsity"]["layers"]) == 23
+    assert results["test"].keys() - results["constant"].keys() == {"segmentation/loss", "depth/loss", "normals/loss"}
+    assert results["frames"] == {"train": 18, "validation": 2, "test": 9}
+    assert results["seed"] == 0 and results["versions"]["jax"] == jax.__version__
+
+
+def test_uncertainty_weights_are_trained(finished):
+    rows = [row for row in lines(finished[0]) if row["split"] == "train"]
+    values = [[row[f"{task}/log_variance"] for task in ("segmentation", "depth", "normals")] for row in rows]
+    assert (np.abs(np.diff(values, axis=0)) > 0).all()
+
+
+def test_starting_a_finished_run_again_trains_nothing_and_reports_the_same(finished, rooms):
+    workdir, results = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.train(tiny(rooms), workdir) == results
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, rooms):
+    config = tiny(rooms)
+    config.run.log_every_steps = 7
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate=0.002 there, 0.5 now\)"):
+        train.train(config, finished[0])
+
+
+def test_evaluating_with_another_models_config_names_what_differs(finished, rooms):
+    config = tiny(rooms)
+    config.model.width = 8
+    with pytest.raises(UserError, match="checkpoint .* is of another model.*backbone"):
+        train.evaluate_best(config, finished[0])
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(finished, rooms, tmp_path):
+    """kill -9 in the middle, then the same command: same metrics, same parameters, no line twice."""
+    script = f"""
+from mtl_sparse import train
+from tests.conftest import tiny
+train.train(tiny({str(rooms)!r}), {str(tmp_path)!r})
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.time() + 240
+    while time.time() < deadline and child.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= 2 and (tmp_path / "checkpoints/latest/1").exists():
+            break
+        time.sleep(0.02)
+    assert child.poll() is None, "it should still be running"
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    stopped_at = checkpoints.Checkpoints(tmp_path).step("latest")
+    assert 1 <= stopped_at < 4
+    results = train.train(tiny(rooms), tmp_path)
+    assert results == finished[1]
+    assert lines(tmp_path) == lines(finished[0])
+
+
+def test_a_stretch_that_was_lost_is_not_logged_twice(finished, rooms, tmp_path):
+    from mtl_sparse import logs
+
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "split": "train", "loss": 1}\n{"step": 2, "split": "train", "loss": 2}\n{"step": 3, "spl'
+    )
+    log = logs.MetricLog(tmp_path, start_step=1)
+    log.write(2, "train", {"loss": 5})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in lines(tmp_path)] == [(1, 1), (2, 5)]
+
+
+def five_losses(rooms):
+    """Losses of five steps at global batch 8 on this process's devices, dropout, BatchNorm and prox included.
+
+    With the paper's learning rate: at the demo's, Adam turns roundings into differences within a few steps.
+    """
+    config = tiny(rooms)
+    config.model.width = 8
+    config.optimizer.learning_rate = 1e-4
+    config.sparsity.lambda_ = 1e-5
+    run = train.setup(config)
+    state, step_fn = jax_utils.replicate(run.init_state()), train.make_train_step(run)
+    batches, losses = run.train_batches(0), []
+    for _ in range(5):
+        state, scalars = step_fn(state, loader.shard(next(batches)))
+        losses.append({name: float(value[0]) for name, value in scalars.items()})
+    return losses
+
+
+def test_four_devices_give_the_losses_of_one(rooms):
+    script = f"""
+import json, jax
+from tests.train_test import five_losses
+assert jax.local_device_count() == 4
+print(json.dumps(five_losses({str(rooms)!r})))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    four = json.loads(done.stdout.splitlines()[-1])
+    assert jax.local_device_count() == 1
+    one = five_losses(rooms)
+    for a, b in zip(one, four, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+def test_without_penalty_a_step_is_adams(rooms):
+    """The whole step with lambda 0 against a step written out with plain optax, single task."""
+    import optax
+
+    config = tiny(rooms)
+    config.tasks = ("depth",)
+    config.loss.weighting = "equal"
+    config.sparsity.lambda_ = 0.0
+    config.model.dropout = 0.0
+    config.optimizer.schedule = "constant"
+    run = train.setup(config)
+    state = run.init_state()
+    batch = next(run.train_batches(0))
+
+    def loss(params):
+        model = run.model.clone(axis_name=None)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        raw, _ = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+        label = batch["depth"][:, 4::8, 4::8]
+        valid = label > 0
+        return jnp.sum(jnp.where(valid, (jax.nn.sigmoid(raw["depth"][..., 0]) - label) ** 2, 0)) / valid.sum()
+
+    adam = optax.adam(config.optimizer.learning_rate)
+    params = state.params["model"]
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    updates, _ = adam.update(grads, adam.init(params), params)
+    want = optax.apply_updates(params, updates)
+    new, scalars = train.make_train_step(run)(jax_utils.replicate(state), loader.shard(batch))
+    assert float(scalars["depth/loss"][0]) == pytest.approx(float(value), rel=1e-5)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a[0] - b).max()), new.params["model"], want)
+    # Adam's first step is +- the rate: a rounding of a gradient near zero can turn it, so compare most weights.
+    close = jax.tree.map(lambda a, b: jnp.abs(a[0] - b) < 1e-5, new.params["model"], want)
+    share = np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(close)]))
+    assert share > 0.999, moved
+
+
+def test_a_step_that_is_not_finite_stops_with_the_step_named(rooms, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Run, "train_batches", broken_at_third(train.Run.train_batches))
+    with pytest.raises(UserError, match=r"not finite at step 3 \(.*grad_norm=nan.*checkpoint of step 2 is kept"):
+        train.train(tiny(rooms), tmp_path)
+    saved = checkpoints.Checkpoints(tmp_path)
+    assert saved.step("latest") == 2
+    saved.close()
+    assert max(row["step"] for row in lines(tmp_path)) == 2
+
+
+def broken_at_third(batches):
+    def broken(self, start_step):
+        for step, batch in enumerate(batches(self, start_step), start_step + 1):
+            yield {**batch, "depth": batch["depth"] * np.float32(np.nan)} if step == 3 else batch
+
+    return broken
+
+
+def test_early_stop_and_plateau(rooms):
+    config = tiny(rooms)
+    config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-4)
+    config.train.early_stop_epochs = 5
+    run = train.setup(config)
+    state = run.init_state()
+    state = state.replace(opt_state=run.tx.init(state.params))
+    progress, rates, stopped = train.Progress(), [], []
+    for score in (1.0, 0.5, 0.6, 0.6, 0.7, 0.5, 0.5):
+        _, state = train._end_epoch(config, progress, score, state)
+        rates.append(float(optim.learning_rate(state.opt_state)))
+        stopped.append(progress.stopped)
+    np.testing.assert_allclose(rates, [2e-3, 2e-3, 2e-3, 2e-4, 2e-4, 1e-4, 1e-4], rtol=1e-5)
+    assert stopped == [False] * 6 + [True]
+    assert progress.best == 0.5
+
+
+def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
+    tasks = train.setup(tiny(rooms)).tasks
+    values = {"segmentation/loss": 4.0, "depth/loss": 0.5, "normals/loss": 0.5}
+    assert train.validation_score(values, tasks) == pytest.approx(1.0)
+
+
+BAD_CONFIGS = {
+    "unknown task": (lambda c: c.update(tasks=("depth", "albedo")), "'albedo'.*segmentation, depth, normals, edge"),
+    "no task": (lambda c: c.update(tasks=()), "config.tasks is empty"),
+    "task twice": (lambda c: c.update(tasks=("depth", "depth")), "'depth' stands twice"),
+    "negative lambda": (lambda c: c.sparsity.update(lambda_=-1e-4), "sparsity.lambda_=-0.0001"),
+    "unknown metric": (lambda c: c.sparsity.update(metric="sgd"), "sparsity.metric='sgd'.*adaptive, plain"),
+    "unknown scope": (lambda c: c.sparsity.update(scope="neck"), "sparsity.scope='neck'.*backbone, all"),
+    "odd size": (lambda c: c.data.update(size=(30, 48)), r"data.size=\(30, 48\).*multiples of the output stride 8"),
+    "depth": (lambda c: c.model.update(depth=34), "model.depth=34.*18, 50, 101"),
+    "dtype": (lambda c: c.model.update(dtype="float16"), "'float16'.*float32, bfloat16"),
+    "depth target": (lambda c: c.data.update(depth_target="feet"), "'feet'.*'normalized' or 'metres'"),
+    "no batch": (lambda c: c.train.update(batch_size=0), "train.batch_size=0"),
+    "schedule": (lambda c: c.optimizer.update(schedule="step"), "'step'.*constant, cosine, plateau"),
+    "rate": (lambda c: c.optimizer.update(learning_rate=-1.0), "optimizer.learning_rate=-1.0"),
+    "dropout": (lambda c: c.model.update(dropout=1.0), "model.dropout=1.0"),
+    "weighting": (lambda c: c.loss.update(weighting="pcgrad"), "'pcgrad'.*uncertainty, equal, fixed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_settings_are_named(config, case):
+    change, message = BAD_CONFIGS[case]
+    change(config)
+    with pytest.raises(UserError, match=message):
+        train.setup(config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tasks": ("edge",), "loss.weighting": "equal"},
+        {"tasks": ("depth",), "data.depth_target": "metres", "loss.weighting": "fixed", "sparsity.metric": "plain"},
+        {"tasks": ("normals", "segmentation"), "model.dtype": "bfloat16", "data.flip": True, "data.max_scale": 1.5},
+    ],
+    ids=["edge alone", "depth in metres, plain prox", "bfloat16 with augmentation"],
+)
+def test_variants_run_to_their_report(config, tmp_path, settings):
+    config.update_from_flattened_dict(settings)
+    config.train.epochs = 1
+    config.model.dropout = 0.0
+    results = train.train(config, tmp_path)
+    assert list(results["headlines"]) == list(settings["tasks"])
+    assert all(np.isfinite(value) for value in results["test"].values())
