@@ -23,9 +23,9 @@ def _train(config, workdir):
 
 
 def _evaluate(config, workdir):
-    from mtl_sparse import train
+    from mtl_sparse import results
 
-    train.evaluate_best(config, workdir)
+    results.evaluate_best(config, workdir)
 
 
 def _report(config, workdir):

@@ -2,53 +2,23 @@
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-from importlib import metadata
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from clu import parameter_overview
 from flax import jax_utils
 
-from input_pipeline import datasets, loader
-from input_pipeline.transforms import Transform
-from mtl_sparse import checkpoints, evaluate, logs, optim, weighting
-from mtl_sparse import tasks as tasks_lib
+from input_pipeline import loader
+from mtl_sparse import checkpoints, evaluate, logs, optim, results, weighting
 from mtl_sparse.errors import UserError
-from mtl_sparse.models import multitask
-from mtl_sparse.models.resnet import OUTPUT_STRIDE
-from mtl_sparse.report import plots, records, tables
+from mtl_sparse.report import records
+from mtl_sparse.run import AXIS, Run, TrainState, setup
 from mtl_sparse.sparsity import stats
-
-AXIS = "devices"
-_VERSIONED = ("mtl-sparse", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step changes.
-
-    Attributes:
-      step: int32 [], steps taken.
-      params: {"model": the model's parameters, "weighting": learned loss weights}.
-      batch_stats: BatchNorm's running statistics.
-      opt_state: of `optim.build`.
-    """
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-    @property
-    def variables(self):
-        """What `model.apply` takes."""
-        return {"params": self.params["model"], "batch_stats": self.batch_stats}
 
 
 @dataclasses.dataclass
@@ -66,106 +36,6 @@ class Progress:
     stale_epochs: int = 0
     plateau_epochs: int = 0
     stopped: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a config stands for: its tasks, data, model and optimizer."""
-
-    config: Any
-    tasks: tuple[tasks_lib.Task, ...]
-    data: datasets.Data
-    model: multitask.MultiTaskModel
-    tx: Any
-    steps_per_epoch: int
-    total_steps: int
-
-    def train_transform(self) -> Transform:
-        data = self.config.data
-        return Transform(tuple(data.size), data.depth_target, data.flip, data.max_scale)
-
-    def eval_transform(self) -> Transform:
-        return Transform(tuple(self.config.data.size), self.config.data.depth_target)
-
-    def train_batches(self, start_step: int):
-        """Host batches from the one of step `start_step` on, without end."""
-        return loader.train_batches(
-            self.data.train,
-            self.train_transform(),
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            num_workers=self.config.run.num_workers,
-        )
-
-    def eval_batches(self, split: str):
-        """Host batches of a split, once, padded to what the devices share equally."""
-        devices = jax.local_device_count()
-        return loader.eval_batches(
-            getattr(self.data, split),
-            self.eval_transform(),
-            batch_size=-(-self.config.train.eval_batch_size // devices) * devices,
-            num_workers=self.config.run.num_workers,
-        )
-
-    def init_state(self) -> TrainState:
-        """The state before the first step, a function of the seed alone."""
-        height, width = self.config.data.size
-
-        @jax.jit
-        def init(key):
-            variables = self.model.init(key, jnp.zeros((1, height, width, 3)))
-            params = {
-                "model": variables["params"],
-                "weighting": weighting.init(self.config.loss.weighting, [task.name for task in self.tasks]),
-            }
-            step = jnp.zeros([], jnp.int32)
-            return TrainState(step, params, variables["batch_stats"], self.tx.init(params))
-
-        return init(jax.random.key(self.config.seed))
-
-
-def check_config(config) -> None:
-    """Raises UserError for settings that cannot work; what only the data can tell is checked with the data."""
-    for name, value in (
-        ("train.batch_size", config.train.batch_size),
-        ("train.eval_batch_size", config.train.eval_batch_size),
-        ("train.epochs", config.train.epochs),
-        ("run.log_every_steps", config.run.log_every_steps),
-        ("run.checkpoint_every_steps", config.run.checkpoint_every_steps),
-        ("model.width", config.model.width),
-        ("model.head_features", config.model.head_features),
-        ("data.num_classes", config.data.num_classes),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value}: it must be at least 1")
-    size = tuple(config.data.size)
-    if len(size) != 2 or any(side < OUTPUT_STRIDE or side % OUTPUT_STRIDE for side in size):
-        raise UserError(f"data.size={size}: (height, width), both multiples of the output stride {OUTPUT_STRIDE}")
-    if config.data.depth_target not in ("normalized", "metres"):
-        raise UserError(f"unknown data.depth_target={config.data.depth_target!r}; it is 'normalized' or 'metres'")
-    if not 0 <= config.model.dropout < 1:
-        raise UserError(f"model.dropout={config.model.dropout}: it must be in [0, 1)")
-    devices = jax.local_device_count()
-    if config.train.batch_size % devices:
-        raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {devices} devices")
-    optim.check(config)
-    weighting.check(config.loss.weighting, config.loss.weights, config.tasks)
-
-
-def setup(config) -> Run:
-    """Checks a config and opens all that it names.
-
-    Raises:
-      UserError: a setting or data that cannot work, named.
-    """
-    check_config(config)
-    tasks = tasks_lib.resolve(config)
-    model = multitask.build(config.model, tasks, axis_name=AXIS)
-    data = datasets.load(config.data)
-    steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
-    total_steps = config.train.epochs * steps_per_epoch
-    return Run(config, tasks, data, model, optim.build(config, total_steps), steps_per_epoch, total_steps)
 
 
 def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed: int):
@@ -252,7 +122,7 @@ def train(config, workdir: str | pathlib.Path) -> dict:
     saved = checkpoints.Checkpoints(workdir)
     try:
         _fit(run, workdir, saved)
-        return _report(run, workdir, saved)
+        return results.write(run, workdir, saved)
     finally:
         saved.close()
 
@@ -260,12 +130,12 @@ def train(config, workdir: str | pathlib.Path) -> dict:
 def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> None:
     """The loop: from the latest checkpoint to the last step or an early stop."""
     config = run.config
-    state, progress = jax.device_get(run.init_state()), Progress()
     if saved.step("latest") is not None:
-        state, restored = saved.restore("latest", state)
+        state, restored = saved.restore("latest", run.state_shapes())
         progress = Progress(**restored)
         logging.info("Going on from step %d of %s", int(state.step), workdir)
     else:
+        state, progress = jax.device_get(run.init_state()), Progress()
         _log_overview(state, workdir)
     start = int(state.step)
     if start >= run.total_steps or progress.stopped:
@@ -371,85 +241,8 @@ def _say_epoch(run, step, values, sparsity, improved):
 
 def _log_overview(state, workdir):
     """Every parameter into parameters.txt; in the log, one number a part of the model."""
-    from clu import parameter_overview
-
     overview = parameter_overview.get_parameter_overview(state.params["model"], include_stats=False)
     (workdir / "parameters.txt").write_text(overview + "\n")
     parts = {part: parameter_overview.count_parameters(tree) for part, tree in sorted(state.params["model"].items())}
     counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
     logging.info("Parameters: %s (each one in %s)", counts, workdir / "parameters.txt")
-
-
-def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
-    """Evaluates the best checkpoint of a run on the test split and writes its report again."""
-    run = setup(config)
-    workdir = pathlib.Path(workdir).expanduser()
-    saved = checkpoints.Checkpoints(workdir)
-    try:
-        return _report(run, workdir, saved)
-    finally:
-        saved.close()
-
-
-def _report(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> dict:
-    """Test metrics of the best checkpoint, the constant predictor's beside them; results.json, plots, table."""
-    config = run.config
-    like = jax.eval_shape(run.init_state)
-    state, _ = saved.restore("best", like)
-    logging.info("Evaluating the best checkpoint (step %d) on %d test frames", int(state.step), len(run.data.test))
-    evaluator = evaluate.make_evaluator(run.model, run.tasks)
-    test = evaluator(jax_utils.replicate(state.variables), run.eval_batches("test"))
-    constants = evaluate.constant_predictions(run.tasks, run.eval_batches("train"))
-    constant = evaluate.evaluate_constant(run.tasks, constants, run.eval_batches("test"))
-    sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
-    results = {
-        "test": test,
-        "constant": constant,
-        "headlines": {
-            task.name: {"metric": f"{task.name}/{task.headline}", "higher_is_better": task.higher_is_better}
-            for task in run.tasks
-        },
-        "sparsity": {
-            "group": sparsity.group,
-            "parameter": sparsity.parameter,
-            "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],
-        },
-        "step": int(state.step),
-        "seed": config.seed,
-        "frames": {split: len(names) for split, names in run.data.names.items()},
-        "config": json.loads(config.to_json()),
-        "versions": {name: _version(name) for name in _VERSIONED},
-        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
-    }
-    records.write_json(workdir / "results.json", results)
-    records.write_json(workdir / "splits.json", run.data.names)
-    _save_samples(run, workdir, state.variables)
-    plots.draw(workdir)
-    print(tables.run_table(results))
-    print(f"\nresults, metrics and plots are in {workdir}")
-    return results
-
-
-def _save_samples(run, workdir, variables):
-    """Test frames spread over the split, with labels and predictions, for the sheet of pictures."""
-    frames = run.data.test
-    count = min(run.config.run.sample_frames, len(frames))
-    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
-    transform = run.eval_transform()
-    examples = [transform(frames[int(index)]) for index in chosen]
-    batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-    predict = jax.jit(functools.partial(evaluate.predict, run.model, run.tasks))
-    records.write_samples(
-        workdir,
-        images=batch["image"],
-        names=[run.data.names["test"][index] for index in chosen],
-        labels={task.name: batch[task.label] for task in run.tasks},
-        predictions=jax.device_get(predict(variables, batch["image"])),
-    )
-
-
-def _version(name):
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -5,7 +5,9 @@ import pathlib
 import shutil
 import tempfile
 
-# Most of the suite's time is XLA compiling the same small models, some of it in subprocesses: compile each once.
+# Most of the suite's time is XLA compiling small models that run a few steps, some of them in subprocesses: do not
+# optimise the code, and compile each model once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

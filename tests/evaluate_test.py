@@ -4,7 +4,8 @@ import pytest
 from flax import jax_utils
 
 from input_pipeline import loader
-from mtl_sparse import evaluate, train
+from mtl_sparse import evaluate
+from mtl_sparse import run as run_lib
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +14,7 @@ def run(rooms):
 
     config = tiny(rooms)
     config.tasks = ("segmentation", "depth", "normals", "edge")
-    return train.setup(config)
+    return run_lib.setup(config)
 
 
 def batches(run, split, batch_size):

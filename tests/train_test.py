@@ -15,6 +15,8 @@ from flax import jax_utils
 
 from input_pipeline import loader
 from mtl_sparse import checkpoints, optim, train
+from mtl_sparse import results as results_lib
+from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from tests.conftest import tiny
 
@@ -73,7 +75,7 @@ def test_evaluating_with_another_models_config_names_what_differs(finished, room
     config = tiny(rooms)
     config.model.width = 8
     with pytest.raises(UserError, match="checkpoint .* is of another model.*backbone"):
-        train.evaluate_best(config, finished[0])
+        results_lib.evaluate_best(config, finished[0])
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(finished, rooms, tmp_path):
@@ -121,7 +123,7 @@ def five_losses(rooms):
     config.model.width = 8
     config.optimizer.learning_rate = 1e-4
     config.sparsity.lambda_ = 1e-5
-    run = train.setup(config)
+    run = run_lib.setup(config)
     state, step_fn = jax_utils.replicate(run.init_state()), train.make_train_step(run)
     batches, losses = run.train_batches(0), []
     for _ in range(5):
@@ -137,7 +139,8 @@ from tests.train_test import five_losses
 assert jax.local_device_count() == 4
 print(json.dumps(five_losses({str(rooms)!r})))
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     four = json.loads(done.stdout.splitlines()[-1])
@@ -158,7 +161,7 @@ def test_without_penalty_a_step_is_adams(rooms):
     config.sparsity.lambda_ = 0.0
     config.model.dropout = 0.0
     config.optimizer.schedule = "constant"
-    run = train.setup(config)
+    run = run_lib.setup(config)
     state = run.init_state()
     batch = next(run.train_batches(0))
 
@@ -185,7 +188,7 @@ def test_without_penalty_a_step_is_adams(rooms):
 
 
 def test_a_step_that_is_not_finite_stops_with_the_step_named(rooms, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Run, "train_batches", broken_at_third(train.Run.train_batches))
+    monkeypatch.setattr(run_lib.Run, "train_batches", broken_at_third(run_lib.Run.train_batches))
     with pytest.raises(UserError, match=r"not finite at step 3 \(.*grad_norm=nan.*checkpoint of step 2 is kept"):
         train.train(tiny(rooms), tmp_path)
     saved = checkpoints.Checkpoints(tmp_path)
@@ -206,7 +209,7 @@ def test_early_stop_and_plateau(rooms):
     config = tiny(rooms)
     config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-4)
     config.train.early_stop_epochs = 5
-    run = train.setup(config)
+    run = run_lib.setup(config)
     state = run.init_state()
     state = state.replace(opt_state=run.tx.init(state.params))
     progress, rates, stopped = train.Progress(), [], []
@@ -220,7 +223,7 @@ def test_early_stop_and_plateau(rooms):
 
 
 def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
-    tasks = train.setup(tiny(rooms)).tasks
+    tasks = run_lib.setup(tiny(rooms)).tasks
     values = {"segmentation/loss": 4.0, "depth/loss": 0.5, "normals/loss": 0.5}
     assert train.validation_score(values, tasks) == pytest.approx(1.0)
 
@@ -249,7 +252,7 @@ def test_bad_settings_are_named(config, case):
     change, message = BAD_CONFIGS[case]
     change(config)
     with pytest.raises(UserError, match=message):
-        train.setup(config)
+        run_lib.setup(config)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pathlib
 import jax
 import pytest
 
-from mtl_sparse import optim, tasks, train
+from mtl_sparse import optim, tasks
+from mtl_sparse import run as run_lib
 from mtl_sparse.models import multitask
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
@@ -13,7 +14,7 @@ CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parents[2] / "con
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_valid_and_initialises(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    train.check_config(config)
+    run_lib.check_config(config)
     rows = tasks.resolve(config)
     model = multitask.build(config.model, rows)
     images = jax.ShapeDtypeStruct((1, *config.data.size, 3), "float32")

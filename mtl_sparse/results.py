@@ -1,0 +1,93 @@
+"""The end of a run: its best checkpoint on the test split, results.json, pictures and the table."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from importlib import metadata
+
+import jax
+import numpy as np
+from absl import logging
+from flax import jax_utils
+
+from mtl_sparse import checkpoints, evaluate
+from mtl_sparse import run as run_lib
+from mtl_sparse.report import plots, records, tables
+from mtl_sparse.sparsity import stats
+
+_VERSIONED = ("mtl-sparse", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
+    """Evaluates the best checkpoint of a run on the test split and writes its report again."""
+    run = run_lib.setup(config)
+    workdir = pathlib.Path(workdir).expanduser()
+    saved = checkpoints.Checkpoints(workdir)
+    try:
+        return write(run, workdir, saved)
+    finally:
+        saved.close()
+
+
+def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> dict:
+    """Evaluates the best checkpoint and the constant predictor; writes results.json and plots, prints the table."""
+    config = run.config
+    state, _ = saved.restore("best", run.state_shapes())
+    logging.info("Evaluating the best checkpoint (step %d) on %d test frames", int(state.step), len(run.data.test))
+    evaluator = evaluate.make_evaluator(run.model, run.tasks)
+    test = evaluator(jax_utils.replicate(state.variables), run.eval_batches("test"))
+    constants = evaluate.constant_predictions(run.tasks, run.eval_batches("train"))
+    constant = evaluate.evaluate_constant(run.tasks, constants, run.eval_batches("test"))
+    sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
+    results = {
+        "test": test,
+        "constant": constant,
+        "headlines": {
+            task.name: {"metric": f"{task.name}/{task.headline}", "higher_is_better": task.higher_is_better}
+            for task in run.tasks
+        },
+        "sparsity": {
+            "group": sparsity.group,
+            "parameter": sparsity.parameter,
+            "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],
+        },
+        "step": int(state.step),
+        "seed": config.seed,
+        "frames": {split: len(names) for split, names in run.data.names.items()},
+        "config": json.loads(config.to_json()),
+        "versions": {name: _version(name) for name in _VERSIONED},
+        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+    }
+    records.write_json(workdir / "results.json", results)
+    records.write_json(workdir / "splits.json", run.data.names)
+    _save_samples(run, workdir, state.variables)
+    plots.draw(workdir)
+    print(tables.run_table(results))
+    print(f"\nresults, metrics and plots are in {workdir}")
+    return results
+
+
+def _save_samples(run, workdir, variables):
+    """Test frames spread over the split, with labels and predictions, for the sheet of pictures."""
+    frames = run.data.test
+    count = min(run.config.run.sample_frames, len(frames))
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    transform = run.eval_transform()
+    examples = [transform(frames[int(index)]) for index in chosen]
+    batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    predict = jax.jit(functools.partial(evaluate.predict, run.model, run.tasks))
+    records.write_samples(
+        workdir,
+        images=batch["image"],
+        names=[run.data.names["test"][index] for index in chosen],
+        labels={task.name: batch[task.label] for task in run.tasks},
+        predictions=jax.device_get(predict(variables, batch["image"])),
+    )
+
+
+def _version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

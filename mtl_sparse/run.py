@@ -1,0 +1,151 @@
+"""What a config stands for: checked settings, opened data, tasks, model, optimizer, first state."""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from input_pipeline import datasets, loader
+from input_pipeline.transforms import Transform
+from mtl_sparse import optim, weighting
+from mtl_sparse import tasks as tasks_lib
+from mtl_sparse.errors import UserError
+from mtl_sparse.models import multitask
+from mtl_sparse.models.resnet import OUTPUT_STRIDE
+
+AXIS = "devices"  # the pmap axis of a training step
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 [], steps taken.
+      params: {"model": the model's parameters, "weighting": learned loss weights}.
+      batch_stats: BatchNorm's running statistics.
+      opt_state: of `optim.build`.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self):
+        """What `model.apply` takes."""
+        return {"params": self.params["model"], "batch_stats": self.batch_stats}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config made real.
+
+    Attributes:
+      config: as from configs/nyu.py.
+      tasks: its rows of the task table.
+      data: sources of stored frames.
+      model: with BatchNorm and dropout of the training step's axis.
+      tx: the optimizer.
+      steps_per_epoch, total_steps: of the whole run.
+    """
+
+    config: Any
+    tasks: tuple[tasks_lib.Task, ...]
+    data: datasets.Data
+    model: multitask.MultiTaskModel
+    tx: Any
+    steps_per_epoch: int
+    total_steps: int
+
+    def train_transform(self) -> Transform:
+        data = self.config.data
+        return Transform(tuple(data.size), data.depth_target, data.flip, data.max_scale)
+
+    def eval_transform(self) -> Transform:
+        return Transform(tuple(self.config.data.size), self.config.data.depth_target)
+
+    def train_batches(self, start_step: int):
+        """Host batches from the one of step `start_step` on, without end."""
+        return loader.train_batches(
+            self.data.train,
+            self.train_transform(),
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            num_workers=self.config.run.num_workers,
+        )
+
+    def eval_batches(self, split: str):
+        """Host batches of a split, once, padded to what the devices share equally."""
+        devices = jax.local_device_count()
+        return loader.eval_batches(
+            getattr(self.data, split),
+            self.eval_transform(),
+            batch_size=-(-self.config.train.eval_batch_size // devices) * devices,
+            num_workers=self.config.run.num_workers,
+        )
+
+    def init_state(self) -> TrainState:
+        """The state before the first step, a function of the seed alone."""
+        # Without optimisation: a hundred small random draws run once, but take XLA long to optimise.
+        init = jax.jit(self._init, compiler_options={"xla_backend_optimization_level": 0})
+        return init(jax.random.key(self.config.seed))
+
+    def state_shapes(self) -> TrainState:
+        """`init_state` as jax.ShapeDtypeStruct, without computing it."""
+        return jax.eval_shape(self._init, jax.random.key(self.config.seed))
+
+    def _init(self, key):
+        height, width = self.config.data.size
+        variables = self.model.init(key, jnp.zeros((1, height, width, 3)))
+        params = {
+            "model": variables["params"],
+            "weighting": weighting.init(self.config.loss.weighting, [task.name for task in self.tasks]),
+        }
+        return TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], self.tx.init(params))
+
+
+def setup(config) -> Run:
+    """Checks a config and opens all that it names.
+
+    Raises:
+      UserError: a setting or data that cannot work, named.
+    """
+    check_config(config)
+    tasks = tasks_lib.resolve(config)
+    model = multitask.build(config.model, tasks, axis_name=AXIS)
+    data = datasets.load(config.data)
+    steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
+    total_steps = config.train.epochs * steps_per_epoch
+    return Run(config, tasks, data, model, optim.build(config, total_steps), steps_per_epoch, total_steps)
+
+
+def check_config(config) -> None:
+    """Raises UserError for settings that cannot work; what only the data can tell is checked with the data."""
+    for name, value in (
+        ("train.batch_size", config.train.batch_size),
+        ("train.eval_batch_size", config.train.eval_batch_size),
+        ("train.epochs", config.train.epochs),
+        ("run.log_every_steps", config.run.log_every_steps),
+        ("run.checkpoint_every_steps", config.run.checkpoint_every_steps),
+        ("model.width", config.model.width),
+        ("model.head_features", config.model.head_features),
+        ("data.num_classes", config.data.num_classes),
+    ):
+        if value < 1:
+            raise UserError(f"{name}={value}: it must be at least 1")
+    size = tuple(config.data.size)
+    if len(size) != 2 or any(side < OUTPUT_STRIDE or side % OUTPUT_STRIDE for side in size):
+        raise UserError(f"data.size={size}: (height, width), both multiples of the output stride {OUTPUT_STRIDE}")
+    if config.data.depth_target not in ("normalized", "metres"):
+        raise UserError(f"unknown data.depth_target={config.data.depth_target!r}; it is 'normalized' or 'metres'")
+    if not 0 <= config.model.dropout < 1:
+        raise UserError(f"model.dropout={config.model.dropout}: it must be in [0, 1)")
+    devices = jax.local_device_count()
+    if config.train.batch_size % devices:
+        raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {devices} devices")
+    optim.check(config)
+    weighting.check(config.loss.weighting, config.loss.weights, config.tasks)

@@ -1,0 +1,64 @@
+"""The real frames, where they are: `../shared/data` beside the project. Never part of the repository."""
+
+import importlib.util
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import datasets
+from mtl_sparse import train
+from tests.conftest import tiny
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.skipif(not (SHARED / "nyuv2_320x240.tar").exists(), reason="the real frames are not here"),
+]
+
+
+@pytest.fixture(scope="module")
+def nyu(tmp_path_factory):
+    """An NYUD_MT folder of 20 real training and 6 test frames, as `expand.py` lays them out."""
+    spec = importlib.util.spec_from_file_location("expand", SHARED / "expand.py")
+    expand = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(expand)
+    root = tmp_path_factory.mktemp("real") / "NYUD_MT"
+    for kind in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
+        (root / kind).mkdir(parents=True)
+    with tarfile.open(SHARED / "nyuv2_320x240.tar") as archive:
+        for split, count in (("train", 20), ("val", 6)):
+            names = archive.extractfile(f"{split}.txt").read().decode().split()[:count]
+            (root / "gt_sets" / f"{split}.txt").write_text("\n".join(names))
+            for name in names:
+                image = archive.extractfile(f"rgb/{name}.jpg").read()
+                (root / "images" / f"{name}.jpg").write_bytes(image)
+                label = expand.read_png(archive, f"label40/{name}.png")
+                label[label == 40] = 0
+                Image.fromarray(label).save(root / "segmentation" / f"{name}.png")
+                depth = expand.metres(expand.read_png(archive, f"depth/{name}.png"))
+                np.save(root / "depth" / f"{name}.npy", depth)
+                np.save(root / "normals" / f"{name}.npy", expand.normals_from_depth(depth))
+                np.save(root / "edge" / f"{name}.npy", expand.boundaries(label))
+    return root
+
+
+def test_real_frames_load_and_train(nyu, tmp_path):
+    config = tiny(nyu)
+    config.data.flip, config.data.max_scale = True, 1.5
+    results = train.train(config, tmp_path)
+    assert results["frames"] == {"train": 18, "validation": 2, "test": 6}
+    assert all(np.isfinite(value) for value in results["test"].values())
+
+
+def test_real_labels_are_in_the_documented_units(nyu):
+    frame = datasets.load(tiny(nyu).data).test[0]
+    assert frame["image"].shape == (240, 320, 3)
+    assert frame["depth"].min() > 0.3 and frame["depth"].max() < 10.1
+    np.testing.assert_allclose(np.linalg.norm(frame["normals"], axis=-1), 1, atol=1e-4)
+    assert set(np.unique(frame["segmentation"])) <= set(range(40))
+    # floors face up (y points down) and walls are upright
+    floor = frame["segmentation"][..., 0] == 2
+    assert floor.sum() == 0 or frame["normals"][floor][:, 1].mean() < -0.5
