@@ -11,7 +11,8 @@ from absl import logging
 from input_pipeline import nyud_mt, synthetic
 from mtl_sparse.errors import UserError
 
-DATASETS = {"nyud_mt": (nyud_mt.NyudMt, nyud_mt.fingerprint)}
+# A data set is a module with a TFDS `BUILDER`, the `fingerprint` of a published folder, and its `CLASSES`.
+DATASETS = {"nyud_mt": nyud_mt}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,12 @@ def load(config) -> Data:
     """
     if config.name not in DATASETS:
         raise UserError(f"unknown data set config.data.name={config.name!r}; known: {', '.join(DATASETS)}")
-    builder_class, fingerprint = DATASETS[config.name]
+    dataset = DATASETS[config.name]
+    if config.num_classes < len(dataset.CLASSES):
+        raise UserError(
+            f"config.data.num_classes={config.num_classes}: the labels of {config.name} have "
+            f"{len(dataset.CLASSES)} classes"
+        )
     if config.rooms.frames > 0:
         folder = synthetic.render_folder(**config.rooms)
     elif config.folder:
@@ -47,25 +53,25 @@ def load(config) -> Data:
     else:
         folder = None
     prepared = pathlib.Path(config.prepared or f"{folder}.tfds").expanduser()
-    target = prepared / config.name / str(builder_class.VERSION)
+    target = prepared / config.name / str(dataset.BUILDER.VERSION)
 
     if not target.is_dir():
         if folder is None:
             raise UserError(f"no prepared data in {target}; set config.data.folder so that it can be prepared")
-        fingerprint(folder)  # what is missing is said before anything is written
+        dataset.fingerprint(folder)  # what is missing is said before anything is written
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(
                 "preparing data needs TensorFlow (training on prepared data does not): pip install "
                 f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here"
             )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
-        builder = builder_class(data_dir=str(prepared), file_format="array_record")
+        builder = dataset.BUILDER(data_dir=str(prepared), file_format="array_record")
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
         )
     builder = tfds.builder_from_directory(str(target))
     metadata = builder.info.metadata
-    if folder is not None and folder.is_dir() and fingerprint(folder) != metadata["fingerprint"]:
+    if folder is not None and folder.is_dir() and dataset.fingerprint(folder) != metadata["fingerprint"]:
         raise UserError(
             f"{folder} has changed since {prepared} was prepared from it; delete {prepared} to prepare it again"
         )

@@ -75,6 +75,9 @@ class NyudMt(tfds.core.GeneratorBasedBuilder):
             yield index, read_frame(folder, name)
 
 
+BUILDER = NyudMt
+
+
 def read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
     """Frame names of the splits train, validation and test of an `NYUD_MT` folder.
 

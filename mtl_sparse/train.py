@@ -164,6 +164,8 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
             if epoch_ends:
                 values = evaluator(state.variables, run.eval_batches("validation"))
                 score = validation_score(values, run.tasks)
+                if not math.isfinite(score):
+                    logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
                 sparsity = stats.sparsity(jax_utils.unreplicate(state.params["model"]), config.sparsity.scope)
                 values |= {
                     "score": score,

@@ -243,6 +243,7 @@ BAD_CONFIGS = {
     "schedule": (lambda c: c.optimizer.update(schedule="step"), "'step'.*constant, cosine, plateau"),
     "rate": (lambda c: c.optimizer.update(learning_rate=-1.0), "optimizer.learning_rate=-1.0"),
     "dropout": (lambda c: c.model.update(dropout=1.0), "model.dropout=1.0"),
+    "too few classes": (lambda c: c.data.update(num_classes=13), "num_classes=13.*40 classes"),
     "weighting": (lambda c: c.loss.update(weighting="pcgrad"), "'pcgrad'.*uncertainty, equal, fixed"),
 }
 
