@@ -21,6 +21,9 @@ from mtl_sparse.run import AXIS, Run, TrainState, setup
 from mtl_sparse.sparsity import stats
 
 
+_STEPS_AHEAD = 2  # steps that the host may queue before the device has done them
+
+
 @dataclasses.dataclass
 class Progress:
     """What the loop itself remembers from epoch to epoch; part of every checkpoint.
@@ -156,6 +159,8 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
         for step in range(start + 1, run.total_steps + 1):
             state, scalars = step_fn(state, next(batches))
             pending.append((step, scalars))
+            if len(pending) > _STEPS_AHEAD:  # or the host queues steps without end, and the rate it tells is wrong
+                jax.block_until_ready(pending[-1 - _STEPS_AHEAD])
             report_progress(step)
             epoch_ends = step % run.steps_per_epoch == 0
             saves = step % config.run.checkpoint_every_steps == 0
