@@ -20,7 +20,6 @@ from mtl_sparse.report import records
 from mtl_sparse.run import AXIS, Run, TrainState, setup
 from mtl_sparse.sparsity import stats
 
-
 _STEPS_AHEAD = 2  # steps that the host may queue before the device has done them
 
 
