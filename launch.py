@@ -66,13 +66,16 @@ def main(argv):
     workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
-    JOBS[_JOB.value][0](_CONFIG.value, workdir)
+    config = _CONFIG.value
+    # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
+    config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
+    JOBS[_JOB.value][0](config, workdir)
 
 
 def _worth_reading(record):
     """Whether a log line is ours, or a warning: checkpoint and data libraries tell every file they touch."""
-    ours = any(name in record.pathname for name in ("mtl_sparse", "input_pipeline", "clu"))
-    return ours or record.levelno > stdlib_logging.INFO
+    package = set(pathlib.Path(record.pathname).parts[-3:-1])
+    return package & {"mtl_sparse", "input_pipeline", "clu"} or record.levelno > stdlib_logging.INFO
 
 
 def _parse(argv):

@@ -17,12 +17,13 @@ DATASETS = {"nyud_mt": nyud_mt}
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Random-access sources of stored frames, and the frame names of each split."""
+    """Random-access sources of stored frames, the frame names of each split, and a digest of the published folder."""
 
     train: Sequence
     validation: Sequence
     test: Sequence
     names: dict[str, list[str]]
+    fingerprint: str
 
 
 def load(config) -> Data:
@@ -33,16 +34,21 @@ def load(config) -> Data:
     TensorFlow.
 
     Raises:
-      UserError: an unknown data set, a folder that is missing or damaged, or that changed after it was
-        prepared, no TensorFlow to prepare with.
+      UserError: an unknown data set, rooms and a folder at once, a folder that is missing or damaged, or that
+        changed after it was prepared, no TensorFlow to prepare with.
     """
     if config.name not in DATASETS:
         raise UserError(f"unknown data set config.data.name={config.name!r}; known: {', '.join(DATASETS)}")
     dataset = DATASETS[config.name]
-    if config.num_classes < len(dataset.CLASSES):
+    if config.num_classes != len(dataset.CLASSES):
         raise UserError(
             f"config.data.num_classes={config.num_classes}: the labels of {config.name} have "
             f"{len(dataset.CLASSES)} classes"
+        )
+    if config.rooms.frames > 0 and (config.folder or config.prepared):
+        raise UserError(
+            f"this config renders embedded rooms, but config.data.folder={config.folder!r} and config.data.prepared="
+            f"{config.prepared!r} name data, too; to use those, add --config.data.rooms.frames=0"
         )
     if config.rooms.frames > 0:
         folder = synthetic.render_folder(**config.rooms)
@@ -76,4 +82,4 @@ def load(config) -> Data:
             f"{folder} has changed since {prepared} was prepared from it; delete {prepared} to prepare it again"
         )
     sources = {split: builder.as_data_source(split=split) for split in ("train", "validation", "test")}
-    return Data(**sources, names=metadata["splits"])
+    return Data(**sources, names=metadata["splits"], fingerprint=metadata["fingerprint"])

@@ -46,7 +46,6 @@ def eval_batches(
     transform,
     *,
     batch_size: int,
-    num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -54,7 +53,7 @@ def eval_batches(
     total = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(total).map(_PaddedExample(source, transform))
     dataset = dataset[process_index::process_count].batch(batch_size // process_count)
-    return iter(_prefetched(dataset, num_workers))
+    return iter(_prefetched(dataset, num_workers=0))  # starting processes would take longer than a split
 
 
 class _PaddedExample:
@@ -70,7 +69,7 @@ class _PaddedExample:
 
 def _prefetched(dataset, num_workers):
     if num_workers == 0:
-        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which a notebook never parses
         flags.FLAGS.mark_as_parsed()
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

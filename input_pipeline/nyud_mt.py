@@ -120,12 +120,16 @@ def read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-    """Digest of the frame lists and of the listed files' sizes: changes when the folder's content does."""
+    """Digest of the frame lists, and of the size and the last 4 KiB of each listed file."""
     digest = hashlib.sha256()
     for split, names in read_splits(folder).items():
         for name in names:
-            sizes = [_existing(folder, key, name).stat().st_size for key in _FILES]
-            digest.update(f"{split} {name} {sizes}\n".encode())
+            digest.update(f"{split} {name}\n".encode())
+            for key in _FILES:
+                with _existing(folder, key, name).open("rb") as file:
+                    size = file.seek(0, 2)
+                    file.seek(max(0, size - 4096))
+                    digest.update(f"{size} ".encode() + file.read())
     return digest.hexdigest()[:16]
 
 
@@ -136,7 +140,10 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
       UserError: a missing or unreadable file, a label of another size than the image, a class outside 0..40.
     """
     path = _existing(folder, "image", name)
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    data = path.read_bytes()
+    # OpenCV fills what a cut JPEG lacks with grey; its end-of-image marker tells.
+    whole = b"\xff\xd9" in data[-4096:] or not data.startswith(b"\xff\xd8")
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data and whole else None
     if image is None:
         raise UserError(f"image {path} cannot be decoded; replace the file or take {name} out of gt_sets")
     path = _existing(folder, "segmentation", name)
@@ -161,6 +168,8 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
             f"label {folder / _FILES['segmentation'].format(name)} has class {segmentation.max()}; the classes "
             f"are 0 (void) to {len(CLASSES)}"
         )
+    if not ((frame["edge"] >= 0) & (frame["edge"] <= 1)).all():
+        raise UserError(f"label {folder / _FILES['edge'].format(name)} has values outside [0, 1]; replace the file")
     # What was not measured is stored as zero, whichever way the folder marks it.
     depth = np.nan_to_num(frame["depth"].astype(np.float32), nan=0, posinf=0, neginf=0)
     return {

@@ -25,6 +25,11 @@ def check(config) -> None:
         )
     if config.sparsity.scope not in groups.SCOPES:
         raise UserError(f"unknown sparsity.scope={config.sparsity.scope!r}; the scopes are {', '.join(groups.SCOPES)}")
+    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+        raise UserError(
+            f"optimizer.min_learning_rate={config.optimizer.min_learning_rate} is above "
+            f"optimizer.learning_rate={config.optimizer.learning_rate}"
+        )
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: it must be > 0")
 

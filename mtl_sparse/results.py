@@ -23,6 +23,7 @@ def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
     """Evaluates the best checkpoint of a run on the test split and writes its report again."""
     run = run_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
+    records.check(workdir, config, run.data)
     saved = checkpoints.Checkpoints(workdir)
     try:
         return write(run, workdir, saved)
@@ -60,7 +61,6 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
         "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
     }
     records.write_json(workdir / "results.json", results)
-    records.write_json(workdir / "splits.json", run.data.names)
     _save_samples(run, workdir, state.variables)
     plots.draw(workdir)
     print(tables.run_table(results))

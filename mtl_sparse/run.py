@@ -1,6 +1,7 @@
 """What a config stands for: checked settings, opened data, tasks, model, optimizer, first state."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax
@@ -85,7 +86,6 @@ class Run:
             getattr(self.data, split),
             self.eval_transform(),
             batch_size=-(-self.config.train.eval_batch_size // devices) * devices,
-            num_workers=self.config.run.num_workers,
         )
 
     def init_state(self) -> TrainState:
@@ -125,25 +125,43 @@ def setup(config) -> Run:
 
 def check_config(config) -> None:
     """Raises UserError for settings that cannot work; what only the data can tell is checked with the data."""
-    for name, value in (
-        ("train.batch_size", config.train.batch_size),
-        ("train.eval_batch_size", config.train.eval_batch_size),
-        ("train.epochs", config.train.epochs),
-        ("run.log_every_steps", config.run.log_every_steps),
-        ("run.checkpoint_every_steps", config.run.checkpoint_every_steps),
-        ("model.width", config.model.width),
-        ("model.head_features", config.model.head_features),
-        ("data.num_classes", config.data.num_classes),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value}: it must be at least 1")
+    at_least = {
+        "data.max_scale": 1,
+        "data.rooms.frames": 0,
+        "loss.label_smoothing": 0,
+        "model.bn_momentum": 0,
+        "model.dropout": 0,
+        "model.head_features": 1,
+        "model.width": 1,
+        "optimizer.weight_decay": 0,
+        "optimizer.b1": 0,
+        "optimizer.b2": 0,
+        "optimizer.plateau_epochs": 1,
+        "run.checkpoint_every_steps": 1,
+        "run.log_every_steps": 1,
+        "run.num_workers": 0,
+        "run.sample_frames": 1,
+        "train.batch_size": 1,
+        "train.early_stop_epochs": 0,
+        "train.epochs": 1,
+        "train.eval_batch_size": 1,
+    }
+    if config.data.rooms.frames > 0:
+        at_least |= {"data.rooms.test_frames": 1, "data.rooms.height": 8, "data.rooms.width": 8}
+    below_one = {"loss.label_smoothing", "model.bn_momentum", "model.dropout", "optimizer.b1", "optimizer.b2"}
+    for name, least in at_least.items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if not value >= least:
+            raise UserError(f"{name}={value}: it must be at least {least}")
+        if name in below_one and not value < 1:
+            raise UserError(f"{name}={value}: it must be below 1")
     size = tuple(config.data.size)
     if len(size) != 2 or any(side < OUTPUT_STRIDE or side % OUTPUT_STRIDE for side in size):
         raise UserError(f"data.size={size}: (height, width), both multiples of the output stride {OUTPUT_STRIDE}")
     if config.data.depth_target not in ("normalized", "metres"):
         raise UserError(f"unknown data.depth_target={config.data.depth_target!r}; it is 'normalized' or 'metres'")
-    if not 0 <= config.model.dropout < 1:
-        raise UserError(f"model.dropout={config.model.dropout}: it must be in [0, 1)")
+    if jax.process_count() > 1:
+        raise UserError("training over several processes is not supported yet; start one process for all devices")
     devices = jax.local_device_count()
     if config.train.batch_size % devices:
         raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {devices} devices")

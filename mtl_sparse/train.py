@@ -116,14 +116,20 @@ def train(config, workdir: str | pathlib.Path) -> dict:
       The contents of results.json.
 
     Raises:
-      UserError: see `setup`; a workdir of another config; a loss that is not finite.
+      UserError: see `setup`; a workdir of another config or data; a step, or every validation,
+        that is not finite.
     """
     run = setup(config)
     workdir = pathlib.Path(workdir).expanduser()
-    records.claim(workdir, config)
+    records.claim(workdir, config, run.data)
     saved = checkpoints.Checkpoints(workdir)
     try:
         _fit(run, workdir, saved)
+        if saved.step("best") is None:
+            raise UserError(
+                "validation was never finite, so there is no best checkpoint; keep sparsity.fixed_norm=True, or lower "
+                "sparsity.lambda_ or optimizer.learning_rate, in another --workdir"
+            )
         return results.write(run, workdir, saved)
     finally:
         saved.close()
@@ -210,7 +216,7 @@ def _write_pending(log, pending, saved):
             kept = f"the checkpoint of step {latest} is kept" if latest is not None else "none was saved yet"
             raise UserError(
                 f"training is not finite at step {step} ({', '.join(wrong)}); {kept}; try a lower "
-                "optimizer.learning_rate or sparsity.lambda_, and look at the data of that step"
+                "optimizer.learning_rate or sparsity.lambda_ in another --workdir, and look at the data of that step"
             )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     log.write(steps[-1], "train", means)

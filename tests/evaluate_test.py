@@ -33,8 +33,26 @@ def test_results_do_not_depend_on_the_batch_size(run):
             assert value == pytest.approx(whole[name], rel=1e-5), (batch_size, name)
 
 
-def test_metrics_of_a_perfect_and_of_a_constant_prediction(run):
-    """The constant predictor's metrics follow from the labels alone."""
+def test_perfect_predictions_have_perfect_metrics(run):
+    frames = [run.eval_transform()(frame) for frame in run.data.test]
+    perfect = {
+        "segmentation/miou": 1,
+        "segmentation/image_iou": 1,
+        "depth/mae_normalized": 0,
+        "depth/delta1_normalized": 1,
+    }
+    perfect |= {"normals/cosine": 1, "normals/within_11.25": 1, "edge/mae": 0}
+    for task in run.tasks:
+        label = np.stack([frame[task.label] for frame in frames])
+        prediction, _ = task.target(label)
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), jax.vmap(task.sums)(prediction, label))
+        for name, value in task.values(sums).items():
+            if f"{task.name}/{name}" in perfect:
+                assert value == pytest.approx(perfect.pop(f"{task.name}/{name}"), abs=1e-6)
+    assert not perfect
+
+
+def test_the_constant_predictors_metrics_follow_from_the_labels(run):
     constants = evaluate.constant_predictions(run.tasks, batches(run, "train", 7))
     values = evaluate.evaluate_constant(run.tasks, constants, batches(run, "test", 4))
     transform = run.eval_transform()

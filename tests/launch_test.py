@@ -55,13 +55,13 @@ def test_training_from_the_command_line(rooms, tmp_path):
         "--config.model.head_features=4",
         "--config.train.batch_size=8",
         "--config.train.epochs=1",
-        "--config.tasks=('normals',)",
+        "--config.tasks=normals,edge",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "**cosine**" in done.stdout and "% of groups zero" in done.stdout
     assert "checkpoint_manager" not in done.stderr, "only our own log lines"
     results = json.loads((workdir / "results.json").read_text())
-    assert results["config"]["tasks"] == ["normals"]
+    assert results["config"]["tasks"] == ["normals", "edge"]
     assert results["config"]["data"]["size"] == [32, 48]
 
     table = launch("--config=configs/demo.py", f"--workdir={workdir}", "--job=report")

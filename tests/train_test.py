@@ -56,6 +56,26 @@ def test_uncertainty_weights_are_trained(finished):
     assert (np.abs(np.diff(values, axis=0)) > 0).all()
 
 
+def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path):
+    """A strong lambda prunes within four steps; the report's count is that of the saved parameters."""
+    config.sparsity.update(lambda_=0.02, warmup_steps=0)
+    reported = train.train(config, tmp_path)["sparsity"]
+    assert 0.02 < reported["group"] < 1
+    saved = checkpoints.Checkpoints(tmp_path)
+    state, _ = saved.restore("best", run_lib.setup(config).state_shapes())
+    saved.close()
+    groups = zero = 0
+    for path, kernel in jax.tree_util.tree_flatten_with_path(state.params["model"]["backbone"])[0]:
+        if kernel.ndim == 4:
+            groups += kernel.shape[2]
+            zero += int((np.asarray(kernel) == 0).all((0, 1, 3)).sum())
+    assert reported["group"] == pytest.approx(zero / groups)
+    heads = [
+        leaf for name, tree in state.params["model"].items() if name != "backbone" for leaf in jax.tree.leaves(tree)
+    ]
+    assert not any((np.asarray(leaf) == 0).all((0, 1, 3)).any() for leaf in heads if leaf.ndim == 4)
+
+
 def test_starting_a_finished_run_again_trains_nothing_and_reports_the_same(finished, rooms):
     workdir, results = finished
     before = (workdir / "metrics.jsonl").read_text()
@@ -67,15 +87,35 @@ def test_other_settings_in_the_same_folder_are_refused(finished, rooms):
     config = tiny(rooms)
     config.run.log_every_steps = 7
     config.optimizer.learning_rate = 0.5
-    with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate=0.002 there, 0.5 now\)"):
-        train.train(config, finished[0])
+    for job in (train.train, results_lib.evaluate_best):
+        with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate=0.002 there, 0.5 now\)"):
+            job(config, finished[0])
 
 
-def test_evaluating_with_another_models_config_names_what_differs(finished, rooms):
-    config = tiny(rooms)
-    config.model.width = 8
-    with pytest.raises(UserError, match="checkpoint .* is of another model.*backbone"):
-        results_lib.evaluate_best(config, finished[0])
+def test_other_data_in_the_same_folder_are_refused(finished, own_rooms):
+    np.save(own_rooms / "depth" / "00003.npy", np.ones((32, 48), np.float32))
+    with pytest.raises(UserError, match="other data"):
+        results_lib.evaluate_best(tiny(own_rooms), finished[0])
+
+
+def test_stopped_between_its_two_saves_a_run_goes_on_the_same(finished, rooms, tmp_path, monkeypatch):
+    """The best checkpoint of step 2 is written, the latest is still that of step 1."""
+    save = checkpoints.Checkpoints.save
+
+    def stop(self, kind, step, *rest):
+        if (kind, step) == ("latest", 2):
+            raise KeyboardInterrupt
+        save(self, kind, step, *rest)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny(rooms), tmp_path)
+    saved = checkpoints.Checkpoints(tmp_path)
+    assert (saved.step("latest"), saved.step("best")) == (1, 2)
+    saved.close()
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
+    assert train.train(tiny(rooms), tmp_path) == finished[1]
+    assert lines(tmp_path) == lines(finished[0])
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(finished, rooms, tmp_path):
@@ -115,9 +155,10 @@ def test_a_stretch_that_was_lost_is_not_logged_twice(finished, rooms, tmp_path):
 
 
 def five_losses(rooms):
-    """Losses of five steps at global batch 8 on this process's devices, dropout, BatchNorm and prox included.
+    """Losses of five steps at global batch 8 on this process's devices, dropout and BatchNorm included.
 
-    With the paper's learning rate: at the demo's, Adam turns roundings into differences within a few steps.
+    With the paper's learning rate and lambda, which its warm-up keeps small in these steps: at the demo's, Adam and
+    the adaptive metric turn roundings of near-zero gradients into differences of a percent.
     """
     config = tiny(rooms)
     config.model.width = 8
@@ -132,23 +173,28 @@ def five_losses(rooms):
     return losses
 
 
-def test_four_devices_give_the_losses_of_one(rooms):
+def test_four_devices_give_the_losses_and_the_evaluation_of_one(finished, rooms):
     script = f"""
 import json, jax
+from mtl_sparse import results
+from tests.conftest import tiny
 from tests.train_test import five_losses
 assert jax.local_device_count() == 4
-print(json.dumps(five_losses({str(rooms)!r})))
+test = results.evaluate_best(tiny({str(rooms)!r}), {str(finished[0])!r})["test"]
+print(json.dumps([five_losses({str(rooms)!r}), test]))
 """
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    four = json.loads(done.stdout.splitlines()[-1])
+    four, test = json.loads(done.stdout.splitlines()[-1])
     assert jax.local_device_count() == 1
     one = five_losses(rooms)
     for a, b in zip(one, four, strict=True):
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    for name, value in finished[1]["test"].items():
+        assert test[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_without_penalty_a_step_is_adams(rooms):
@@ -185,6 +231,12 @@ def test_without_penalty_a_step_is_adams(rooms):
     close = jax.tree.map(lambda a, b: jnp.abs(a[0] - b) < 1e-5, new.params["model"], want)
     share = np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(close)]))
     assert share > 0.999, moved
+
+
+def test_a_run_whose_validation_is_never_finite_says_so(rooms, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validation_score", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="validation was never finite.*fixed_norm"):
+        train.train(tiny(rooms), tmp_path)
 
 
 def test_a_step_that_is_not_finite_stops_with_the_step_named(rooms, tmp_path, monkeypatch):
@@ -244,6 +296,10 @@ BAD_CONFIGS = {
     "rate": (lambda c: c.optimizer.update(learning_rate=-1.0), "optimizer.learning_rate=-1.0"),
     "dropout": (lambda c: c.model.update(dropout=1.0), "model.dropout=1.0"),
     "too few classes": (lambda c: c.data.update(num_classes=13), "num_classes=13.*40 classes"),
+    "no rooms size": (lambda c: c.data.rooms.update(frames=9), "data.rooms.test_frames=0"),
+    "zoom out": (lambda c: c.data.update(max_scale=0.5), "data.max_scale=0.5.*at least 1"),
+    "no samples": (lambda c: c.run.update(sample_frames=0), "run.sample_frames=0"),
+    "rates": (lambda c: c.optimizer.update(min_learning_rate=1.0), "min_learning_rate=1.0 is above"),
     "weighting": (lambda c: c.loss.update(weighting="pcgrad"), "'pcgrad'.*uncertainty, equal, fixed"),
 }
 
@@ -272,3 +328,9 @@ def test_variants_run_to_their_report(config, tmp_path, settings):
     results = train.train(config, tmp_path)
     assert list(results["headlines"]) == list(settings["tasks"])
     assert all(np.isfinite(value) for value in results["test"].values())
+    if "depth" in settings["tasks"]:
+        assert {"depth/mae", "depth/mae_normalized"} <= results["test"].keys()
+    saved = checkpoints.Checkpoints(tmp_path)
+    state, _ = saved.restore("latest", run_lib.setup(config).state_shapes())
+    saved.close()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {"float32"}

@@ -78,7 +78,7 @@ def sparsity_over_steps(metrics, results):
         steps, values = metrics["validation"][name]
         axis.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
     axis.axvline(results["step"], color="#e67e22", linestyle=":", label="best checkpoint")
-    axis.set(xlabel="step", ylabel="% zero", ylim=(-2, 102), title="Zero channel groups of the backbone")
+    axis.set(xlabel="step", ylabel="% zero", ylim=(-2, 102), title="Zero channel groups")
     axis.legend(frameon=False)
     return _plain(figure)
 
@@ -102,8 +102,10 @@ def groups_per_layer(results):
 
 
 def _network_order(path):
-    """Sorts the stem first, then stages and blocks by number, and a block's layers by name."""
+    """Sorts the stem first, then stages and blocks by number, a block's layers by name, and heads last."""
     name = _short(path)
+    if name.startswith("head_"):
+        return (2, 0, 0, name)
     block, _, layer = name.partition("/")
     stage, _, index = block.removeprefix("layer").partition("_")
     return (1, int(stage), int(index), layer) if block.startswith("layer") else (0, 0, 0, name)
@@ -127,10 +129,10 @@ def sample_sheet(samples):
         axes[row, 0].set_ylabel(str(samples["name"][row]), fontsize=7)
         for i, task in enumerate(tasks):
             label, prediction = samples[f"label/{task}"][row], samples[f"prediction/{task}"][row]
-            pictures = _PICTURES.get(task, _scalar_pictures)(label, prediction)
+            pictures = _pictures(label, prediction)
             for axis, picture in zip(axes[row, 1 + 2 * i : 3 + 2 * i], pictures, strict=True):
                 axis.imshow(picture)
-            if task == "segmentation":
+            if np.issubdtype(label.dtype, np.integer):
                 shown |= set(np.unique(label)) | set(np.unique(prediction))
     titles = ["image"] + [f"{task}: {kind}" for task in tasks for kind in ("label", "prediction")]
     for axis, title in zip(axes[0], titles, strict=True):
@@ -156,7 +158,14 @@ def class_colors() -> np.ndarray:
     return hsv_to_rgb(np.clip(hsv, 0, 1))
 
 
-def _segmentation_pictures(label, prediction):
+def _pictures(label, prediction):
+    """RGB pictures of a label and its prediction, by what kind of label it is: classes, vectors or scalars."""
+    if np.issubdtype(label.dtype, np.integer):
+        return _class_pictures(label, prediction)
+    return (_vector_pictures if label.ndim == 3 else _scalar_pictures)(label, prediction)
+
+
+def _class_pictures(label, prediction):
     colors = class_colors()
     void = label == VOID
     shown = colors[np.where(void, 0, label)]
@@ -164,7 +173,7 @@ def _segmentation_pictures(label, prediction):
     return shown, colors[prediction]
 
 
-def _normals_pictures(label, prediction):
+def _vector_pictures(label, prediction):
     missing = np.sum(label * label, -1) == 0
     shown = (label + 1) / 2
     shown[missing] = 0
@@ -179,9 +188,6 @@ def _scalar_pictures(label, prediction):
     low = label[valid].min() if valid.any() else 0.0
     high = max(label.max(), low + 1e-6)
     return tuple(colormaps["viridis"](np.clip((x - low) / (high - low), 0, 1))[..., :3] for x in (label, prediction))
-
-
-_PICTURES = {"segmentation": _segmentation_pictures, "normals": _normals_pictures}
 
 
 def _plain(figure):

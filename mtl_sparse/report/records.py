@@ -8,8 +8,8 @@ import numpy as np
 from input_pipeline.transforms import unnormalize_image
 from mtl_sparse.errors import UserError
 
-# Fields of config.run change how a run goes, not what comes out of it.
-_FREE = "run"
+# Settings that change how a run goes or where its data lie, not what comes out of it.
+_FREE = ("run.", "data.folder", "data.prepared", "data.rooms.folder")
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -29,29 +29,33 @@ def read_json(path: pathlib.Path):
         raise UserError(f"{path} is damaged ({error}); run the job that writes it again") from error
 
 
-def claim(workdir: pathlib.Path, config) -> None:
-    """Writes config.json into a new run's folder, or checks that an old one is of the same config.
-
-    Raises:
-      UserError: the folder is of a run with other settings (fields of config.run may differ).
-    """
-    path = workdir / "config.json"
-    ours = json.loads(config.to_json())
-    if path.exists():
-        theirs = read_json(path)
-        a, b = _flat(theirs), _flat(ours)
-        differing = [
-            f"{name}={a.get(name)!r} there, {b.get(name)!r} now"
-            for name in sorted(a.keys() | b.keys())
-            if a.get(name) != b.get(name) and not name.startswith(f"{_FREE}.")
-        ]
-        if differing:
-            raise UserError(
-                f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
-                f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
-            )
+def claim(workdir: pathlib.Path, config, data) -> None:
+    """Writes config.json and splits.json into a new run's folder; an old one is checked instead (`check`)."""
+    if (workdir / "config.json").exists():
+        check(workdir, config, data)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, ours)
+    write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+
+
+def check(workdir: pathlib.Path, config, data) -> None:
+    """Raises UserError where the run in `workdir` has other settings or other data than these.
+
+    How the run goes (config.run) and where the data lie may differ.
+    """
+    theirs, ours = _flat(read_json(workdir / "config.json")), _flat(json.loads(config.to_json()))
+    differing = [
+        f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name) and not name.startswith(_FREE)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
+            f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
+        )
+    if read_json(workdir / "splits.json")["fingerprint"] != data.fingerprint:
+        raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
 
 
 def _flat(tree, prefix=""):

@@ -49,9 +49,10 @@ def proximal_adam(
       weight_decay_mask: as in `optax.adamw`.
       metric: "adaptive" takes the prox in Adam's metric D = sqrt(v_hat) + eps, bias-corrected (Deleu &
         Bengio 2021); "plain" takes the closed-form Euclidean one (eq. 5 of "Less is More").
-      fixed_norm: scale each penalised kernel back to its initial Frobenius norm after the prox. Right for a
-        kernel that a normalisation layer follows: its scale is free there, so without this the penalty
-        shrinks every kernel instead of pruning groups. A wholly zero kernel stays zero.
+      fixed_norm: scale each penalised kernel without a bias beside it back to its initial Frobenius norm
+        after the prox. A convolution without bias is one that a normalisation layer follows: its scale is
+        free there, so without this the penalty shrinks the kernel instead of pruning its groups. A wholly
+        zero kernel stays zero.
       scope: which kernels are penalised, see `groups.find`.
 
     Raises:
@@ -69,7 +70,7 @@ def proximal_adam(
         if penalizes:
             leaves = _by_path(params)
             for kernel in groups_lib.find(params, scope):
-                if fixed_norm:
+                if fixed_norm and _normalized(kernel.path, leaves):
                     norms[kernel.path] = jnp.linalg.norm(leaves[kernel.path].astype(jnp.float32))
         return ProximalAdamState(jnp.zeros([], jnp.int32), adam.init(params), norms)
 
@@ -94,7 +95,7 @@ def proximal_adam(
                     d = jnp.sqrt(moments[kernel.path] / correction) + eps
                 z = param + update
                 x = prox.group_lasso(z, rate * strength * kernel.size**0.5, d, group_axis=kernel.axis)
-                if fixed_norm:
+                if kernel.path in state.kernel_norms:
                     norm = jnp.linalg.norm(x)
                     x = x * jnp.where(norm > 0, state.kernel_norms[kernel.path] / jnp.where(norm > 0, norm, 1), 1)
                 # Not x - param: this form makes zeros exact and is the plain update where x equals z.
@@ -104,6 +105,11 @@ def proximal_adam(
         return updates, ProximalAdamState(count, adam_state, state.kernel_norms)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _normalized(path, leaves):
+    """Whether a normalisation layer follows the kernel at `path`: then its module has no bias of its own."""
+    return path.rpartition("/")[0] + "/bias" not in leaves
 
 
 def _by_path(tree):

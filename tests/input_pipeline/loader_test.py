@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from input_pipeline import loader
+from input_pipeline import datasets, loader
+from input_pipeline.transforms import Transform
+from tests.conftest import tiny
 
 
 class Source:
@@ -65,6 +67,18 @@ def test_worker_processes_give_the_same_batches():
     for a, b in zip(here, there, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["draw"], b["draw"])
+
+
+def test_worker_processes_read_stored_frames(rooms):
+    """The source of a real run crosses the process border, too."""
+    data = datasets.load(tiny(rooms).data)
+    settings = {"batch_size": 4, "seed": 0}
+    real = Transform((32, 48), flip=True)
+    here = take(loader.train_batches(data.train, real, **settings), 2)
+    there = take(loader.train_batches(data.train, real, **settings, num_workers=2), 2)
+    for a, b in zip(here, there, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 32])

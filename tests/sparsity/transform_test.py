@@ -83,6 +83,15 @@ def test_fixed_norm_holds_the_kernels_norm_and_off_lets_it_shrink():
     assert list(state.kernel_norms) == ["backbone/conv/kernel"]
 
 
+def test_a_kernel_with_a_bias_is_not_held():
+    params = {
+        "normed": {"kernel": jnp.ones((1, 1, 4, 2))},
+        "out": {"kernel": jnp.ones((1, 1, 4, 2)), "bias": jnp.zeros(2)},
+    }
+    state = transform.proximal_adam(1e-3, 1.0).init(params)
+    assert list(state.kernel_norms) == ["normed/kernel"]
+
+
 def test_lambda_on_a_schedule_starts_when_it_says():
     params = random_tree(0)
     starts_late = lambda step: jnp.where(step < 3, 0.0, 1e4)  # noqa: E731
