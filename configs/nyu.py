@@ -1,8 +1,9 @@
-"""NYU-v2, segmentation + depth + normals, with the settings of "Less is More" (Upadhyay et al., CPAL 2024).
+"""NYU-v2, segmentation + depth + normals, after "Less is More" (Upadhyay et al., CPAL 2024).
 
     python launch.py --config=configs/nyu.py --config.data.folder=/data/NYUD_MT
 
-Every number that affects a result stands here; the other configs change some of them.
+Every number that affects a result stands here; the other configs change some of them. They are the paper's, but for
+fixed_norm and warmup_steps (README, "The method"), and a run stops early as a whole, not task by task.
 """
 
 import ml_collections

@@ -15,7 +15,7 @@ STRIDED = f"_stride{OUTPUT_STRIDE}"  # suffix of the metrics at the prediction's
 
 
 def strided_label(label):
-    """The labels [B, H, W, ...] that a prediction at the backbone's stride answers for: its cells' centres."""
+    """The labels [B, H, W, ...] that a prediction at the backbone's stride answers for: its cells' middles."""
     return label[:, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE]
 
 
@@ -86,7 +86,7 @@ def _values(tasks, totals):
 
 
 def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:
-    """The best constant guess of each task, [outputs]: mean depth, mean normal, class frequencies."""
+    """The constant guess of each task, [outputs]: mean depth, mean normal, class frequencies."""
 
     @jax.jit
     def targets(batch):

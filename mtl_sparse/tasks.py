@@ -27,7 +27,7 @@ class Task:
       sums: (prediction, label) of one image -> dict of sums, see `metrics`.
       values: sums over a split -> dict of floats.
       target: (label) -> (the label in the prediction's form [..., outputs], valid [...]); its mean is the
-        best constant guess, what every trained model must beat.
+        constant guess that every trained model must beat.
       headline: the one metric of short tables.
       higher_is_better: whether more of the headline is better.
       head: a key of `models.multitask.HEADS`.

@@ -65,14 +65,12 @@ def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path):
     state, _ = saved.restore("best", run_lib.setup(config).state_shapes())
     saved.close()
     groups = zero = 0
-    for path, kernel in jax.tree_util.tree_flatten_with_path(state.params["model"]["backbone"])[0]:
+    for kernel in jax.tree.leaves(state.params["model"]["backbone"]):
         if kernel.ndim == 4:
             groups += kernel.shape[2]
             zero += int((np.asarray(kernel) == 0).all((0, 1, 3)).sum())
     assert reported["group"] == pytest.approx(zero / groups)
-    heads = [
-        leaf for name, tree in state.params["model"].items() if name != "backbone" for leaf in jax.tree.leaves(tree)
-    ]
+    heads = jax.tree.leaves({name: tree for name, tree in state.params["model"].items() if name != "backbone"})
     assert not any((np.asarray(leaf) == 0).all((0, 1, 3)).any() for leaf in heads if leaf.ndim == 4)
 
 

@@ -52,7 +52,7 @@ def proximal_adam(
       fixed_norm: scale each penalised kernel without a bias beside it back to its initial Frobenius norm
         after the prox. A convolution without bias is one that a normalisation layer follows: its scale is
         free there, so without this the penalty shrinks the kernel instead of pruning its groups. A wholly
-        zero kernel stays zero.
+        zero kernel stays zero until a group of it comes back, and is then scaled at once.
       scope: which kernels are penalised, see `groups.find`.
 
     Raises:
