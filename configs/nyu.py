@@ -7,7 +7,7 @@ fixed_norm and warmup_steps (README, "The method"), and a run stops early as a w
 """
 
 import ml_collections
-from ml_collections.config_dict import create
+from ml_collections.config_dict import create, placeholder
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -51,12 +51,25 @@ def get_config() -> ml_collections.ConfigDict:
             min_learning_rate=1e-7,
         ),
         sparsity=create(
-            lambda_=1e-5,  # 0 is dense
-            # Steps over which lambda grows from 0. In Adam's first steps v, which is the metric, stands on a few
+            lambda_=1e-5,  # strength of the penalty; 0 is dense
+            # Fraction of groups (under l1: of weights) to be zero: finds lambda, from lambda_ on. None: lambda_ it is.
+            target=placeholder(float),
+            target_ramp=0.4,  # fraction of the run over which the scheduled sparsity rises to the target
+            target_freeze=0.75,  # fraction of the run after which lambda stays; the best checkpoint is a later one
+            # Fraction of the run after which the zero pattern stays and the rest trains without the penalty; the
+            # best checkpoint is a later one. None: no such phase.
+            debias_at=placeholder(float),
+            penalty="group_lasso",  # or "group_mcp", "l1"
+            gamma=1000.0,  # of group_mcp: a group of root mean square above gamma * lambda is not shrunk
+            group_weights="sqrt_size",  # or "none"
+            start_step=0,  # steps without a penalty
+            # Steps over which lambda then grows from 0. In Adam's first steps v, which is the metric, stands on a few
             # batches: weights whose gradient happens to be small there would be shrunk for it. 0 is published.
             warmup_steps=100,
             metric="adaptive",  # prox in Adam's metric; "plain" is the closed form
+            bias_correction=True,  # of v in that metric; False is published
             fixed_norm=True,  # False is the published behaviour; see README, "Fixed-norm kernels"
+            anneal_revival=True,  # a falling rate makes it harder to come back; False is published
             scope="backbone",  # or "all": the heads' kernels, too
         ),
         train=create(

@@ -4,7 +4,7 @@ import jax
 import optax
 
 from mtl_sparse.errors import UserError
-from mtl_sparse.sparsity import groups, transform
+from mtl_sparse.sparsity import control, groups, transform
 
 SCHEDULES = ("constant", "cosine", "plateau")
 
@@ -15,16 +15,6 @@ def check(config) -> None:
         raise UserError(
             f"unknown optimizer.schedule={config.optimizer.schedule!r}; the schedules are {', '.join(SCHEDULES)}"
         )
-    if not config.sparsity.lambda_ >= 0:
-        raise UserError(f"sparsity.lambda_={config.sparsity.lambda_}: it must be >= 0 (0 is dense)")
-    if config.sparsity.warmup_steps < 0:
-        raise UserError(f"sparsity.warmup_steps={config.sparsity.warmup_steps}: it must be >= 0 (0 is none)")
-    if config.sparsity.metric not in transform.METRICS:
-        raise UserError(
-            f"unknown sparsity.metric={config.sparsity.metric!r}; the metrics are {', '.join(transform.METRICS)}"
-        )
-    if config.sparsity.scope not in groups.SCOPES:
-        raise UserError(f"unknown sparsity.scope={config.sparsity.scope!r}; the scopes are {', '.join(groups.SCOPES)}")
     if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
         raise UserError(
             f"optimizer.min_learning_rate={config.optimizer.min_learning_rate} is above "
@@ -32,6 +22,17 @@ def check(config) -> None:
         )
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: it must be > 0")
+    sparsity = config.sparsity
+    if sparsity.debias_at is not None and not 0 < sparsity.debias_at < 1:
+        raise UserError(f"sparsity.debias_at={sparsity.debias_at}: a fraction of the run, above 0 and below 1")
+    if sparsity.target is not None and not sparsity.target_freeze < 1:
+        raise UserError(f"sparsity.target_freeze={sparsity.target_freeze}: a fraction of the run, below 1")
+    if None not in (sparsity.target, sparsity.debias_at) and sparsity.debias_at < sparsity.target_freeze:
+        raise UserError(
+            f"sparsity.debias_at={sparsity.debias_at} is before sparsity.target_freeze={sparsity.target_freeze}: "
+            "the zero pattern would stay before the target is reached"
+        )
+    build(config, total_steps=sparsity.start_step + 1)
 
 
 def build(config, total_steps: int) -> optax.GradientTransformation:
@@ -39,25 +40,61 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
 
     The learning rate is a hyperparameter in the state (`state.hyperparams["learning_rate"]`): logs read it
     there, and the plateau schedule changes it there.
+
+    Raises:
+      UserError: a setting that `proximal_adam` refuses.
     """
     rate = config.optimizer.learning_rate
     if config.optimizer.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, total_steps)
-    lambda_ = config.sparsity.lambda_
-    if lambda_ > 0 and config.sparsity.warmup_steps > 0:
-        lambda_ = optax.linear_schedule(0.0, lambda_, config.sparsity.warmup_steps)
-    settings = {
-        "lambda_": lambda_,
-        "b1": config.optimizer.b1,
-        "b2": config.optimizer.b2,
-        "eps": config.optimizer.eps,
-        "weight_decay": config.optimizer.weight_decay,
-        "weight_decay_mask": _kernels,
-        "metric": config.sparsity.metric,
-        "fixed_norm": config.sparsity.fixed_norm,
-        "scope": config.sparsity.scope,
-    }
+    sparsity = config.sparsity
+    try:
+        settings = {
+            "lambda_": sparsity.lambda_,
+            "penalty": sparsity.penalty,
+            "gamma": sparsity.gamma,
+            "group_weights": sparsity.group_weights,
+            "target": _target(sparsity, total_steps),
+            "start_step": sparsity.start_step,
+            "warmup_steps": sparsity.warmup_steps,
+            "debias_step": debias_step(config, total_steps),
+            "b1": config.optimizer.b1,
+            "b2": config.optimizer.b2,
+            "eps": config.optimizer.eps,
+            "weight_decay": config.optimizer.weight_decay,
+            "weight_decay_mask": _kernels,
+            "metric": sparsity.metric,
+            "bias_correction": sparsity.bias_correction,
+            "fixed_norm": sparsity.fixed_norm,
+            "anneal_revival": sparsity.anneal_revival,
+            "scope": sparsity.scope,
+        }
+        transform.proximal_adam(config.optimizer.learning_rate, **settings)  # inject_hyperparams calls it late
+    except ValueError as error:
+        raise UserError(f"config.sparsity: {error}") from error
     return optax.inject_hyperparams(transform.proximal_adam, static_args=tuple(settings))(rate, **settings)
+
+
+def _target(sparsity, total_steps):
+    if sparsity.target is None:
+        return None
+    steps = total_steps - sparsity.start_step
+    return control.Target(sparsity.target, steps, sparsity.target_ramp, sparsity.target_freeze)
+
+
+def debias_step(config, total_steps: int) -> int | None:
+    """First step of the phase without a penalty, None where there is none."""
+    return None if config.sparsity.debias_at is None else round(config.sparsity.debias_at * total_steps)
+
+
+def settled_step(config, total_steps: int) -> int:
+    """Steps after which the sparsity is what the settings ask for, so that a checkpoint may be the best one."""
+    sparsity = config.sparsity
+    settled = debias_step(config, total_steps) or 0
+    if sparsity.target is not None:
+        frozen = sparsity.start_step + sparsity.target_freeze * (total_steps - sparsity.start_step)
+        settled = max(settled, round(frozen))
+    return settled
 
 
 def _kernels(params):
@@ -68,6 +105,11 @@ def _kernels(params):
 def learning_rate(opt_state):
     """The learning rate of the last step."""
     return opt_state.hyperparams["learning_rate"]
+
+
+def lambda_(opt_state):
+    """The penalty's strength in the last step."""
+    return opt_state.inner_state.lambda_
 
 
 def scale_learning_rate(opt_state, factor: float, minimum: float):

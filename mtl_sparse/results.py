@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from flax import jax_utils
 
-from mtl_sparse import checkpoints, evaluate
+from mtl_sparse import checkpoints, evaluate, optim
 from mtl_sparse import run as run_lib
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.sparsity import stats
@@ -51,6 +51,11 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
         "sparsity": {
             "group": sparsity.group,
             "parameter": sparsity.parameter,
+            "weight": sparsity.weight,
+            "lambda": float(optim.lambda_(state.opt_state)),
+            "target": config.sparsity.target,
+            "dead_layers": list(sparsity.dead_layers),
+            "dead_blocks": list(sparsity.dead_blocks),
             "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],
         },
         "step": int(state.step),

@@ -51,6 +51,7 @@ class Run:
       model: with BatchNorm and dropout of the training step's axis.
       tx: the optimizer.
       steps_per_epoch, total_steps: of the whole run.
+      settled_step: from this step on a checkpoint may be the best one, see `optim.settled_step`.
     """
 
     config: Any
@@ -60,6 +61,7 @@ class Run:
     tx: Any
     steps_per_epoch: int
     total_steps: int
+    settled_step: int
 
     def train_transform(self) -> Transform:
         data = self.config.data
@@ -120,7 +122,9 @@ def setup(config) -> Run:
     data = datasets.load(config.data)
     steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
     total_steps = config.train.epochs * steps_per_epoch
-    return Run(config, tasks, data, model, optim.build(config, total_steps), steps_per_epoch, total_steps)
+    tx = optim.build(config, total_steps)
+    settled_step = optim.settled_step(config, total_steps)
+    return Run(config, tasks, data, model, tx, steps_per_epoch, total_steps, settled_step)
 
 
 def check_config(config) -> None:

@@ -79,6 +79,7 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": optim.learning_rate(opt_state),
+        "lambda": optim.lambda_(opt_state),
     }
     scalars |= {f"{task}/loss": value for task, value in losses.items()}
     scalars |= {f"{task}/log_variance": value for task, value in params["weighting"].items()}
@@ -160,6 +161,8 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
         "Training %d steps (%d epochs of %d frames) on %d device(s); the first step compiles",
         run.total_steps - start, config.train.epochs, len(run.data.train), jax.local_device_count(),
     )  # fmt: skip
+    if run.settled_step > start:
+        logging.info("The best checkpoint will be one from step %d on, when the sparsity is settled", run.settled_step)
     try:
         for step in range(start + 1, run.total_steps + 1):
             state, scalars = step_fn(state, next(batches))
@@ -181,10 +184,12 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
                     "score": score,
                     "sparsity/group": sparsity.group,
                     "sparsity/parameter": sparsity.parameter,
+                    "sparsity/weight": sparsity.weight,
                 }
                 log.write(step, "validation", values)
-                improved, state = _end_epoch(config, progress, score, state)
-                _say_epoch(run, step, values, sparsity, improved)
+                improved, state = _end_epoch(run, progress, step, score, state)
+                lambda_ = float(optim.lambda_(jax_utils.unreplicate(state.opt_state)))
+                _say_epoch(run, step, values, sparsity, lambda_, improved)
                 if improved:
                     saved.save("best", step, _host(state), dataclasses.asdict(progress))
             if epoch_ends or saves:
@@ -222,8 +227,15 @@ def _write_pending(log, pending, saved):
     log.write(steps[-1], "train", means)
 
 
-def _end_epoch(config, progress: Progress, score: float, state):
-    """Early stopping and the plateau schedule; returns whether this epoch is the best so far, and the state."""
+def _end_epoch(run, progress: Progress, step: int, score: float, state):
+    """Early stopping and the plateau schedule; returns whether this checkpoint is the best so far, and the state.
+
+    Before the sparsity is settled no checkpoint is the best and no run stops; then the count starts anew.
+    """
+    config = run.config
+    settled = step >= run.settled_step
+    if settled and step - run.steps_per_epoch < run.settled_step:
+        progress.best, progress.stale_epochs = math.inf, 0
     improved = score < progress.best
     if improved:
         progress.best, progress.stale_epochs, progress.plateau_epochs = score, 0, 0
@@ -236,17 +248,17 @@ def _end_epoch(config, progress: Progress, score: float, state):
             state.opt_state, config.optimizer.plateau_factor, config.optimizer.min_learning_rate
         )
         state = state.replace(opt_state=opt_state)
-    progress.stopped = 0 < config.train.early_stop_epochs <= progress.stale_epochs
-    return improved, state
+    progress.stopped = settled and 0 < config.train.early_stop_epochs <= progress.stale_epochs
+    return improved and settled, state
 
 
-def _say_epoch(run, step, values, sparsity, improved):
+def _say_epoch(run, step, values, sparsity, lambda_, improved):
     headlines = ", ".join(
         f"{task.name} {task.headline} {values[f'{task.name}/{task.headline}']:.4f}" for task in run.tasks
     )
     logging.info(
-        "epoch %d/%d, validation: %s; %.1f %% of groups zero%s",
-        step // run.steps_per_epoch, run.config.train.epochs, headlines, 100 * sparsity.group,
+        "epoch %d/%d, validation: %s; %.1f %% of groups zero, lambda %.2g%s",
+        step // run.steps_per_epoch, run.config.train.epochs, headlines, 100 * sparsity.group, lambda_,
         " (best so far)" if improved else "",
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ BAD = {
         ["/nowhere/NYUD_MT does not exist"],
     ),
     "unknown task": (["--config=configs/nyu.py", "--config.tasks=('albedo',)"], ["'albedo'", "segmentation"]),
-    "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["sparsity.lambda_=-1"]),
+    "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["lambda_", "-1"]),
 }
 
 

@@ -43,7 +43,9 @@ def test_a_run_leaves_what_its_folder_promises(finished):
     rows = lines(workdir)
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
-    assert set(results["sparsity"]) == {"group", "parameter", "layers"}
+    assert set(results["sparsity"]) == {
+        "group", "parameter", "weight", "lambda", "target", "dead_layers", "dead_blocks", "layers"
+    }  # fmt: skip
     assert len(results["sparsity"]["layers"]) == 23
     assert results["test"].keys() - results["constant"].keys() == {"segmentation/loss", "depth/loss", "normals/loss"}
     assert results["frames"] == {"train": 18, "validation": 2, "test": 9}
@@ -138,6 +140,38 @@ train.train(tiny({str(rooms)!r}), {str(tmp_path)!r})
     results = train.train(tiny(rooms), tmp_path)
     assert results == finished[1]
     assert lines(tmp_path) == lines(finished[0])
+
+
+def test_a_run_with_a_target_and_a_last_phase_goes_on_the_same(rooms, tmp_path, monkeypatch):
+    """The controller is part of the checkpoint: stopped at any step, lambda goes on as it would have."""
+    config = tiny(rooms)
+    config.train.epochs = 4
+    config.sparsity.update(target=0.5, target_ramp=0.3, lambda_=1e-3, warmup_steps=2, debias_at=0.75)
+    config.sparsity.target_freeze = 0.7
+    whole = train.train(config, tmp_path / "whole")
+    make_train_step = train.make_train_step
+
+    def stop_at_four(run):
+        step_fn, taken = make_train_step(run), []
+
+        def step(*arguments):
+            if len(taken) == 4:
+                raise KeyboardInterrupt
+            taken.append(1)
+            return step_fn(*arguments)
+
+        return step
+
+    monkeypatch.setattr(train, "make_train_step", stop_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "stopped")
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    assert train.train(config, tmp_path / "stopped") == whole
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    lambdas = [row["lambda"] for row in lines(tmp_path / "whole") if row["split"] == "train"]
+    assert lambdas[0] == 0 and len(set(lambdas[1:6])) > 3, "warm-up, then the controller moves it"
+    assert lambdas[6:] == [0, 0], "no penalty in the last phase"
+    assert whole["sparsity"]["target"] == 0.5
 
 
 def test_a_stretch_that_was_lost_is_not_logged_twice(finished, rooms, tmp_path):
@@ -255,21 +289,43 @@ def broken_at_third(batches):
     return broken
 
 
+def end_epochs(config, scores):
+    """What the loop does at the ends of epochs with these scores: [(best, learning rate, stopped)]."""
+    run = run_lib.setup(config)
+    state = run.init_state()
+    progress, seen = train.Progress(), []
+    for epoch, score in enumerate(scores, 1):
+        best, state = train._end_epoch(run, progress, epoch * run.steps_per_epoch, score, state)
+        seen.append((best, pytest.approx(float(optim.learning_rate(state.opt_state))), progress.stopped))
+    return seen
+
+
 def test_early_stop_and_plateau(rooms):
     config = tiny(rooms)
     config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-4)
-    config.train.early_stop_epochs = 5
-    run = run_lib.setup(config)
-    state = run.init_state()
-    state = state.replace(opt_state=run.tx.init(state.params))
-    progress, rates, stopped = train.Progress(), [], []
-    for score in (1.0, 0.5, 0.6, 0.6, 0.7, 0.5, 0.5):
-        _, state = train._end_epoch(config, progress, score, state)
-        rates.append(float(optim.learning_rate(state.opt_state)))
-        stopped.append(progress.stopped)
-    np.testing.assert_allclose(rates, [2e-3, 2e-3, 2e-3, 2e-4, 2e-4, 1e-4, 1e-4], rtol=1e-5)
-    assert stopped == [False] * 6 + [True]
-    assert progress.best == 0.5
+    config.train.update(early_stop_epochs=5, epochs=10)
+    assert end_epochs(config, (1.0, 0.5, 0.6, 0.6, 0.7, 0.5, 0.5)) == [
+        (True, 2e-3, False),
+        (True, 2e-3, False),
+        (False, 2e-3, False),
+        (False, 2e-4, False),
+        (False, 2e-4, False),
+        (False, 1e-4, False),
+        (False, 1e-4, True),
+    ]
+
+
+def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms):
+    """10 epochs of 2 steps: lambda is frozen after step 12, the pattern after step 16."""
+    config = tiny(rooms)
+    config.train.update(early_stop_epochs=2, epochs=10)
+    config.sparsity.update(target=0.5, target_freeze=0.6)
+    scores = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.5, 0.6, 0.6)
+    best = [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best]
+    assert best == [6, 8], "epoch 6 is the first that counts"
+    assert [stopped for *_, stopped in end_epochs(config, scores)] == [False] * 9 + [True]
+    config.sparsity.debias_at = 0.8
+    assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best] == [8]
 
 
 def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
@@ -282,9 +338,23 @@ BAD_CONFIGS = {
     "unknown task": (lambda c: c.update(tasks=("depth", "albedo")), "'albedo'.*segmentation, depth, normals, edge"),
     "no task": (lambda c: c.update(tasks=()), "config.tasks is empty"),
     "task twice": (lambda c: c.update(tasks=("depth", "depth")), "'depth' stands twice"),
-    "negative lambda": (lambda c: c.sparsity.update(lambda_=-1e-4), "sparsity.lambda_=-0.0001"),
-    "unknown metric": (lambda c: c.sparsity.update(metric="sgd"), "sparsity.metric='sgd'.*adaptive, plain"),
-    "unknown scope": (lambda c: c.sparsity.update(scope="neck"), "sparsity.scope='neck'.*backbone, all"),
+    "negative lambda": (lambda c: c.sparsity.update(lambda_=-1e-4), "sparsity: lambda_ must be.*-0.0001"),
+    "unknown metric": (lambda c: c.sparsity.update(metric="sgd"), "sparsity: unknown metric 'sgd'.*adaptive, plain"),
+    "unknown scope": (lambda c: c.sparsity.update(scope="neck"), "sparsity: unknown scope 'neck'.*backbone, all"),
+    "unknown penalty": (lambda c: c.sparsity.update(penalty="l2"), "penalty 'l2'.*group_lasso, group_mcp, l1"),
+    "target": (lambda c: c.sparsity.update(target=1.0), r"target sparsity must be in \[0, 1\), got 1.0"),
+    "target from nothing": (lambda c: c.sparsity.update(target=0.5, lambda_=0.0), "lambda_ must be the number > 0"),
+    "never frozen": (lambda c: c.sparsity.update(target=0.5, target_freeze=1.0), "target_freeze=1.0.*below 1"),
+    "gamma": (
+        lambda c: c.sparsity.update(penalty="group_mcp", metric="plain", gamma=1e-3),
+        "gamma=0.001 is too small for the plain metric: it must exceed the learning rate 0.002",
+    ),
+    "debias": (lambda c: c.sparsity.update(debias_at=1.5), "debias_at=1.5.*above 0 and below 1"),
+    "debias before the target": (
+        lambda c: c.sparsity.update(target=0.5, debias_at=0.5),
+        "debias_at=0.5 is before sparsity.target_freeze=0.75",
+    ),
+    "start after the end": (lambda c: c.sparsity.update(target=0.5, start_step=99), "total_steps > 0, got -95"),
     "odd size": (lambda c: c.data.update(size=(30, 48)), r"data.size=\(30, 48\).*multiples of the output stride 8"),
     "depth": (lambda c: c.model.update(depth=34), "model.depth=34.*18, 50, 101"),
     "dtype": (lambda c: c.model.update(dtype="float16"), "'float16'.*float32, bfloat16"),

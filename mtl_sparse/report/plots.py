@@ -68,18 +68,26 @@ def curves(metrics, results):
 
 
 def sparsity_over_steps(metrics, results):
-    """Percentage of zero groups and of the parameters in them, at every validation."""
-    figure = _figure(figsize=(6, 3.6))
-    axis = figure.subplots()
+    """Percentage of zero groups and of the parameters in them at every validation; below, lambda."""
+    figure = _figure(figsize=(6, 4.8))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     for name, label, color in (
         ("sparsity/group", "groups", _LEFT),
         ("sparsity/parameter", "parameters in them", "#7fb3d5"),
     ):
         steps, values = metrics["validation"][name]
-        axis.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
-    axis.axvline(results["step"], color="#e67e22", linestyle=":", label="best checkpoint")
-    axis.set(xlabel="step", ylabel="% zero", ylim=(-2, 102), title="Zero channel groups")
-    axis.legend(frameon=False)
+        above.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
+    if results["sparsity"]["target"] is not None:
+        above.axhline(100 * results["sparsity"]["target"], color="#b03a2e", linestyle=":", label="target")
+    steps, lambda_ = metrics["train"]["lambda"]
+    below.plot(steps, lambda_, color=_LEFT)
+    if (lambda_ > 0).any():
+        below.set_yscale("log")
+    for axis in (above, below):
+        axis.axvline(results["step"], color="#e67e22", linestyle=":", label="best checkpoint")
+    above.set(ylabel="% zero", ylim=(-2, 102), title="Zero channel groups")
+    below.set(xlabel="step", ylabel="lambda")
+    above.legend(frameon=False)
     return _plain(figure)
 
 

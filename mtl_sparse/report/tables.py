@@ -12,12 +12,20 @@ def run_table(results: dict) -> str:
         constant = results["constant"][name]
         shown = f"**{metric}**" if name in headline else metric
         rows.append((task, shown, f"{value:.4f}", f"{constant:.4f}"))
-    sparsity = results["sparsity"]
-    return (
-        markdown(rows)
-        + f"\n\n{100 * sparsity['group']:.1f} % of groups zero, {100 * sparsity['parameter']:.1f} % of parameters in "
-        f"them ({len(sparsity['layers'])} conv layers); best validation at step {results['step']}"
+    return markdown(rows) + "\n\n" + sparsity_sentences(results["sparsity"]) + f"; best validation at step {results['step']}"
+
+
+def sparsity_sentences(sparsity: dict) -> str:
+    """What is zero, what that was asked to be, and what died of it."""
+    asked = "" if sparsity["target"] is None else f" (target {100 * sparsity['target']:.1f} %)"
+    text = (
+        f"{100 * sparsity['group']:.1f} % of groups zero{asked}, {100 * sparsity['parameter']:.1f} % of parameters in "
+        f"them, lambda {sparsity['lambda']:.2g}; {len(sparsity['layers'])} conv layers"
     )
+    for name, dead in (("layers", sparsity["dead_layers"]), ("blocks", sparsity["dead_blocks"])):
+        if dead:
+            text += f", dead {name}: {', '.join(path.removeprefix('backbone/').removesuffix('/kernel') for path in dead)}"
+    return text
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:

@@ -1,22 +1,24 @@
 """Which parameters are penalised, and how they fall into groups."""
 
 import dataclasses
+import re
+from collections.abc import Mapping
 
 import jax
 
 SCOPES = ("backbone", "all")
-_KERNEL_INPUT_AXIS = 2  # HWIO
+HWIO = {r".*": -2}  # rules of Flax's convolutions: a group is an input channel
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvGroups:
-    """The groups of one conv kernel: one for each input channel.
+    """The groups of one conv kernel.
 
     Attributes:
       path: "/"-joined path of the kernel in the parameter tree.
-      axis: the axis whose indices are the groups.
-      count: number of groups, the kernel's input channels.
-      size: number of weights in one group, n = H * W * O.
+      axis: the axis whose indices are the groups, >= 0.
+      count: number of groups: in HWIO, the kernel's input channels.
+      size: number of weights in one group: in HWIO, n = H * W * O.
     """
 
     path: str
@@ -30,26 +32,45 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def find(params, scope: str | None = None) -> tuple[ConvGroups, ...]:
-    """Lists the penalised conv kernels of `params`: its 4-D leaves, taken as HWIO, in tree order.
+def by_path(tree) -> dict[str, jax.Array]:
+    """Leaves of a tree by their "/"-joined path, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def find(params, scope: str | None = None, rules: Mapping[str, int | None] = HWIO) -> tuple[ConvGroups, ...]:
+    """Lists the penalised conv kernels of `params`, in tree order. Conv kernels are the 4-D leaves.
 
     Args:
       params: a parameter tree.
       scope: "backbone" takes the kernels below a node of that name (the paper's shared parameters), "all"
         takes every kernel. None means "backbone" where the tree has such a node, otherwise "all".
+      rules: regular expression of whole paths -> the axis whose indices are the groups, or None for kernels
+        that are not penalised. Every kernel in scope must match exactly one; a depthwise kernel [H, W, 1, C],
+        for instance, wants -1.
 
     Raises:
-      ValueError: an unknown scope, or one that matches no kernel.
+      ValueError: an unknown scope, one that matches no kernel, a kernel that matches no rule or several.
     """
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"unknown sparsity scope {scope!r}; the scopes are {', '.join(SCOPES)}")
-    kernels = [
-        ConvGroups(path_name(path), _KERNEL_INPUT_AXIS, leaf.shape[2], leaf.size // leaf.shape[2])
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-        if leaf.ndim == 4
-    ]
-    shared = [kernel for kernel in kernels if "backbone" in kernel.path.split("/")]
-    found = shared if scope == "backbone" or (scope is None and shared) else kernels
+    kernels = {path: leaf for path, leaf in by_path(params).items() if leaf.ndim == 4}
+    shared = {path: leaf for path, leaf in kernels.items() if "backbone" in path.split("/")}
+    in_scope = shared if scope == "backbone" or (scope is None and shared) else kernels
+    matches = {path: [rule for rule in rules if re.fullmatch(rule, path)] for path in in_scope}
+    for path, matching in matches.items():
+        if len(matching) != 1:
+            raise ValueError(
+                f"conv kernel {path} matches {'no rule' if not matching else 'the rules ' + ' and '.join(matching)}; "
+                f"it must match exactly one of {', '.join(rules)}"
+            )
+    found = tuple(
+        _groups(path, in_scope[path], rules[rule]) for path, (rule,) in matches.items() if rules[rule] is not None
+    )
     if not found:
         raise ValueError(f"sparsity scope {scope!r} matches no conv kernel (a 4-D parameter) of this tree")
-    return tuple(found)
+    return found
+
+
+def _groups(path, kernel, axis):
+    axis = range(kernel.ndim)[axis]
+    return ConvGroups(path, axis, kernel.shape[axis], kernel.size // kernel.shape[axis])

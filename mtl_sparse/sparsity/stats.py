@@ -1,60 +1,96 @@
-"""How sparse a model is: the one definition behind logs, tables and plots."""
+"""How sparse a model is: the one definition behind the optimizer's target, logs, tables and plots."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtl_sparse.sparsity import groups as groups_lib
+
+SHORTCUT = "downsample"  # the projection of a residual block, beside its branch of convolutions
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSparsity:
-    """One conv kernel: its groups (input channels), the weights in one group, and how many groups are zero."""
+    """One conv kernel.
+
+    Attributes:
+      path: "/"-joined path in the parameter tree.
+      groups: number of groups (input channels).
+      zero_groups: how many of them are exactly zero.
+      group_size: number of weights in one group.
+      zero_weights: number of weights that are exactly zero, in zero groups or not.
+    """
 
     path: str
     groups: int
     zero_groups: int
     group_size: int
+    zero_weights: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """Sparsity of the penalised conv kernels.
-
-    Attributes:
-      group: fraction of groups that are exactly zero, in [0, 1].
-      parameter: fraction of the kernels' weights that lie in zero groups, in [0, 1].
-      layers: one entry a kernel, in the order of the parameter tree.
-    """
+    """Sparsity of the penalised conv kernels; `layers` has one entry a kernel, in the order of the tree."""
 
     layers: tuple[LayerSparsity, ...]
 
     @property
     def group(self) -> float:
+        """Fraction of groups that are exactly zero, in [0, 1]."""
         return sum(layer.zero_groups for layer in self.layers) / sum(layer.groups for layer in self.layers)
 
     @property
     def parameter(self) -> float:
-        zero = sum(layer.zero_groups * layer.group_size for layer in self.layers)
-        return zero / sum(layer.groups * layer.group_size for layer in self.layers)
+        """Fraction of the kernels' weights that lie in zero groups, in [0, 1]."""
+        return sum(layer.zero_groups * layer.group_size for layer in self.layers) / self._weights
+
+    @property
+    def weight(self) -> float:
+        """Fraction of the kernels' weights that are exactly zero, in zero groups or not: what l1 makes."""
+        return sum(layer.zero_weights for layer in self.layers) / self._weights
+
+    @property
+    def dead_layers(self) -> tuple[str, ...]:
+        """Paths of the kernels all of whose groups are zero: they put out a constant."""
+        return tuple(layer.path for layer in self.layers if layer.zero_groups == layer.groups)
+
+    @property
+    def dead_blocks(self) -> tuple[str, ...]:
+        """Nodes that hold several kernels, all of them dead but for a shortcut's: a residual block is its shortcut."""
+        blocks = {}
+        for layer in self.layers:
+            block, _, module = layer.path.rpartition("/")[0].rpartition("/")
+            if not module.startswith(SHORTCUT):
+                blocks.setdefault(block, []).append(layer.zero_groups == layer.groups)
+        return tuple(block for block, dead in blocks.items() if len(dead) > 1 and all(dead))
+
+    @property
+    def _weights(self) -> int:
+        return sum(layer.groups * layer.group_size for layer in self.layers)
 
 
-@jax.jit
-def _zero_groups(kernels):
-    """Number of all-zero input channels of each HWIO kernel."""
-    return [jnp.sum(jnp.all(kernel == 0, axis=(0, 1, 3))) for kernel in kernels]
+def zero_groups(kernel, axis: int):
+    """bool [kernel.shape[axis]]: which groups are exactly zero."""
+    return jnp.all(kernel == 0, tuple(i for i in range(kernel.ndim) if i != axis))
 
 
-def sparsity(params, scope: str | None = None) -> Sparsity:
-    """Counts the zero groups of `params` (see `groups.find` for `scope`)."""
-    found = groups_lib.find(params, scope)
-    leaves = {groups_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    zeros = jax.device_get(_zero_groups([leaves[entry.path] for entry in found]))
+@jax.jit(static_argnums=1)
+def _count(kernels, axes):
+    return [
+        (jnp.sum(zero_groups(kernel, axis)), jnp.sum(kernel == 0)) for kernel, axis in zip(kernels, axes, strict=True)
+    ]
+
+
+def sparsity(params, scope: str | None = None, rules: Mapping[str, int | None] = groups_lib.HWIO) -> Sparsity:
+    """Counts the zero groups of `params`; see `groups.find` for `scope` and `rules`, and for what raises."""
+    found = groups_lib.find(params, scope, rules)
+    leaves = groups_lib.by_path(params)
+    counts = jax.device_get(_count([leaves[entry.path] for entry in found], tuple(entry.axis for entry in found)))
     return Sparsity(
         tuple(
-            LayerSparsity(entry.path, entry.count, int(np.asarray(zero)), entry.size)
-            for entry, zero in zip(found, zeros, strict=True)
+            LayerSparsity(entry.path, entry.count, int(groups), entry.size, int(weights))
+            for entry, (groups, weights) in zip(found, counts, strict=True)
         )
     )

@@ -1,16 +1,19 @@
-"""Adam with a group-lasso proximal step as its last link, as an optax transformation."""
+"""Adam with a proximal step of a sparsity penalty as its last link, as an optax transformation."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_sparse.sparsity import control, prox, stats
 from mtl_sparse.sparsity import groups as groups_lib
-from mtl_sparse.sparsity import prox
 
+PENALTIES = ("group_lasso", "group_mcp", "l1")
 METRICS = ("adaptive", "plain")
+GROUP_WEIGHTS = ("sqrt_size", "none")
 
 
 class ProximalAdamState(NamedTuple):
@@ -19,100 +22,209 @@ class ProximalAdamState(NamedTuple):
     count: jax.Array  # shape=(), dtype=jnp.int32; steps taken
     adam: optax.OptState
     kernel_norms: dict[str, jax.Array]  # path -> shape=(), the Frobenius norm that a kernel is held at
+    lambda_: jax.Array  # shape=(), dtype=jnp.float32; the penalty's strength in the last step
+    peak_rate: jax.Array  # shape=(), dtype=jnp.float32; the highest learning rate so far
+    control: control.ControlState | tuple[()]  # () without a target
 
 
 def proximal_adam(
     learning_rate: optax.ScalarOrSchedule,
     lambda_: optax.ScalarOrSchedule = 0.0,
     *,
+    penalty: str = "group_lasso",
+    gamma: float | None = None,
+    group_weights: str = "sqrt_size",
+    target: control.Target | None = None,
+    start_step: int = 0,
+    warmup_steps: int = 0,
+    debias_step: int | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     metric: str = "adaptive",
-    fixed_norm: bool = True,
+    bias_correction: bool = True,
+    fixed_norm: bool | str = True,
+    anneal_revival: bool = True,
     scope: str | None = None,
+    rules: Mapping[str, int | None] = groups_lib.HWIO,
 ) -> optax.GradientTransformation:
-    """AdamW followed by the proximal step of lambda * sum_g sqrt(n_g) |w_g| over conv input channels.
+    """AdamW followed by the proximal step of lambda * penalty over the groups of the conv kernels.
 
     After `optax.apply_updates` a pruned group is exactly zero. At `lambda_ = 0` the update is AdamW's, bit
     for bit. A pruned group keeps its Adam moments and comes back when its gradient earns it.
 
     Args:
       learning_rate: a number or an optax schedule; it scales the penalty as it scales the step.
-      lambda_: strength of the penalty, a number >= 0 or an optax schedule of the steps taken.
+      lambda_: strength of the penalty, a number >= 0 or an optax schedule of the steps taken. With a target
+        it is the number that the search starts from.
+      penalty: "group_lasso", sum_g c_g |w_g|; "group_mcp", sum_g MCP(|w_g|) of slope lambda c_g at zero and
+        flat beyond |w_g| = gamma lambda c_g; "l1", sum_i |w_i|, which zeroes single weights.
+      gamma: of "group_mcp"; the larger, the nearer to the group lasso. Where gamma * D <= 2 * learning_rate,
+        D is raised to equality: below it the step has no unique solution.
+      group_weights: c_g, "sqrt_size" (the square root of the group's size, as in the paper) or "none" (1).
+      target: finds lambda while training, see `control.Target`.
+      start_step: steps without a penalty before it starts.
+      warmup_steps: steps over which the penalty then grows linearly from 0.
+      debias_step: from this step on, the zero pattern stays and the rest trains without the penalty, which
+        removes the shrinkage that the lasso leaves on it. None is never.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: Adam's epsilon, outside the square root.
       weight_decay: decoupled weight decay.
       weight_decay_mask: as in `optax.adamw`.
-      metric: "adaptive" takes the prox in Adam's metric D = sqrt(v_hat) + eps, bias-corrected (Deleu &
-        Bengio 2021); "plain" takes the closed-form Euclidean one (eq. 5 of "Less is More").
-      fixed_norm: scale each penalised kernel without a bias beside it back to its initial Frobenius norm
-        after the prox. A convolution without bias is one that a normalisation layer follows: its scale is
-        free there, so without this the penalty shrinks the kernel instead of pruning its groups. A wholly
-        zero kernel stays zero until a group of it comes back, and is then scaled at once.
+      metric: "adaptive" takes the prox in Adam's metric D = sqrt(v) + eps (Deleu & Bengio 2021); "plain"
+        takes the closed-form Euclidean one (eq. 5 of "Less is More").
+      bias_correction: whether v in D is the bias-corrected one. False is the published form, which prunes
+        harder in the first steps (31 times in the very first, at b2 = 0.999).
+      fixed_norm: scale penalised kernels back to their initial Frobenius norm after the prox. True does so
+        for kernels without a bias beside them: a convolution without bias is one that a normalisation layer
+        follows. Its scale is free there, so without this the penalty shrinks the kernel instead of pruning
+        its groups. A regular expression of whole paths names the kernels otherwise. A wholly zero kernel
+        stays zero until a group of it comes back, and is then scaled at once.
+      anneal_revival: take the highest learning rate so far, not the current one, as the threshold of groups
+        that are zero: a group comes back while |m_g| > lambda c_g peak / current learning rate. As the rate falls the zero
+        pattern comes to rest with the weights; otherwise groups near the threshold come and go with each batch's
+        noise until the end. False is published.
       scope: which kernels are penalised, see `groups.find`.
+      rules: their groups, see `groups.find`.
 
     Raises:
-      ValueError: a negative lambda_, an unknown metric, or (at init) a scope that matches no kernel.
+      ValueError: an argument out of its range or unknown; at init, a scope that matches no kernel, or rules
+        that do not fit.
     """
-    if not callable(lambda_) and not lambda_ >= 0:
-        raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; the metrics are {', '.join(METRICS)}")
-    penalizes = callable(lambda_) or lambda_ > 0
+    _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope)
+    for name, value in (("start_step", start_step), ("warmup_steps", warmup_steps), ("debias_step", debias_step or 0)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    penalizes = target is not None or callable(lambda_) or lambda_ > 0
     adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask)
 
     def init_fn(params):
-        norms = {}
+        norms, controller = {}, ()
         if penalizes:
-            leaves = _by_path(params)
-            for kernel in groups_lib.find(params, scope):
-                if fixed_norm and _normalized(kernel.path, leaves):
+            leaves = groups_lib.by_path(params)
+            for kernel in groups_lib.find(params, scope, rules):
+                if _holds_norm(fixed_norm, kernel.path, leaves):
                     norms[kernel.path] = jnp.linalg.norm(leaves[kernel.path].astype(jnp.float32))
-        return ProximalAdamState(jnp.zeros([], jnp.int32), adam.init(params), norms)
+        if target is not None:
+            controller = control.init(lambda_)
+        return ProximalAdamState(
+            jnp.zeros([], jnp.int32), adam.init(params), norms, jnp.zeros([]), jnp.zeros([]), controller
+        )
+
+    def strength_at(count, controller):
+        if target is not None:
+            strength = jnp.exp(controller.log_lambda)
+        else:
+            strength = jnp.asarray(lambda_(count) if callable(lambda_) else lambda_, jnp.float32)
+        if start_step or warmup_steps:
+            strength *= jnp.clip((count + (not warmup_steps) - start_step) / max(warmup_steps, 1), 0, 1)
+        return strength if debias_step is None else jnp.where(count >= debias_step, 0, strength)
 
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
         updates, adam_state = adam.update(updates, state.adam, params)
         count = optax.safe_increment(state.count)
-        if penalizes:
-            rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-            strength = lambda_(state.count) if callable(lambda_) else lambda_
-            correction = 1 - b2 ** count.astype(jnp.float32)
-            moments = _by_path(optax.tree.get(adam_state, "nu"))
-            kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope)}
+        if not penalizes:
+            return updates, state._replace(count=count, adam=adam_state)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        peak_rate = jnp.maximum(state.peak_rate, rate)
+        strength = strength_at(state.count, state.control)
+        kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope, rules)}
+        v = groups_lib.by_path(optax.tree.get(adam_state, "nu")) if metric == "adaptive" else {}
+        correction = 1 - b2 ** count.astype(jnp.float32) if bias_correction else 1.0
+        zeros = []
 
-            def proximal_update(path, update, param):
-                kernel = kernels.get(groups_lib.path_name(path))
-                if kernel is None:
-                    return update
-                d = None
-                if metric == "adaptive":
-                    d = jnp.sqrt(moments[kernel.path] / correction) + eps
-                z = param + update
-                x = prox.group_lasso(z, rate * strength * kernel.size**0.5, d, group_axis=kernel.axis)
-                if kernel.path in state.kernel_norms:
-                    norm = jnp.linalg.norm(x)
-                    x = x * jnp.where(norm > 0, state.kernel_norms[kernel.path] / jnp.where(norm > 0, norm, 1), 1)
-                # Not x - param: this form makes zeros exact and is the plain update where x equals z.
-                return jnp.where(x == 0, -param, update + (x - z))
+        def proximal_update(path, update, param):
+            kernel = kernels.get(groups_lib.path_name(path))
+            if kernel is None:
+                return update
+            z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
+            d = jnp.sqrt(v[kernel.path] / correction) + eps if v else None
+            dead = param == 0 if penalty == "l1" else stats.zero_groups(param, kernel.axis)
+            weight = jnp.where(dead & anneal_revival, peak_rate, rate) * strength
+            if penalty != "l1":
+                weight *= _group_weight(group_weights, kernel)
+            x = _prox(penalty, z, weight, gamma, rate, d, kernel.axis)
+            if debias_step is not None:
+                dead = dead if penalty == "l1" else jnp.expand_dims(dead, _other_axes(kernel, param.ndim))
+                x = jnp.where((state.count >= debias_step) & dead, 0, x)
+            if kernel.path in state.kernel_norms:
+                norm = jnp.linalg.norm(x)
+                x = x * jnp.where(norm > 0, state.kernel_norms[kernel.path] / jnp.where(norm > 0, norm, 1), 1)
+            zeros.append(jnp.ravel(x == 0) if penalty == "l1" else stats.zero_groups(x, kernel.axis))
+            # Not x - param: this form makes zeros exact and is the plain update where x equals z.
+            return jnp.where(x == 0, -param, update + (x - z).astype(update.dtype))
 
-            updates = jax.tree_util.tree_map_with_path(proximal_update, updates, params)
-        return updates, ProximalAdamState(count, adam_state, state.kernel_norms)
+        updates = jax.tree_util.tree_map_with_path(proximal_update, updates, params)
+        controller = state.control
+        if target is not None:
+            measured = sum(jnp.sum(z) for z in zeros) / sum(z.size for z in zeros)
+            momentum = groups_lib.by_path(optax.tree.get(adam_state, "mu"))
+            scale = _gradient_scale([(momentum[path], kernel) for path, kernel in kernels.items()], group_weights)
+            scale = scale / (1 - b1 ** count.astype(jnp.float32))
+            controller = control.update(target, controller, measured, scale, count - start_step)
+        return updates, ProximalAdamState(count, adam_state, state.kernel_norms, strength, peak_rate, controller)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _normalized(path, leaves):
-    """Whether a normalisation layer follows the kernel at `path`: then its module has no bias of its own."""
-    return path.rpartition("/")[0] + "/bias" not in leaves
+def _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope):
+    if not callable(lambda_) and not lambda_ >= 0:
+        raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
+    if target is not None and (callable(lambda_) or not lambda_ > 0):
+        raise ValueError(f"with a target, lambda_ must be the number > 0 that the search starts from, got {lambda_}")
+    for name, value, known in (
+        ("penalty", penalty, PENALTIES),
+        ("metric", metric, METRICS),
+        ("group_weights", group_weights, GROUP_WEIGHTS),
+        ("scope", scope, (*groups_lib.SCOPES, None)),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(map(str, known))}")
+    if penalty == "group_mcp" and not (gamma is not None and gamma > 0):
+        raise ValueError(f"group_mcp needs gamma > 0, got {gamma}")
+    at_most = learning_rate if isinstance(learning_rate, int | float) else 0
+    if penalty == "group_mcp" and metric == "plain" and gamma <= at_most:
+        raise ValueError(f"gamma={gamma} is too small for the plain metric: it must exceed the learning rate {at_most}")
 
 
-def _by_path(tree):
-    """Leaves of a tree by their "/"-joined path."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {groups_lib.path_name(path): leaf for path, leaf in leaves}
+def _prox(penalty, z, weight, gamma, rate, d, axis):
+    if penalty == "l1":
+        return prox.l1(z, weight, d)
+    if penalty == "group_lasso":
+        return prox.group_lasso(z, weight, d, group_axis=axis)
+    if d is not None:
+        d = jnp.maximum(d, 2 * rate / gamma)
+    return prox.group_mcp(z, weight, gamma / rate, d, group_axis=axis)
+
+
+def _group_weight(group_weights, kernel):
+    return kernel.size**0.5 if group_weights == "sqrt_size" else 1.0
+
+
+def _other_axes(kernel, ndim):
+    return tuple(axis for axis in range(ndim) if axis != kernel.axis)
+
+
+def _gradient_scale(momenta, group_weights):
+    """Median over groups of |m_g| / c_g: the lambda that keeps a zero group zero."""
+    return jnp.median(
+        jnp.concatenate(
+            [
+                jnp.sqrt(jnp.sum(jnp.square(m), _other_axes(kernel, m.ndim)))
+                / _group_weight(group_weights, kernel)
+                for m, kernel in momenta
+            ]
+        )
+    )
+
+
+def _holds_norm(fixed_norm, path, leaves):
+    """Whether the kernel at `path` is held: by name, or because its module has no bias of its own."""
+    if isinstance(fixed_norm, str):
+        return re.fullmatch(fixed_norm, path) is not None
+    return fixed_norm and path.rpartition("/")[0] + "/bias" not in leaves

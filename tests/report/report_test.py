@@ -14,6 +14,10 @@ RESULTS = {
     "sparsity": {
         "group": 0.5,
         "parameter": 0.75,
+        "lambda": 1.5e-4,
+        "target": None,
+        "dead_layers": ["backbone/stem_conv1/kernel"],
+        "dead_blocks": [],
         "layers": [
             {"path": "backbone/layer1_0/conv2/kernel", "groups": 4, "zero_groups": 1, "group_size": 9},
             {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 3, "group_size": 9},
@@ -30,7 +34,17 @@ def test_run_table_has_each_metric_beside_the_constant_guess():
     row = next(line for line in table.splitlines() if "mae_normalized" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["depth", "**mae_normalized**", "0.0625", "0.2000"]
     assert "loss" not in table
-    assert "50.0 % of groups zero, 75.0 % of parameters in them (4 conv layers); best validation at step 7" in table
+    assert table.endswith(
+        "50.0 % of groups zero, 75.0 % of parameters in them, lambda 0.00015; 4 conv layers, dead layers: stem_conv1; "
+        "best validation at step 7"
+    )
+
+
+def test_a_target_is_named_beside_what_was_reached():
+    asked = RESULTS["sparsity"] | {"target": 0.52, "dead_blocks": ["backbone/layer1_0"]}
+    sentence = tables.sparsity_sentences(asked)
+    assert "50.0 % of groups zero (target 52.0 %), 75.0 %" in sentence
+    assert sentence.endswith("dead blocks: layer1_0")
 
 
 def test_groups_per_layer_are_drawn_in_network_order():

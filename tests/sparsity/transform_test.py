@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_sparse.sparsity import prox, transform
+from mtl_sparse.sparsity import control, prox, transform
 
 
 def random_tree(seed, scale=1.0):
@@ -92,10 +92,12 @@ def test_a_kernel_with_a_bias_is_not_held():
     assert list(state.kernel_norms) == ["normed/kernel"]
 
 
-def test_lambda_on_a_schedule_starts_when_it_says():
+@pytest.mark.parametrize(
+    "settings", [{"lambda_": lambda step: jnp.where(step < 3, 0.0, 1e4)}, {"lambda_": 1e4, "start_step": 3}]
+)
+def test_lambda_starts_when_it_says(settings):
     params = random_tree(0)
-    starts_late = lambda step: jnp.where(step < 3, 0.0, 1e4)  # noqa: E731
-    tx = transform.proximal_adam(1e-2, starts_late, fixed_norm=False)
+    tx = transform.proximal_adam(1e-2, fixed_norm=False, **settings)
     before, _ = run(tx, params, 3)
     plain, _ = run(optax.adamw(1e-2, weight_decay=0.0), params, 3)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(plain), strict=True):
@@ -104,21 +106,137 @@ def test_lambda_on_a_schedule_starts_when_it_says():
     assert (after["backbone"]["conv"]["kernel"] == 0).all()
 
 
+def test_lambda_grows_over_the_warm_up():
+    tx = transform.proximal_adam(1e-2, 0.8, start_step=2, warmup_steps=4)
+    assert [float(run(tx, random_tree(0), steps)[1].lambda_) for steps in range(1, 9)] == pytest.approx(
+        [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0.8]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "operator"),
+    [
+        ({"penalty": "l1"}, lambda z, d: prox.l1(z, 0.1, d)),
+        ({"group_weights": "none"}, lambda z, d: prox.group_lasso(z, 0.1, d)),
+        ({"bias_correction": False}, lambda z, d: prox.group_lasso(z, 0.1 * 12, d * 0.001**0.5)),
+        (
+            {"penalty": "group_mcp", "gamma": 5.0},
+            lambda z, d: prox.group_mcp(z, 0.1 * 12, 50.0, jnp.maximum(d, 0.04)),
+        ),
+    ],
+    ids=["l1", "no group weights", "uncorrected metric", "group mcp"],
+)
+def test_first_step_of_the_other_forms(settings, operator):
+    """lr 0.1, lambda 1, groups of 9 x 16 weights; v after one step is 0.001 g^2, corrected g^2."""
+    params, grads = random_tree(0), random_tree(1)
+    tx = transform.proximal_adam(0.1, 1.0, fixed_norm=False, **settings)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)["backbone"]["conv"]["kernel"]
+    g = grads["backbone"]["conv"]["kernel"]
+    want = operator(params["backbone"]["conv"]["kernel"] - 0.1 * jnp.sign(g), jnp.abs(g))
+    assert (new != params["backbone"]["conv"]["kernel"]).any()
+    np.testing.assert_allclose(new, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_phase_keeps_the_pattern_and_trains_the_rest_without_penalty():
+    params = random_tree(0)
+    params["backbone"]["conv"]["kernel"] = params["backbone"]["conv"]["kernel"].at[:, :, 2:5].set(0)
+    tx = transform.proximal_adam(1e-2, 0.3, debias_step=0, fixed_norm=False)
+    new, state = run(tx, params, 5)
+    plain, _ = run(optax.adamw(1e-2, weight_decay=0.0), params, 5)
+    kernel, free = new["backbone"]["conv"]["kernel"], plain["backbone"]["conv"]["kernel"]
+    assert (kernel[:, :, 2:5] == 0).all() and (free[:, :, 2:5] != 0).all()
+    for live in (slice(0, 2), slice(5, 8)):
+        np.testing.assert_array_equal(kernel[:, :, live], free[:, :, live])
+    assert state.lambda_ == 0
+
+
+def test_the_last_phase_begins_when_it_says():
+    tx = transform.proximal_adam(1e-2, 1.0, debias_step=6, penalty="l1", fixed_norm=False)
+    zero = [np.asarray(run(tx, random_tree(0), steps)[0]["backbone"]["conv"]["kernel"]) == 0 for steps in (5, 6, 12)]
+    assert 0 < zero[1].mean() < 1 and (zero[0] != zero[1]).any()
+    np.testing.assert_array_equal(zero[1], zero[2])
+
+
+@pytest.mark.parametrize("annealed", [True, False])
+def test_coming_back_gets_harder_as_the_rate_falls(annealed):
+    """|m_hat| = 10 against lambda sqrt(n) = 2: at a tenth of the peak rate the annealed threshold is 20."""
+    params = {"w": jnp.zeros((1, 1, 2, 4)).at[0, 0, 0].set(1.0)}
+    rate = optax.piecewise_constant_schedule(1e-2, {2: 0.1})
+    tx = transform.proximal_adam(rate, 1.0, fixed_norm=False, anneal_revival=annealed)
+    state = tx.init(params)
+    for step in range(8):
+        grads = {"w": jnp.full((1, 1, 2, 4), -5.0 if step >= 4 else 0.0)}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert (np.asarray(params["w"][0, 0, 1]) > 0).all() != annealed
+
+
+def test_fixed_norm_by_name():
+    params = {"a": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.zeros(2)}, "b": {"kernel": jnp.ones((1, 1, 2, 2))}}
+    assert list(transform.proximal_adam(1e-3, 1.0, fixed_norm="a/.*").init(params).kernel_norms) == ["a/kernel"]
+
+
+def test_in_a_chain_and_beside_another_optimizer():
+    """Clipped, scaled per parameter group, and still exact zeros in the backbone alone."""
+    params = random_tree(0)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1e6),
+        optax.multi_transform(
+            {"sparse": transform.proximal_adam(1e-2, 1e4, fixed_norm=False), "dense": optax.sgd(1e-2)},
+            {"backbone": "sparse", "head": "dense"},
+        ),
+    )
+    new, _ = run(tx, params, 1)
+    assert (new["backbone"]["conv"]["kernel"] == 0).all()
+    head = params["head"]["kernel"] - 1e-2 * random_tree(100)["head"]["kernel"]
+    np.testing.assert_allclose(new["head"]["kernel"], head, rtol=1e-6)
+
+
+def test_under_pmap_and_with_bfloat16_parameters():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(0))
+    grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_tree(1))
+    grads["backbone"]["conv"]["kernel"] = grads["backbone"]["conv"]["kernel"].at[:, :, :4].set(0)
+    tx = transform.proximal_adam(0.1, 5.0, target=control.Target(0.8, 10))
+
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    replicate = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
+    new, state = jax.pmap(step, axis_name="devices")(replicate(params), replicate(tx.init(params)))
+    kernel = new["backbone"]["conv"]["kernel"][0]
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal((kernel == 0).all((0, 1, 3)), np.arange(8) < 4)
+    assert float(state.control.gap[0]) == pytest.approx(0.8 * (1 - 0.75**3) - 0.5)
+
+
 def test_a_wholly_zero_kernel_stays_finite():
     params = random_tree(0)
     params, _ = run(transform.proximal_adam(1e-2, 1e4), params, 3)
     assert (params["backbone"]["conv"]["kernel"] == 0).all()
 
 
-def test_pruned_group_comes_back_when_its_gradient_earns_it():
-    params = {"w": jnp.zeros((1, 1, 2, 4)).at[0, 0, 0].set(1.0)}
-    tx = transform.proximal_adam(1e-2, 0.1, fixed_norm=False)
+def test_pruned_groups_come_back_when_the_data_change():
+    """Regression whose inputs 0-3 matter first and inputs 4-7 later: the live groups change over."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(256, 8)), jnp.float32)
+    tx = transform.proximal_adam(1e-2, 0.3, fixed_norm=False)
+
+    @jax.jit
+    def update(params, state, y):
+        loss = lambda params: jnp.mean(jnp.square(x @ params["w"][0, 0] - y))  # noqa: E731
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.asarray(rng.normal(size=(1, 1, 8, 3)), jnp.float32)}
     state = tx.init(params)
-    for _ in range(3):
-        grads = {"w": jnp.full((1, 1, 2, 4), -5.0)}  # |m_hat| = 10 > lambda sqrt(n) = 0.2
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    assert (params["w"][0, 0, 1] > 0).all()
+    for used in (slice(0, 4), slice(4, 8)):
+        y = x[:, used] @ np.ones((4, 3), np.float32)
+        for _ in range(600):
+            params, state = update(params, state, y)
+        live = np.flatnonzero((np.asarray(params["w"][0, 0]) != 0).any(1))
+        np.testing.assert_array_equal(live, np.arange(8)[used])
 
 
 def test_reaches_the_group_lasso_optimum_without_recompiling():
@@ -162,12 +280,26 @@ def test_reaches_the_group_lasso_optimum_without_recompiling():
     np.testing.assert_allclose(found, best, atol=2e-3)
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="lambda_.*-1"):
-        transform.proximal_adam(1e-3, -1.0)
-    with pytest.raises(ValueError, match="metric 'euclid'.*adaptive, plain"):
-        transform.proximal_adam(1e-3, metric="euclid")
-    with pytest.raises(ValueError, match="scope 'neck'.*backbone, all"):
-        transform.proximal_adam(1e-3, 1e-4, scope="neck").init(random_tree(0))
+BAD_ARGUMENTS = {
+    "lambda": ({"lambda_": -1.0}, "lambda_ must be a number >= 0, got -1"),
+    "metric": ({"metric": "euclid"}, "metric 'euclid'.*adaptive, plain"),
+    "penalty": ({"penalty": "ridge"}, "penalty 'ridge'.*group_lasso, group_mcp, l1"),
+    "group weights": ({"group_weights": "size"}, "group_weights 'size'.*sqrt_size, none"),
+    "scope": ({"scope": "neck"}, "scope 'neck'.*backbone, all"),
+    "no gamma": ({"penalty": "group_mcp"}, "group_mcp needs gamma > 0, got None"),
+    "small gamma": ({"penalty": "group_mcp", "gamma": 1e-4, "metric": "plain"}, "gamma=0.0001 is too small"),
+    "start": ({"start_step": -1}, "start_step must be >= 0, got -1"),
+    "target of zero lambda": ({"lambda_": 0.0, "target": control.Target(0.5, 9)}, "starts from, got 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(case):
+    settings, message = BAD_ARGUMENTS[case]
+    with pytest.raises(ValueError, match=message):
+        transform.proximal_adam(1e-3, **{"lambda_": 1e-4, **settings})
+
+
+def test_a_tree_without_conv_kernels_is_refused():
     with pytest.raises(ValueError, match="no conv kernel"):
         transform.proximal_adam(1e-3, 1e-4).init({"bias": jnp.zeros(3)})

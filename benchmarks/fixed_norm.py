@@ -1,0 +1,165 @@
+"""What holding the kernels' norm does: the same runs with and without it, over three lambdas.
+
+    python -m benchmarks.fixed_norm --workdir=runs/fixed_norm [--folder=/data/NYUD_MT]
+
+The runs are the demo's, without a target, on rooms and, where a folder is given, on its real frames. Each writes
+<workdir>/<data>_<lambda>_<on|off>.json; those that are there already are not run again. Draws fixed_norm.png.
+"""
+
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import jax_utils
+from matplotlib.figure import Figure
+
+from configs import demo
+from input_pipeline import loader
+from mtl_sparse import evaluate, train
+from mtl_sparse import run as run_lib
+from mtl_sparse.sparsity import groups, stats
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/fixed_norm", "Where results go.")
+_FOLDER = flags.DEFINE_string("folder", "", "NYUD_MT folder of real frames; rooms alone without it.")
+_LAMBDAS = flags.DEFINE_multi_float("lambda", [3e-5, 1e-4, 3e-4], "Strengths of the penalty.")
+_STEPS = flags.DEFINE_integer("steps", 400, "About how many steps a run takes (whole epochs).")
+_EVERY = 10  # steps between two records
+
+
+def make_probe(run):
+    """Function of a TrainState -> {name: value}: what the figure shows."""
+    kernels = groups.find(jax.eval_shape(lambda: run.init_state().params["model"]), run.config.sparsity.scope)
+
+    @jax.jit
+    def probe(state, initial_norms):
+        params = groups.by_path(state.params["model"])
+        inner = state.opt_state.inner_state
+        momentum = groups.by_path(optax.tree.get(inner.adam, "mu")["model"])
+        correction = 1 - run.config.optimizer.b1 ** inner.count.astype(jnp.float32)
+        zero, gradient, norms = [], [], []
+        for kernel in kernels:
+            zero.append(stats.zero_groups(params[kernel.path], kernel.axis))
+            m = momentum[kernel.path] / correction
+            gradient.append(jnp.sqrt(jnp.mean(jnp.square(m), (0, 1, 3))))
+            norms.append(jnp.linalg.norm(params[kernel.path]))
+        variances = [leaf for path, leaf in groups.by_path(state.batch_stats).items() if path.endswith("var")]
+        norms = jnp.stack(norms)
+        return {
+            "zero": jnp.mean(jnp.concatenate(zero)),
+            "norm": jnp.quantile(norms / (norms if initial_norms is None else initial_norms), jnp.array([0.1, 0.5, 0.9])),
+            "norms": norms,
+            "variance": jnp.quantile(jnp.concatenate(variances), jnp.array([0.1, 0.5, 0.9])),
+            "gradient": jnp.quantile(jnp.concatenate(gradient), jnp.array([0.1, 0.5, 0.9])),
+        }
+
+    return probe
+
+
+def measure(config) -> dict:
+    """Trains by `config`; returns the series over steps and the validation at the end."""
+    run = run_lib.setup(config)
+    state = run.init_state()
+    probe = make_probe(run)
+    initial = probe(state, None)["norms"]
+    state, step_fn = jax_utils.replicate(state), train.make_train_step(run)
+    batches = loader.prefetch_to_device(run.train_batches(0))
+    rows, start = [], time.time()
+    for step in range(1, run.total_steps + 1):
+        state, _ = step_fn(state, next(batches))
+        if step % _EVERY == 0 or step == run.total_steps:
+            row = jax.device_get(probe(jax_utils.unreplicate(state), initial))
+            row = {name: np.asarray(value).tolist() for name, value in row.items() if name != "norms"}
+            rows.append({"step": step, **row})
+            if step % (10 * _EVERY) == 0:
+                left = (time.time() - start) / step * (run.total_steps - step)
+                logging.info("step %d/%d, %.1f %% zero, %.0f s left", step, run.total_steps, 100 * row["zero"], left)
+    evaluator = evaluate.make_evaluator(run.model, run.tasks)
+    values = evaluator(state.variables, run.eval_batches("validation"))
+    score = train.validation_score(values, run.tasks)
+    return {"rows": rows, "score": score, "finite": math.isfinite(score)}
+
+
+def run_config(folder: str, lambda_: float, fixed_norm: bool):
+    """The demo's config with a fixed lambda, on rooms or on the real frames of `folder`."""
+    config = demo.get_config()
+    if folder:
+        config.data.rooms.update(frames=0, test_frames=0, height=0, width=0)
+        config.data.folder = folder
+    config.sparsity.update(lambda_=lambda_, target=None, fixed_norm=fixed_norm)
+    steps_per_epoch = run_lib.setup(config).steps_per_epoch
+    config.train.epochs = max(1, round(_STEPS.value / steps_per_epoch))
+    return config
+
+
+def draw(results: dict) -> Figure:
+    """A column a pair of data and lambda; with and without the fixed norm in each."""
+    columns = sorted({key[:2] for key in results}, key=lambda pair: (pair[0] != "rooms", pair[1]))
+    rows = {
+        "zero": "% groups zero",
+        "norm": "kernel norm / initial",
+        "variance": "BatchNorm running variance",
+        "gradient": "gradient of a group, |m|/√n",
+    }
+    figure = Figure((2.9 * len(columns), 9.5), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
+    for j, (data, lambda_) in enumerate(columns):
+        for fixed_norm, color in ((True, "#20639b"), (False, "#d35400")):
+            found = results[data, lambda_, fixed_norm]
+            steps = [row["step"] for row in found["rows"]]
+            label = f"norm {'fixed' if fixed_norm else 'free'}, score " + (
+                f"{found['score']:.3f}" if found["finite"] else "not finite"
+            )
+            for i, name in enumerate(rows):
+                values = np.array([row[name] for row in found["rows"]])
+                if name == "zero":
+                    axes[i, j].plot(steps, 100 * values, color=color, label=label)
+                else:
+                    axes[i, j].plot(steps, values[:, 1], color=color)
+                    axes[i, j].fill_between(steps, values[:, 0], values[:, 2], color=color, alpha=0.15, linewidth=0)
+        axes[3, j].axhline(lambda_, color="black", linestyle=":", linewidth=1)
+        axes[3, j].text(steps[0], lambda_, "λ", va="bottom")
+        axes[0, j].set_title(f"{data}, λ = {lambda_:.0e}")
+        axes[0, j].set_ylim(-2, 102)
+        axes[0, j].legend(frameon=False, fontsize=8)
+        axes[-1, j].set_xlabel("step")
+    for i, (name, title) in enumerate(rows.items()):
+        axes[i, 0].set_ylabel(title)
+        if name != "zero":
+            axes[i, 0].set_yscale("log")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main(_):
+    workdir = pathlib.Path(_WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for data, folder in (("rooms", ""), ("real frames", _FOLDER.value)):
+        if data != "rooms" and not folder:
+            continue
+        for lambda_ in _LAMBDAS.value:
+            for fixed_norm in (True, False):
+                path = workdir / f"{data.replace(' ', '_')}_{lambda_:.0e}_{'on' if fixed_norm else 'off'}.json"
+                if not path.exists():
+                    logging.info("%s", path.stem)
+                    path.write_text(json.dumps(measure(run_config(folder, lambda_, fixed_norm))))
+                results[data, lambda_, fixed_norm] = json.loads(path.read_text())
+    draw(results).savefig(workdir / "fixed_norm.png", dpi=80)
+    print(f"{'data':<12} {'lambda':>7} {'norm':>6} {'% zero, highest':>16} {'at the end':>11} {'score':>9}")
+    for (data, lambda_, fixed_norm), found in results.items():
+        zero = [100 * row["zero"] for row in found["rows"]]
+        print(
+            f"{data:<12} {lambda_:>7.0e} {'fixed' if fixed_norm else 'free':>6} {max(zero):>16.1f} {zero[-1]:>11.1f} "
+            f"{found['score']:>9.4f}"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,87 @@
+"""Target sparsity: finds lambda while training, in place of a search over runs."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# lambda stays within this factor of the median over groups of |m_g| / c_g, the lambda at which half of the groups
+# would stay zero: beyond it a wrong start only takes longer to correct.
+_REACH = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A sparsity to be reached, and how.
+
+    The scheduled sparsity rises from 0 to `sparsity` as 1 - (1 - u)^3 (Zhu & Gupta 2017, arXiv 1710.01878)
+    over the first `ramp` of the run. In each step the gap between it and the measured one moves log lambda: by
+    the gap, with a weight that grows with the steps (early, groups are only on their way to zero), and by the
+    change of the gap, because pruning takes a larger lambda than keeping what is pruned. From `freeze` on
+    lambda stays as it is.
+
+    Attributes:
+      sparsity: fraction of groups (under l1: of weights) to be zero, in [0, 1).
+      total_steps: steps of the run, from the first one with a penalty.
+      ramp: fraction of them over which the scheduled sparsity rises, in (0, freeze].
+      freeze: fraction of them after which lambda is constant, in (0, 1].
+      gain: change of log lambda over as many steps as the ramp has, for a gap of 1, at the ramp's end.
+      damping: change of log lambda for a change of the gap by 1.
+      slew: largest change of log lambda over as many steps as the ramp has.
+
+    Raises:
+      ValueError: a value out of its range.
+    """
+
+    sparsity: float
+    total_steps: int
+    ramp: float = 0.4
+    freeze: float = 0.75
+    gain: float = 80.0
+    damping: float = 20.0
+    slew: float = 20.0
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"target sparsity must be in [0, 1), got {self.sparsity}")
+        if not 0 < self.ramp <= self.freeze <= 1:
+            raise ValueError(f"a target needs 0 < ramp <= freeze <= 1, got ramp={self.ramp}, freeze={self.freeze}")
+        if not self.total_steps > 0:
+            raise ValueError(f"a target needs total_steps > 0, got {self.total_steps}")
+
+    def scheduled(self, step):
+        """Sparsity to be had after `step` steps with a penalty."""
+        left = 1 - jnp.clip(step / (self.ramp * self.total_steps), 0, 1)
+        return self.sparsity * (1 - left**3)
+
+
+class ControlState(NamedTuple):
+    """State of the controller."""
+
+    log_lambda: jax.Array  # shape=(), dtype=jnp.float32
+    gap: jax.Array  # shape=(), dtype=jnp.float32; scheduled - measured sparsity after the last step
+
+
+def init(lambda_: float) -> ControlState:
+    """Starts the search at `lambda_`."""
+    return ControlState(jnp.asarray(math.log(lambda_), jnp.float32), jnp.zeros([], jnp.float32))
+
+
+def update(target: Target, state: ControlState, measured, scale, step) -> ControlState:
+    """The controller after `step` steps with a penalty (the first is 1; before that nothing moves).
+
+    Args:
+      measured: sparsity after this step.
+      scale: median over groups of |m_g| / c_g, see `_REACH`.
+      step: int32 [].
+    """
+    ramp_steps = target.ramp * target.total_steps
+    gap = target.scheduled(step) - measured
+    move = target.gain * gap * step / ramp_steps**2 + target.damping * (gap - state.gap)
+    move = jnp.clip(move, -target.slew / ramp_steps, target.slew / ramp_steps)
+    middle = jnp.log(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
+    log_lambda = jnp.clip(state.log_lambda + move, middle - math.log(_REACH), middle + math.log(_REACH))
+    active = (step > 0) & (step <= target.freeze * target.total_steps)
+    return ControlState(jnp.where(active, log_lambda, state.log_lambda), jnp.where(active, gap, state.gap))

@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_sparse.sparsity import control, stats, transform
+
+TARGET = control.Target(0.8, total_steps=100, ramp=0.5, freeze=0.8, gain=20.0, damping=0.5, slew=20.0)
+
+
+def test_the_schedule_by_hand():
+    assert [float(TARGET.scheduled(step)) for step in (0, 25, 50, 100)] == pytest.approx([0, 0.8 * 0.875, 0.8, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("last_gap", "moved"), [(0.1, 20 * 0.5 * 25 / 50**2 + 0.5 * 0.4), (-0.9, 20 / 50)], ids=["free", "at its limit"]
+)
+def test_a_step_by_hand(last_gap, moved):
+    state = control.ControlState(jnp.log(1e-4), jnp.float32(last_gap))
+    new = control.update(TARGET, state, measured=0.2, scale=1e-4, step=jnp.int32(25))
+    assert float(new.gap) == pytest.approx(0.5)
+    assert float(new.log_lambda - state.log_lambda) == pytest.approx(moved, rel=1e-5)
+
+
+def test_lambda_falls_where_too_much_is_zero():
+    state = control.update(TARGET, control.init(1e-4), measured=0.9, scale=1e-4, step=jnp.int32(60))
+    assert float(state.log_lambda) < np.log(1e-4)
+
+
+def test_lambda_stays_near_what_prunes_half_of_the_groups():
+    for start, reached in ((1e-8, 1e-4 / 30), (1e-1, 1e-4 * 30)):
+        state = control.update(TARGET, control.init(start), measured=0.0, scale=1e-4, step=jnp.int32(1))
+        assert float(jnp.exp(state.log_lambda)) == pytest.approx(reached, rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [0, 81])
+def test_nothing_moves_before_the_start_and_after_the_freeze(step):
+    state = control.init(1e-4)
+    assert control.update(TARGET, state, 0.0, 1e-4, jnp.int32(step)) == state
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+@pytest.mark.parametrize("start", [1e-8, 1e-5, 1e-3])
+def test_reaches_the_target_from_any_start(start, penalty):
+    """Noisy regression on 60 groups whose true weights fall off smoothly: every sparsity has its lambda."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(60, 4)) * 0.9 ** np.arange(60)[:, None]
+    steps = 1500
+
+    def loss(params, key):
+        x = jax.random.normal(key, (64, 240))
+        y = x @ truth.ravel() + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), (64,))
+        return 0.5 * jnp.mean(jnp.square(x @ params["w"].ravel() - y))
+
+    tx = transform.proximal_adam(
+        optax.cosine_decay_schedule(0.02, steps),
+        start,
+        penalty=penalty,
+        target=control.Target(0.7, steps),
+        fixed_norm=False,
+    )
+    params = {"w": jnp.asarray(0.1 * rng.normal(size=(1, 1, 60, 4)), jnp.float32)}
+
+    @jax.jit
+    def train(params):
+        def step(carry, key):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params, key), state, params)
+            return (optax.apply_updates(params, updates), state), state.lambda_
+
+        keys = jax.random.split(jax.random.key(0), steps)
+        return jax.lax.scan(step, (params, tx.init(params)), keys)
+
+    (params, _), lambdas = train(params)
+    found = stats.sparsity(params)
+    reached = found.weight if penalty == "l1" else found.group
+    assert reached == pytest.approx(0.7, abs=0.02)
+    assert len(set(np.asarray(lambdas[int(0.75 * steps) + 1 :]).tolist())) == 1, "frozen for the last part"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.0}, r"in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, r"in \[0, 1\), got -0.1"),
+        ({"ramp": 0.9}, "ramp=0.9, freeze=0.75"),
+        ({"total_steps": 0}, "total_steps > 0, got 0"),
+    ],
+)
+def test_bad_targets_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        control.Target(**{"sparsity": 0.5, "total_steps": 10, **settings})
