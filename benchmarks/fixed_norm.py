@@ -1,9 +1,10 @@
-"""What holding the kernels' norm does: the same runs with and without it, over three lambdas.
+"""What holding the kernels' norm and annealing the revival do: the same runs without them, over three lambdas.
 
     python -m benchmarks.fixed_norm --workdir=runs/fixed_norm [--folder=/data/NYUD_MT]
 
-The runs are the demo's, without a target, on rooms and, where a folder is given, on its real frames. Each writes
-<workdir>/<data>_<lambda>_<on|off>.json; those that are there already are not run again. Draws fixed_norm.png.
+The runs are the demo's at half its resolution, without a target, on rooms and, where a folder is given, on its real
+frames. Each writes <workdir>/<data>_<lambda>_<variant>.json; those that are there already are not run again. Prints a
+table and draws fixed_norm.png.
 """
 
 import json
@@ -30,11 +31,17 @@ _FOLDER = flags.DEFINE_string("folder", "", "NYUD_MT folder of real frames; room
 _LAMBDAS = flags.DEFINE_multi_float("lambda", [3e-5, 1e-4, 3e-4], "Strengths of the penalty.")
 _STEPS = flags.DEFINE_integer("steps", 400, "About how many steps a run takes (whole epochs).")
 _EVERY = 10  # steps between two records
+# name -> sparsity settings, colour
+VARIANTS = {
+    "default": ({"fixed_norm": True, "anneal_revival": True}, "#20639b"),
+    "revival_free": ({"fixed_norm": True, "anneal_revival": False}, "#3caea3"),
+    "published": ({"fixed_norm": False, "anneal_revival": False}, "#d35400"),
+}
 
 
 def make_probe(run):
     """Function of a TrainState -> {name: value}: what the figure shows."""
-    kernels = groups.find(jax.eval_shape(lambda: run.init_state().params["model"]), run.config.sparsity.scope)
+    kernels = groups.find(run.state_shapes().params["model"], run.config.sparsity.scope)
 
     @jax.jit
     def probe(state, initial_norms):
@@ -52,7 +59,9 @@ def make_probe(run):
         norms = jnp.stack(norms)
         return {
             "zero": jnp.mean(jnp.concatenate(zero)),
-            "norm": jnp.quantile(norms / (norms if initial_norms is None else initial_norms), jnp.array([0.1, 0.5, 0.9])),
+            "norm": jnp.quantile(
+                norms / (norms if initial_norms is None else initial_norms), jnp.array([0.1, 0.5, 0.9])
+            ),
             "norms": norms,
             "variance": jnp.quantile(jnp.concatenate(variances), jnp.array([0.1, 0.5, 0.9])),
             "gradient": jnp.quantile(jnp.concatenate(gradient), jnp.array([0.1, 0.5, 0.9])),
@@ -85,20 +94,21 @@ def measure(config) -> dict:
     return {"rows": rows, "score": score, "finite": math.isfinite(score)}
 
 
-def run_config(folder: str, lambda_: float, fixed_norm: bool):
+def run_config(folder: str, lambda_: float, variant: str):
     """The demo's config with a fixed lambda, on rooms or on the real frames of `folder`."""
     config = demo.get_config()
     if folder:
         config.data.rooms.update(frames=0, test_frames=0, height=0, width=0)
         config.data.folder = folder
-    config.sparsity.update(lambda_=lambda_, target=None, fixed_norm=fixed_norm)
+    config.data.size = (32, 48)
+    config.sparsity.update(lambda_=lambda_, target=None, **VARIANTS[variant][0])
     steps_per_epoch = run_lib.setup(config).steps_per_epoch
     config.train.epochs = max(1, round(_STEPS.value / steps_per_epoch))
     return config
 
 
 def draw(results: dict) -> Figure:
-    """A column a pair of data and lambda; with and without the fixed norm in each."""
+    """`results` by (data, lambda, variant): a column a pair of data and lambda, a colour a variant."""
     columns = sorted({key[:2] for key in results}, key=lambda pair: (pair[0] != "rooms", pair[1]))
     rows = {
         "zero": "% groups zero",
@@ -109,12 +119,11 @@ def draw(results: dict) -> Figure:
     figure = Figure((2.9 * len(columns), 9.5), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
     for j, (data, lambda_) in enumerate(columns):
-        for fixed_norm, color in ((True, "#20639b"), (False, "#d35400")):
-            found = results[data, lambda_, fixed_norm]
+        for variant, (_, color) in VARIANTS.items():
+            found = results[data, lambda_, variant]
             steps = [row["step"] for row in found["rows"]]
-            label = f"norm {'fixed' if fixed_norm else 'free'}, score " + (
-                f"{found['score']:.3f}" if found["finite"] else "not finite"
-            )
+            score = f"{found['score']:.3f}" if found["finite"] else "not finite"
+            label = f"{variant.replace('_', ' ')}, score {score}"
             for i, name in enumerate(rows):
                 values = np.array([row[name] for row in found["rows"]])
                 if name == "zero":
@@ -145,19 +154,20 @@ def main(_):
         if data != "rooms" and not folder:
             continue
         for lambda_ in _LAMBDAS.value:
-            for fixed_norm in (True, False):
-                path = workdir / f"{data.replace(' ', '_')}_{lambda_:.0e}_{'on' if fixed_norm else 'off'}.json"
+            for variant in VARIANTS:
+                path = workdir / f"{data.replace(' ', '_')}_{lambda_:.0e}_{variant}.json"
                 if not path.exists():
                     logging.info("%s", path.stem)
-                    path.write_text(json.dumps(measure(run_config(folder, lambda_, fixed_norm))))
-                results[data, lambda_, fixed_norm] = json.loads(path.read_text())
+                    path.write_text(json.dumps(measure(run_config(folder, lambda_, variant))))
+                results[data, lambda_, variant] = json.loads(path.read_text())
     draw(results).savefig(workdir / "fixed_norm.png", dpi=80)
-    print(f"{'data':<12} {'lambda':>7} {'norm':>6} {'% zero, highest':>16} {'at the end':>11} {'score':>9}")
-    for (data, lambda_, fixed_norm), found in results.items():
+    print("| data | lambda | variant | % zero, highest | % zero, end | kernel norm / initial | validation score |")
+    print("|---|---|---|---|---|---|---|")
+    for (data, lambda_, variant), found in results.items():
         zero = [100 * row["zero"] for row in found["rows"]]
         print(
-            f"{data:<12} {lambda_:>7.0e} {'fixed' if fixed_norm else 'free':>6} {max(zero):>16.1f} {zero[-1]:>11.1f} "
-            f"{found['score']:>9.4f}"
+            f"| {data} | {lambda_:.0e} | {variant.replace('_', ' ')} | {max(zero):.1f} | {zero[-1]:.1f} | "
+            f"{found['rows'][-1]['norm'][1]:.3f} | {found['score']:.4f} |"
         )
 
 

@@ -112,6 +112,12 @@ def lambda_(opt_state):
     return opt_state.inner_state.lambda_
 
 
+def settled_lambda(config, opt_state) -> float:
+    """The penalty's strength that made the zero pattern: what the target found, or the config's."""
+    controller = opt_state.inner_state.control
+    return float(jax.numpy.exp(controller.log_lambda)) if controller else config.sparsity.lambda_
+
+
 def scale_learning_rate(opt_state, factor: float, minimum: float):
     """`opt_state` with its learning rate times `factor`, but not below `minimum`."""
     rate = jax.numpy.maximum(learning_rate(opt_state) * factor, minimum)

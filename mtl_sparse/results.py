@@ -52,7 +52,7 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
             "group": sparsity.group,
             "parameter": sparsity.parameter,
             "weight": sparsity.weight,
-            "lambda": float(optim.lambda_(state.opt_state)),
+            "lambda": optim.settled_lambda(config, state.opt_state),
             "target": config.sparsity.target,
             "dead_layers": list(sparsity.dead_layers),
             "dead_blocks": list(sparsity.dead_blocks),

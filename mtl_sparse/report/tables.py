@@ -12,7 +12,12 @@ def run_table(results: dict) -> str:
         constant = results["constant"][name]
         shown = f"**{metric}**" if name in headline else metric
         rows.append((task, shown, f"{value:.4f}", f"{constant:.4f}"))
-    return markdown(rows) + "\n\n" + sparsity_sentences(results["sparsity"]) + f"; best validation at step {results['step']}"
+    return (
+        markdown(rows)
+        + "\n\n"
+        + sparsity_sentences(results["sparsity"])
+        + f"; best validation at step {results['step']}"
+    )
 
 
 def sparsity_sentences(sparsity: dict) -> str:
@@ -24,7 +29,9 @@ def sparsity_sentences(sparsity: dict) -> str:
     )
     for name, dead in (("layers", sparsity["dead_layers"]), ("blocks", sparsity["dead_blocks"])):
         if dead:
-            text += f", dead {name}: {', '.join(path.removeprefix('backbone/').removesuffix('/kernel') for path in dead)}"
+            text += (
+                f", dead {name}: {', '.join(path.removeprefix('backbone/').removesuffix('/kernel') for path in dead)}"
+            )
     return text
 
 

@@ -83,10 +83,10 @@ def proximal_adam(
         follows. Its scale is free there, so without this the penalty shrinks the kernel instead of pruning
         its groups. A regular expression of whole paths names the kernels otherwise. A wholly zero kernel
         stays zero until a group of it comes back, and is then scaled at once.
-      anneal_revival: take the highest learning rate so far, not the current one, as the threshold of groups
-        that are zero: a group comes back while |m_g| > lambda c_g peak / current learning rate. As the rate falls the zero
-        pattern comes to rest with the weights; otherwise groups near the threshold come and go with each batch's
-        noise until the end. False is published.
+      anneal_revival: groups that are zero have the highest learning rate so far, not the current one, in their
+        threshold: one comes back when |m_g| > lambda c_g * highest / current rate. As the rate falls the zero
+        pattern comes to rest as the weights do; otherwise groups near the threshold come and go with the noise
+        of single batches until the end. False is published.
       scope: which kernels are penalised, see `groups.find`.
       rules: their groups, see `groups.find`.
 
@@ -215,8 +215,7 @@ def _gradient_scale(momenta, group_weights):
     return jnp.median(
         jnp.concatenate(
             [
-                jnp.sqrt(jnp.sum(jnp.square(m), _other_axes(kernel, m.ndim)))
-                / _group_weight(group_weights, kernel)
+                jnp.sqrt(jnp.sum(jnp.square(m), _other_axes(kernel, m.ndim))) / _group_weight(group_weights, kernel)
                 for m, kernel in momenta
             ]
         )

@@ -55,6 +55,21 @@ def test_groups_per_layer_are_drawn_in_network_order():
     assert heights == [3, 5, 4, 2, 0, 3, 3, 2], "all groups, then those left"
 
 
+def test_sparsity_is_drawn_with_its_target_and_lambda():
+    steps = np.array([1.0, 2.0])
+    metrics = {
+        "train": {"lambda": (steps, np.array([0.0, 1e-4]))},
+        "validation": {name: (steps, np.array([0.0, 0.5])) for name in ("sparsity/group", "sparsity/parameter")},
+    }
+    results = RESULTS | {"sparsity": RESULTS["sparsity"] | {"target": 0.52}}
+    above, below = plots.sparsity_over_steps(metrics, results).axes
+    lines = {line.get_label(): line.get_ydata() for line in above.lines}
+    np.testing.assert_allclose(lines["groups"], [0, 50])
+    np.testing.assert_allclose(lines["target"], [52, 52])
+    assert below.get_yscale() == "log"
+    np.testing.assert_allclose(below.lines[0].get_ydata(), [0, 1e-4])
+
+
 def test_metrics_are_read_by_split(tmp_path):
     rows = [
         {"step": 1, "split": "train", "loss": 3.0},

@@ -64,7 +64,9 @@ def test_rules_name_the_axis_of_a_group():
     assert found == {"depthwise/kernel": (3, 6, 9), "conv/kernel": (2, 4, 54)}
     params["depthwise"]["kernel"] = params["depthwise"]["kernel"].at[..., 2].set(0)
     assert stats.sparsity(params, rules=rules).group == pytest.approx(1 / 10)
-    assert [kernel.path for kernel in groups.find(params, rules={**rules, r"conv/kernel": None})] == ["depthwise/kernel"]
+    assert [kernel.path for kernel in groups.find(params, rules={**rules, r"conv/kernel": None})] == [
+        "depthwise/kernel"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""What the proximal step costs: against a pass over its memory, and as a share of a training step.
+
+    python -m benchmarks.prox [--rounds=9] [--step=False]
+
+All kernels of ResNet-50's backbone, Adam's metric. Every round times each function once, in turn; the table gives
+medians, and the ratio to the copy of the three arrays (z, metric, result) with its spread over rounds. Then
+the full training step, three tasks, 128x128, batch 4, with and without the penalty.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import jax_utils
+
+from configs import nyu
+from mtl_sparse import optim, tasks, train, weighting
+from mtl_sparse.models import multitask
+from mtl_sparse.run import AXIS
+from mtl_sparse.sparsity import groups, prox
+
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each function is timed.")
+_STEP = flags.DEFINE_bool("step", True, "Whether to time the training step, too.")
+_SIZE = flags.DEFINE_integer("size", 128, "Side of the training step's images.")
+_BATCH = flags.DEFINE_integer("batch", 4, "Images in a training step.")
+
+
+def timed(functions: dict, rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each round of each function () -> arrays, in alternation, after one call to warm up."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def report(seconds: dict[str, np.ndarray], reference: str) -> None:
+    print(f"{'':<34} {'median ms':>10} {'ratio to ' + reference:>24} {'spread':>14}")
+    for name, values in seconds.items():
+        ratio = values / seconds[reference]
+        low, high = np.quantile(ratio, [0.1, 0.9])
+        print(f"{name:<34} {1e3 * np.median(values):>10.1f} {np.median(ratio):>24.2f} {f'{low:.2f} .. {high:.2f}':>14}")
+
+
+def operators(shapes: list[tuple[int, ...]]) -> dict:
+    """The copy and each operator over kernels of these shapes, about half of whose groups fall below the threshold."""
+    rng = np.random.default_rng(0)
+    z = [jnp.asarray(0.03 * rng.normal(size=shape), jnp.float32) for shape in shapes]
+    d = [jnp.asarray(np.exp(rng.normal(-8, 1.5, size=shape)), jnp.float32) for shape in shapes]
+    weight = [jnp.median(jnp.sqrt(jnp.sum(jnp.square(a * b), (0, 1, 3)))) for a, b in zip(z, d, strict=True)]
+    plain = [jnp.median(jnp.sqrt(jnp.sum(jnp.square(a), (0, 1, 3)))) for a in z]
+    single = [jnp.median(jnp.abs(a * b)) for a, b in zip(z, d, strict=True)]
+    gamma = [float(2 / jnp.min(b)) for b in d]
+
+    def over(operator, *arguments):
+        function = jax.jit(lambda *arguments: [operator(*one) for one in zip(*arguments, strict=True)])
+        return lambda: function(*arguments)
+
+    copy = jax.jit(lambda z, d: ([a + 1 for a in z], [b + 1 for b in d], [2 * a for a in z]))
+    return {
+        "copy of the three arrays": lambda: copy(z, d),
+        "group_lasso, adaptive": over(prox.group_lasso, z, weight, d),
+        "group_mcp, adaptive": over(
+            lambda z, weight, d, gamma: prox.group_mcp(z, weight, gamma, d),
+            z,
+            weight,
+            d,
+            [jnp.float32(g) for g in gamma],
+        ),
+        "l1, adaptive": over(prox.l1, z, single, d),
+        "group_lasso, plain": over(prox.group_lasso, z, plain),
+    }
+
+
+def training_steps(config) -> dict:
+    """The training step with and without the penalty, each on its own state."""
+    rows = tasks.resolve(config)
+    model = multitask.build(config.model, rows, axis_name=AXIS)
+    side, batch_size = _SIZE.value, _BATCH.value
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(1, batch_size, side, side, 3)).astype(np.float32),
+        "segmentation": rng.integers(0, 40, (1, batch_size, side, side)).astype(np.int32),
+        "depth": rng.uniform(0.1, 1, (1, batch_size, side, side)).astype(np.float32),
+        "normals": np.broadcast_to(np.float32([0, 0, 1]), (1, batch_size, side, side, 3)),
+    }
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    params = {"model": variables["params"], "weighting": weighting.init("uncertainty", [row.name for row in rows])}
+    steps = {}
+    for name, lambda_ in (("without penalty (AdamW)", 0.0), ("with penalty", config.sparsity.lambda_)):
+        config.sparsity.lambda_ = lambda_
+        tx = optim.build(config, 100)
+        state = train.TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
+        step = functools.partial(train.train_step, model=model, tasks=rows, tx=tx, loss_config=config.loss, seed=0)
+        steps[name] = functools.partial(
+            jax.pmap(step, axis_name=AXIS), jax_utils.replicate(state, jax.local_devices()[:1]), batch
+        )
+    return steps
+
+
+def main(_):
+    config = nyu.get_config()
+    model = multitask.build(config.model, tasks.resolve(config))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    leaves = groups.by_path(params)
+    shapes = [leaves[kernel.path].shape for kernel in groups.find(params)]
+    device = jax.devices()[0].device_kind
+    print(f"{len(shapes)} kernels, {sum(map(np.prod, shapes)):,} weights; JAX {jax.__version__}, {device}")
+    seconds = timed(operators(shapes), _ROUNDS.value)
+    report(seconds, "copy of the three arrays")
+    if _STEP.value:
+        print(f"\ntraining step, {', '.join(config.tasks)}, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}")
+        steps = timed(training_steps(config), _ROUNDS.value)
+        report(steps, "without penalty (AdamW)")
+        share = np.median(seconds["group_lasso, adaptive"]) / np.median(steps["with penalty"])
+        print(f"group_lasso alone is {100 * share:.1f} % of the step with the penalty")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,36 @@
+"""The benchmarks on something small: that they measure what they say, not how fast it is."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import fixed_norm, prox
+
+
+def test_every_operator_prunes_about_half(capsys):
+    functions = prox.operators([(1, 1, 64, 8), (3, 3, 32, 4)])
+    for name, function in functions.items():
+        if name.startswith("copy"):
+            continue
+        zero = np.concatenate([np.ravel(x == 0) for x in function()])
+        assert 0.3 < zero.mean() < 0.7, name
+        assert all(jnp.isfinite(x).all() for x in function()), name
+    seconds = prox.timed(functions, rounds=2)
+    assert all(values.shape == (2,) and (values > 0).all() for values in seconds.values())
+    prox.report(seconds, "copy of the three arrays")
+    assert capsys.readouterr().out.splitlines()[1].split()[-4:] == ["1.00", "1.00", "..", "1.00"]
+
+
+def test_fixed_norm_probe_and_figure(config):
+    config.sparsity.update(lambda_=1.0, warmup_steps=0)
+    found = {}
+    for variant in ("default", "published"):
+        config.sparsity.update(fixed_norm.VARIANTS[variant][0])
+        found["rooms", 1.0, variant] = fixed_norm.measure(config)
+    (held,), (free,) = (values["rows"] for values in found.values())
+    assert held["step"] == free["step"] == 4
+    np.testing.assert_allclose(held["norm"][1:], [1, 1], rtol=1e-4)
+    assert free["norm"][1] < 0.99
+    assert 0 < held["zero"] < 1
+    found["rooms", 1.0, "revival_free"] = found["rooms", 1.0, "default"]
+    figure = fixed_norm.draw(found)
+    assert [len(axis.lines) for axis in figure.axes] == [3, 3, 3, 4]
