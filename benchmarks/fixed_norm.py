@@ -3,8 +3,8 @@
     python -m benchmarks.fixed_norm --workdir=runs/fixed_norm [--folder=/data/NYUD_MT]
 
 The runs are the demo's at half its resolution, without a target, on rooms and, where a folder is given, on its real
-frames. Each writes <workdir>/<data>_<lambda>_<variant>.json; those that are there already are not run again. Prints a
-table and draws fixed_norm.png.
+frames. Each writes <workdir>/<data>_<lambda>_<variant>.json; those that are there already, with the same settings, are
+not run again. Prints a table and draws fixed_norm.png.
 """
 
 import json
@@ -28,14 +28,14 @@ from mtl_sparse.sparsity import groups, stats
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/fixed_norm", "Where results go.")
 _FOLDER = flags.DEFINE_string("folder", "", "NYUD_MT folder of real frames; rooms alone without it.")
-_LAMBDAS = flags.DEFINE_multi_float("lambda", [3e-5, 1e-4, 3e-4], "Strengths of the penalty.")
+_LAMBDAS = flags.DEFINE_multi_float("lambda", [1e-4, 3e-4, 1e-3], "Strengths of the penalty.")
 _STEPS = flags.DEFINE_integer("steps", 400, "About how many steps a run takes (whole epochs).")
 _EVERY = 10  # steps between two records
 # name -> sparsity settings, colour
 VARIANTS = {
     "default": ({"fixed_norm": True, "anneal_revival": True}, "#20639b"),
     "revival_free": ({"fixed_norm": True, "anneal_revival": False}, "#3caea3"),
-    "published": ({"fixed_norm": False, "anneal_revival": False}, "#d35400"),
+    "norm_and_revival_free": ({"fixed_norm": False, "anneal_revival": False}, "#d35400"),
 }
 
 
@@ -91,7 +91,7 @@ def measure(config) -> dict:
     evaluator = evaluate.make_evaluator(run.model, run.tasks)
     values = evaluator(state.variables, run.eval_batches("validation"))
     score = train.validation_score(values, run.tasks)
-    return {"rows": rows, "score": score, "finite": math.isfinite(score)}
+    return {"rows": rows, "score": score, "finite": math.isfinite(score), "config": json.loads(config.to_json())}
 
 
 def run_config(folder: str, lambda_: float, variant: str):
@@ -146,6 +146,11 @@ def draw(results: dict) -> Figure:
     return figure
 
 
+def _holds(path, config):
+    """Whether the file at `path` is of a run with this config."""
+    return path.exists() and json.loads(path.read_text())["config"] == json.loads(config.to_json())
+
+
 def main(_):
     workdir = pathlib.Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -155,10 +160,11 @@ def main(_):
             continue
         for lambda_ in _LAMBDAS.value:
             for variant in VARIANTS:
-                path = workdir / f"{data.replace(' ', '_')}_{lambda_:.0e}_{variant}.json"
-                if not path.exists():
+                path = workdir / f"{data.replace(' ', '_')}_{lambda_:g}_{variant}.json"
+                config = run_config(folder, lambda_, variant)
+                if not _holds(path, config):
                     logging.info("%s", path.stem)
-                    path.write_text(json.dumps(measure(run_config(folder, lambda_, variant))))
+                    path.write_text(json.dumps(measure(config)))
                 results[data, lambda_, variant] = json.loads(path.read_text())
     draw(results).savefig(workdir / "fixed_norm.png", dpi=80)
     print("| data | lambda | variant | % zero, highest | % zero, end | kernel norm / initial | validation score |")

@@ -3,11 +3,12 @@
     python launch.py --config=configs/nyu.py --config.data.folder=/data/NYUD_MT
 
 Every number that affects a result stands here; the other configs change some of them. They are the paper's, but for
-fixed_norm and warmup_steps (README, "The method"), and a run stops early as a whole, not task by task.
+fixed_norm, anneal_revival, warmup_steps and bias_correction (README, "The method"), and a run stops early as a whole,
+not task by task.
 """
 
 import ml_collections
-from ml_collections.config_dict import create, placeholder
+from ml_collections.config_dict import create
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -52,13 +53,13 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         sparsity=create(
             lambda_=1e-5,  # strength of the penalty; 0 is dense
-            # Fraction of groups (under l1: of weights) to be zero: finds lambda, from lambda_ on. None: lambda_ it is.
-            target=placeholder(float),
+            # Fraction of groups (under l1: of weights) to be zero: finds lambda, starting from lambda_. 0 is none.
+            target=0.0,
             target_ramp=0.4,  # fraction of the run over which the scheduled sparsity rises to the target
             target_freeze=0.75,  # fraction of the run after which lambda stays; the best checkpoint is a later one
             # Fraction of the run after which the zero pattern stays and the rest trains without the penalty; the
-            # best checkpoint is a later one. None: no such phase.
-            debias_at=placeholder(float),
+            # best checkpoint is a later one. 0 is none.
+            debias_at=0.0,
             penalty="group_lasso",  # or "group_mcp", "l1"
             gamma=1000.0,  # of group_mcp: a group of root mean square above gamma * lambda is not shrunk
             group_weights="sqrt_size",  # or "none"

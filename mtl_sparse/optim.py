@@ -22,17 +22,16 @@ def check(config) -> None:
         )
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: it must be > 0")
-    sparsity = config.sparsity
-    if sparsity.debias_at is not None and not 0 < sparsity.debias_at < 1:
-        raise UserError(f"sparsity.debias_at={sparsity.debias_at}: a fraction of the run, above 0 and below 1")
-    if sparsity.target is not None and not sparsity.target_freeze < 1:
-        raise UserError(f"sparsity.target_freeze={sparsity.target_freeze}: a fraction of the run, below 1")
-    if None not in (sparsity.target, sparsity.debias_at) and sparsity.debias_at < sparsity.target_freeze:
+    for name in ("target", "target_freeze", "debias_at"):
+        value = config.sparsity[name]
+        if not 0 <= value < 1:
+            raise UserError(f"sparsity.{name}={value}: a fraction, at least 0 and below 1")
+    if config.sparsity.target > 0 and not config.sparsity.lambda_ > 0:
         raise UserError(
-            f"sparsity.debias_at={sparsity.debias_at} is before sparsity.target_freeze={sparsity.target_freeze}: "
-            "the zero pattern would stay before the target is reached"
+            f"sparsity.target={config.sparsity.target} needs a sparsity.lambda_ above 0 to start from; "
+            "for a dense run set the target to 0, too"
         )
-    build(config, total_steps=sparsity.start_step + 1)
+    build(config, total_steps=10**9)
 
 
 def build(config, total_steps: int) -> optax.GradientTransformation:
@@ -44,6 +43,7 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
     Raises:
       UserError: a setting that `proximal_adam` refuses.
     """
+    _check_steps(config, total_steps)
     rate = config.optimizer.learning_rate
     if config.optimizer.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, total_steps)
@@ -76,7 +76,7 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
 
 
 def _target(sparsity, total_steps):
-    if sparsity.target is None:
+    if sparsity.target == 0:
         return None
     steps = total_steps - sparsity.start_step
     return control.Target(sparsity.target, steps, sparsity.target_ramp, sparsity.target_freeze)
@@ -84,17 +84,30 @@ def _target(sparsity, total_steps):
 
 def debias_step(config, total_steps: int) -> int | None:
     """First step of the phase without a penalty, None where there is none."""
-    return None if config.sparsity.debias_at is None else round(config.sparsity.debias_at * total_steps)
+    return round(config.sparsity.debias_at * total_steps) if config.sparsity.debias_at > 0 else None
 
 
 def settled_step(config, total_steps: int) -> int:
     """Steps after which the sparsity is what the settings ask for, so that a checkpoint may be the best one."""
     sparsity = config.sparsity
-    settled = debias_step(config, total_steps) or 0
-    if sparsity.target is not None:
-        frozen = sparsity.start_step + sparsity.target_freeze * (total_steps - sparsity.start_step)
-        settled = max(settled, round(frozen))
-    return settled
+    settled = sparsity.start_step if sparsity.lambda_ > 0 else 0
+    if sparsity.target > 0:
+        settled += round(sparsity.target_freeze * (total_steps - sparsity.start_step))
+    return max(settled, debias_step(config, total_steps) or 0)
+
+
+def _check_steps(config, total_steps):
+    """Raises UserError where the phases of the run do not follow one another."""
+    sparsity = config.sparsity
+    if sparsity.lambda_ > 0 and sparsity.start_step >= total_steps:
+        raise UserError(f"sparsity.start_step={sparsity.start_step}: the run has only {total_steps} steps")
+    debias = debias_step(config, total_steps)
+    if debias is not None and debias < settled_step(config, total_steps):
+        raise UserError(
+            f"sparsity.debias_at={sparsity.debias_at} is step {debias}, before "
+            f"{'sparsity.target_freeze' if sparsity.target > 0 else 'sparsity.start_step'}: the zero pattern would "
+            "stay before the penalty has made it"
+        )
 
 
 def _kernels(params):

@@ -54,6 +54,7 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
             "weight": sparsity.weight,
             "lambda": optim.settled_lambda(config, state.opt_state),
             "target": config.sparsity.target,
+            "penalty": config.sparsity.penalty,
             "dead_layers": list(sparsity.dead_layers),
             "dead_blocks": list(sparsity.dead_blocks),
             "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],

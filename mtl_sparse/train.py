@@ -230,15 +230,16 @@ def _write_pending(log, pending, saved):
 def _end_epoch(run, progress: Progress, step: int, score: float, state):
     """Early stopping and the plateau schedule; returns whether this checkpoint is the best so far, and the state.
 
-    Before the sparsity is settled no checkpoint is the best and no run stops; then the count starts anew.
+    Before the sparsity is settled no checkpoint is the best, no run stops and the rate stays: while groups are being
+    pruned the score may well get worse. Then the count starts anew.
     """
     config = run.config
     settled = step >= run.settled_step
     if settled and step - run.steps_per_epoch < run.settled_step:
-        progress.best, progress.stale_epochs = math.inf, 0
+        progress.best = math.inf
     improved = score < progress.best
-    if improved:
-        progress.best, progress.stale_epochs, progress.plateau_epochs = score, 0, 0
+    if improved or not settled:
+        progress.best, progress.stale_epochs, progress.plateau_epochs = min(score, progress.best), 0, 0
     else:
         progress.stale_epochs += 1
         progress.plateau_epochs += 1
@@ -256,9 +257,12 @@ def _say_epoch(run, step, values, sparsity, lambda_, improved):
     headlines = ", ".join(
         f"{task.name} {task.headline} {values[f'{task.name}/{task.headline}']:.4f}" for task in run.tasks
     )
+    zero = f"{100 * sparsity.group:.1f} % of groups zero"
+    if run.config.sparsity.penalty == "l1":
+        zero = f"{100 * sparsity.weight:.1f} % of weights, {zero}"
     logging.info(
-        "epoch %d/%d, validation: %s; %.1f %% of groups zero, lambda %.2g%s",
-        step // run.steps_per_epoch, run.config.train.epochs, headlines, 100 * sparsity.group, lambda_,
+        "epoch %d/%d, validation: %s; %s, lambda %.2g%s",
+        step // run.steps_per_epoch, run.config.train.epochs, headlines, zero, lambda_,
         " (best so far)" if improved else "",
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ def tiny(folder):
     config.data.folder = str(folder)
     config.data.size = (32, 48)
     config.model.update(width=4, head_features=4)
-    config.sparsity.update(target=None, lambda_=2e-4)
+    config.sparsity.update(target=0.0, lambda_=2e-4)
     config.train.update(batch_size=8, eval_batch_size=8, epochs=2)
     config.run.update(log_every_steps=1, checkpoint_every_steps=1, sample_frames=2)
     return config

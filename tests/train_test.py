@@ -44,7 +44,7 @@ def test_a_run_leaves_what_its_folder_promises(finished):
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
     assert set(results["sparsity"]) == {
-        "group", "parameter", "weight", "lambda", "target", "dead_layers", "dead_blocks", "layers"
+        "group", "parameter", "weight", "lambda", "target", "penalty", "dead_layers", "dead_blocks", "layers"
     }  # fmt: skip
     assert len(results["sparsity"]["layers"]) == 23
     assert results["test"].keys() - results["constant"].keys() == {"segmentation/loss", "depth/loss", "normals/loss"}
@@ -315,6 +315,16 @@ def test_early_stop_and_plateau(rooms):
     ]
 
 
+def test_the_rate_stays_until_the_sparsity_is_settled(rooms):
+    """Pruning makes the score worse for a while; 10 epochs, the penalty starts after the sixth."""
+    config = tiny(rooms)
+    config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-9)
+    config.train.epochs = 10
+    config.sparsity.start_step = 12
+    rates = [rate for _, rate, _ in end_epochs(config, range(1, 11))]
+    assert rates == [2e-3] * 7 + [2e-4, 2e-4, 2e-5]
+
+
 def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms):
     """10 epochs of 2 steps: lambda is frozen after step 12, the pattern after step 16."""
     config = tiny(rooms)
@@ -342,19 +352,25 @@ BAD_CONFIGS = {
     "unknown metric": (lambda c: c.sparsity.update(metric="sgd"), "sparsity: unknown metric 'sgd'.*adaptive, plain"),
     "unknown scope": (lambda c: c.sparsity.update(scope="neck"), "sparsity: unknown scope 'neck'.*backbone, all"),
     "unknown penalty": (lambda c: c.sparsity.update(penalty="l2"), "penalty 'l2'.*group_lasso, group_mcp, l1"),
-    "target": (lambda c: c.sparsity.update(target=1.0), r"target sparsity must be in \[0, 1\), got 1.0"),
-    "target from nothing": (lambda c: c.sparsity.update(target=0.5, lambda_=0.0), "lambda_ must be the number > 0"),
+    "target": (lambda c: c.sparsity.update(target=1.0), "sparsity.target=1.0: a fraction, at least 0 and below 1"),
+    "negative target": (lambda c: c.sparsity.update(target=-0.1), "sparsity.target=-0.1"),
+    "target from nothing": (lambda c: c.sparsity.update(target=0.5, lambda_=0.0), "lambda_ above 0.*for a dense run"),
     "never frozen": (lambda c: c.sparsity.update(target=0.5, target_freeze=1.0), "target_freeze=1.0.*below 1"),
+    "late ramp": (lambda c: c.sparsity.update(target=0.5, target_ramp=0.9), "ramp=0.9, freeze=0.75"),
     "gamma": (
         lambda c: c.sparsity.update(penalty="group_mcp", metric="plain", gamma=1e-3),
         "gamma=0.001 is too small for the plain metric: it must exceed the learning rate 0.002",
     ),
-    "debias": (lambda c: c.sparsity.update(debias_at=1.5), "debias_at=1.5.*above 0 and below 1"),
+    "debias": (lambda c: c.sparsity.update(debias_at=1.5), "debias_at=1.5.*below 1"),
     "debias before the target": (
         lambda c: c.sparsity.update(target=0.5, debias_at=0.5),
-        "debias_at=0.5 is before sparsity.target_freeze=0.75",
+        "debias_at=0.5 is step 2, before sparsity.target_freeze",
     ),
-    "start after the end": (lambda c: c.sparsity.update(target=0.5, start_step=99), "total_steps > 0, got -95"),
+    "debias before the start": (
+        lambda c: c.sparsity.update(start_step=3, debias_at=0.5),
+        "debias_at=0.5 is step 2, before sparsity.start_step",
+    ),
+    "start after the end": (lambda c: c.sparsity.update(start_step=99), "start_step=99: the run has only 4 steps"),
     "odd size": (lambda c: c.data.update(size=(30, 48)), r"data.size=\(30, 48\).*multiples of the output stride 8"),
     "depth": (lambda c: c.model.update(depth=34), "model.depth=34.*18, 50, 101"),
     "dtype": (lambda c: c.model.update(dtype="float16"), "'float16'.*float32, bfloat16"),

@@ -68,24 +68,26 @@ def curves(metrics, results):
 
 
 def sparsity_over_steps(metrics, results):
-    """Percentage of zero groups and of the parameters in them at every validation; below, lambda."""
+    """Percentage of zero groups and of the parameters in them at every validation (l1: of weights); below, lambda."""
     figure = _figure(figsize=(6, 4.8))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
-    for name, label, color in (
-        ("sparsity/group", "groups", _LEFT),
-        ("sparsity/parameter", "parameters in them", "#7fb3d5"),
-    ):
+    shown = [("sparsity/group", "groups", _LEFT), ("sparsity/parameter", "parameters in them", "#7fb3d5")]
+    if results["sparsity"]["penalty"] == "l1":
+        shown.insert(0, ("sparsity/weight", "weights", "#2c3e50"))
+    for name, label, color in shown:
         steps, values = metrics["validation"][name]
         above.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
-    if results["sparsity"]["target"] is not None:
-        above.axhline(100 * results["sparsity"]["target"], color="#b03a2e", linestyle=":", label="target")
+    if results["sparsity"]["target"]:
+        above.axhline(
+            100 * results["sparsity"]["target"], color="#b03a2e", linestyle=":", label=f"target for {shown[0][1]}"
+        )
     steps, lambda_ = metrics["train"]["lambda"]
     below.plot(steps, lambda_, color=_LEFT)
     if (lambda_ > 0).any():
         below.set_yscale("log")
     for axis in (above, below):
         axis.axvline(results["step"], color="#e67e22", linestyle=":", label="best checkpoint")
-    above.set(ylabel="% zero", ylim=(-2, 102), title="Zero channel groups")
+    above.set(ylabel="% zero", ylim=(-2, 102), title="Exactly zero")
     below.set(xlabel="step", ylabel="lambda")
     above.legend(frameon=False)
     return _plain(figure)

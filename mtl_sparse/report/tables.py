@@ -22,16 +22,20 @@ def run_table(results: dict) -> str:
 
 def sparsity_sentences(sparsity: dict) -> str:
     """What is zero, what that was asked to be, and what died of it."""
-    asked = "" if sparsity["target"] is None else f" (target {100 * sparsity['target']:.1f} %)"
-    text = (
-        f"{100 * sparsity['group']:.1f} % of groups zero{asked}, {100 * sparsity['parameter']:.1f} % of parameters in "
-        f"them, lambda {sparsity['lambda']:.2g}; {len(sparsity['layers'])} conv layers"
+    asked = f" (target {100 * sparsity['target']:.1f} %)" if sparsity["target"] else ""
+    text = f"{100 * sparsity['group']:.1f} % of groups zero"
+    if sparsity["penalty"] == "l1":
+        text = f"{100 * sparsity['weight']:.1f} % of weights zero{asked}; {text}"
+    else:
+        text += asked
+    text += (
+        f", {100 * sparsity['parameter']:.1f} % of parameters in them, lambda {sparsity['lambda']:.2g}; "
+        f"{len(sparsity['layers'])} conv layers"
     )
     for name, dead in (("layers", sparsity["dead_layers"]), ("blocks", sparsity["dead_blocks"])):
         if dead:
-            text += (
-                f", dead {name}: {', '.join(path.removeprefix('backbone/').removesuffix('/kernel') for path in dead)}"
-            )
+            short = [path.removeprefix("backbone/").removesuffix("/kernel") for path in dead]
+            text += f", dead {name}: {', '.join(short)}"
     return text
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# lambda stays within this factor of the median over groups of |m_g| / c_g, the lambda at which half of the groups
-# would stay zero: beyond it a wrong start only takes longer to correct.
+# lambda stays within this factor of the median over groups of the lambda that would keep the group zero in this
+# step: beyond it a wrong start only takes longer to correct.
 _REACH = 30.0
 
 
@@ -74,14 +74,15 @@ def update(target: Target, state: ControlState, measured, scale, step) -> Contro
 
     Args:
       measured: sparsity after this step.
-      scale: median over groups of |m_g| / c_g, see `_REACH`.
+      scale: median over groups of the lambda that keeps a group zero, see `_REACH`; NaN where no group has any.
       step: int32 [].
     """
     ramp_steps = target.ramp * target.total_steps
     gap = target.scheduled(step) - measured
     move = target.gain * gap * step / ramp_steps**2 + target.damping * (gap - state.gap)
     move = jnp.clip(move, -target.slew / ramp_steps, target.slew / ramp_steps)
-    middle = jnp.log(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
-    log_lambda = jnp.clip(state.log_lambda + move, middle - math.log(_REACH), middle + math.log(_REACH))
+    log_lambda = state.log_lambda + move
+    middle = jnp.where(scale > 0, jnp.log(jnp.where(scale > 0, scale, 1)), log_lambda)
+    log_lambda = jnp.clip(log_lambda, middle - math.log(_REACH), middle + math.log(_REACH))
     active = (step > 0) & (step <= target.freeze * target.total_steps)
     return ControlState(jnp.where(active, log_lambda, state.log_lambda), jnp.where(active, gap, state.gap))

@@ -28,12 +28,13 @@ def group_lasso(z, weight, metric=None, *, group_axis: int = -2):
     """
     z, weight, axes = _prepare(z, weight, group_axis)
     if metric is None:
-        norm = jnp.sqrt(jnp.sum(z * z, axes, keepdims=True))
+        largest = jnp.max(jnp.abs(z), axes, keepdims=True)  # divided out, or squares under- and overflow
+        norm = largest * jnp.sqrt(jnp.sum(jnp.square(z / jnp.where(largest > 0, largest, 1)), axes, keepdims=True))
         return jnp.where(norm <= weight, 0.0, z * (1.0 - weight / jnp.where(norm > 0, norm, 1.0)))
     d = jnp.asarray(metric, z.dtype)
     r, zero = _norm_of_solution(z, d * z, d, weight, axes)
     shrunk = jnp.where(zero, 0.0, z * (d * r / (d * r + weight)))
-    return jnp.where(weight > 0, shrunk, z)
+    return jnp.where(weight == 0, z, shrunk)
 
 
 def group_mcp(z, weight, gamma, metric=None, *, group_axis: int = -2):

@@ -1,6 +1,7 @@
 """How sparse a model is: the one definition behind the optimizer's target, logs, tables and plots."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from mtl_sparse.sparsity import groups as groups_lib
 
-SHORTCUT = "downsample"  # the projection of a residual block, beside its branch of convolutions
+_BRANCH = re.compile(r"conv\d+")  # names of the layers on a residual block's branch, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +59,14 @@ class Sparsity:
 
     @property
     def dead_blocks(self) -> tuple[str, ...]:
-        """Nodes that hold several kernels, all of them dead but for a shortcut's: a residual block is its shortcut."""
+        """Residual blocks (nodes that hold conv1, conv2, ...) with a dead layer on their branch: it adds a constant."""
+        dead = set(self.dead_layers)
         blocks = {}
         for layer in self.layers:
             block, _, module = layer.path.rpartition("/")[0].rpartition("/")
-            if not module.startswith(SHORTCUT):
-                blocks.setdefault(block, []).append(layer.zero_groups == layer.groups)
-        return tuple(block for block, dead in blocks.items() if len(dead) > 1 and all(dead))
+            if _BRANCH.fullmatch(module) and block.rpartition("/")[2] not in ("", "params", "backbone"):
+                blocks[block] = blocks.get(block, False) or layer.path in dead
+        return tuple(block for block, has_dead in blocks.items() if has_dead)
 
     @property
     def _weights(self) -> int:

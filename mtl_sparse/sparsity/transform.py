@@ -65,7 +65,7 @@ def proximal_adam(
         D is raised to equality: below it the step has no unique solution.
       group_weights: c_g, "sqrt_size" (the square root of the group's size, as in the paper) or "none" (1).
       target: finds lambda while training, see `control.Target`.
-      start_step: steps without a penalty before it starts.
+      start_step: steps without a penalty before it starts; kernel norms are held from the first step on.
       warmup_steps: steps over which the penalty then grows linearly from 0.
       debias_step: from this step on, the zero pattern stays and the rest trains without the penalty, which
         removes the shrinkage that the lasso leaves on it. None is never.
@@ -82,7 +82,7 @@ def proximal_adam(
         for kernels without a bias beside them: a convolution without bias is one that a normalisation layer
         follows. Its scale is free there, so without this the penalty shrinks the kernel instead of pruning
         its groups. A regular expression of whole paths names the kernels otherwise. A wholly zero kernel
-        stays zero until a group of it comes back, and is then scaled at once.
+        stays zero until a group of it comes back, and is then scaled at once; one that is zero at init is free.
       anneal_revival: groups that are zero have the highest learning rate so far, not the current one, in their
         threshold: one comes back when |m_g| > lambda c_g * highest / current rate. As the rate falls the zero
         pattern comes to rest as the weights do; otherwise groups near the threshold come and go with the noise
@@ -111,7 +111,12 @@ def proximal_adam(
         if target is not None:
             controller = control.init(lambda_)
         return ProximalAdamState(
-            jnp.zeros([], jnp.int32), adam.init(params), norms, jnp.zeros([]), jnp.zeros([]), controller
+            jnp.zeros([], jnp.int32),
+            adam.init(params),
+            norms,
+            jnp.zeros([], jnp.float32),
+            jnp.zeros([], jnp.float32),
+            controller,
         )
 
     def strength_at(count, controller):
@@ -131,19 +136,22 @@ def proximal_adam(
         if not penalizes:
             return updates, state._replace(count=count, adam=adam_state)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        peak_rate = jnp.maximum(state.peak_rate, rate)
+        peak_rate = jnp.maximum(state.peak_rate, rate).astype(jnp.float32)
         strength = strength_at(state.count, state.control)
         kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope, rules)}
-        v = groups_lib.by_path(optax.tree.get(adam_state, "nu")) if metric == "adaptive" else {}
-        correction = 1 - b2 ** count.astype(jnp.float32) if bias_correction else 1.0
-        zeros = []
+        moments = adam_state[0]  # of optax.scale_by_adam, the first link of optax.adamw
+        m, v = groups_lib.by_path(moments.mu), groups_lib.by_path(moments.nu)
+        m_correction, v_correction = (1 - b ** count.astype(jnp.float32) for b in (b1, b2))
+        zeros, thresholds = [], []
 
         def proximal_update(path, update, param):
             kernel = kernels.get(groups_lib.path_name(path))
             if kernel is None:
                 return update
             z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
-            d = jnp.sqrt(v[kernel.path] / correction) + eps if v else None
+            d = None
+            if metric == "adaptive":
+                d = jnp.sqrt(v[kernel.path] / (v_correction if bias_correction else 1)) + eps
             dead = param == 0 if penalty == "l1" else stats.zero_groups(param, kernel.axis)
             weight = jnp.where(dead & anneal_revival, peak_rate, rate) * strength
             if penalty != "l1":
@@ -153,19 +161,28 @@ def proximal_adam(
                 dead = dead if penalty == "l1" else jnp.expand_dims(dead, _other_axes(kernel, param.ndim))
                 x = jnp.where((state.count >= debias_step) & dead, 0, x)
             if kernel.path in state.kernel_norms:
-                norm = jnp.linalg.norm(x)
-                x = x * jnp.where(norm > 0, state.kernel_norms[kernel.path] / jnp.where(norm > 0, norm, 1), 1)
-            zeros.append(jnp.ravel(x == 0) if penalty == "l1" else stats.zero_groups(x, kernel.axis))
+                norm, held = jnp.linalg.norm(x), state.kernel_norms[kernel.path]
+                x = x * jnp.where((norm > 0) & (held > 0), held / jnp.where(norm > 0, norm, 1), 1)
+            if target is not None:
+                zeros.append(jnp.ravel(x == 0) if penalty == "l1" else stats.zero_groups(x, kernel.axis))
+                # D times Adam's step over the learning rate: what is compared with lambda c_g where the group is zero.
+                step = m[kernel.path] / m_correction
+                if metric == "plain" or not bias_correction:
+                    step /= jnp.sqrt(v[kernel.path] / v_correction) + eps
+                    step *= 1 if d is None else d
+                norm = jnp.sqrt(jnp.sum(jnp.square(step), _other_axes(kernel, step.ndim)))
+                thresholds.append(
+                    norm / (kernel.size**0.5 if penalty == "l1" else _group_weight(group_weights, kernel))
+                )
             # Not x - param: this form makes zeros exact and is the plain update where x equals z.
             return jnp.where(x == 0, -param, update + (x - z).astype(update.dtype))
 
         updates = jax.tree_util.tree_map_with_path(proximal_update, updates, params)
         controller = state.control
         if target is not None:
-            measured = sum(jnp.sum(z) for z in zeros) / sum(z.size for z in zeros)
-            momentum = groups_lib.by_path(optax.tree.get(adam_state, "mu"))
-            scale = _gradient_scale([(momentum[path], kernel) for path, kernel in kernels.items()], group_weights)
-            scale = scale / (1 - b1 ** count.astype(jnp.float32))
+            measured = (sum(jnp.sum(z) for z in zeros) / sum(z.size for z in zeros)).astype(jnp.float32)
+            thresholds = jnp.concatenate(thresholds)
+            scale = jnp.nanmedian(jnp.where(thresholds > 0, thresholds, jnp.nan)).astype(jnp.float32)
             controller = control.update(target, controller, measured, scale, count - start_step)
         return updates, ProximalAdamState(count, adam_state, state.kernel_norms, strength, peak_rate, controller)
 
@@ -197,8 +214,7 @@ def _prox(penalty, z, weight, gamma, rate, d, axis):
         return prox.l1(z, weight, d)
     if penalty == "group_lasso":
         return prox.group_lasso(z, weight, d, group_axis=axis)
-    if d is not None:
-        d = jnp.maximum(d, 2 * rate / gamma)
+    d = jnp.maximum(jnp.ones_like(z) if d is None else d, 2 * rate / gamma)
     return prox.group_mcp(z, weight, gamma / rate, d, group_axis=axis)
 
 
@@ -208,18 +224,6 @@ def _group_weight(group_weights, kernel):
 
 def _other_axes(kernel, ndim):
     return tuple(axis for axis in range(ndim) if axis != kernel.axis)
-
-
-def _gradient_scale(momenta, group_weights):
-    """Median over groups of |m_g| / c_g: the lambda that keeps a zero group zero."""
-    return jnp.median(
-        jnp.concatenate(
-            [
-                jnp.sqrt(jnp.sum(jnp.square(m), _other_axes(kernel, m.ndim))) / _group_weight(group_weights, kernel)
-                for m, kernel in momenta
-            ]
-        )
-    )
 
 
 def _holds_norm(fixed_norm, path, leaves):

@@ -15,7 +15,9 @@ RESULTS = {
         "group": 0.5,
         "parameter": 0.75,
         "lambda": 1.5e-4,
-        "target": None,
+        "target": 0.0,
+        "penalty": "group_lasso",
+        "weight": 0.8,
         "dead_layers": ["backbone/stem_conv1/kernel"],
         "dead_blocks": [],
         "layers": [
@@ -45,6 +47,8 @@ def test_a_target_is_named_beside_what_was_reached():
     sentence = tables.sparsity_sentences(asked)
     assert "50.0 % of groups zero (target 52.0 %), 75.0 %" in sentence
     assert sentence.endswith("dead blocks: layer1_0")
+    of_weights = tables.sparsity_sentences(asked | {"penalty": "l1"})
+    assert of_weights.startswith("80.0 % of weights zero (target 52.0 %); 50.0 % of groups zero, 75.0 %")
 
 
 def test_groups_per_layer_are_drawn_in_network_order():
@@ -65,7 +69,7 @@ def test_sparsity_is_drawn_with_its_target_and_lambda():
     above, below = plots.sparsity_over_steps(metrics, results).axes
     lines = {line.get_label(): line.get_ydata() for line in above.lines}
     np.testing.assert_allclose(lines["groups"], [0, 50])
-    np.testing.assert_allclose(lines["target"], [52, 52])
+    np.testing.assert_allclose(lines["target for groups"], [52, 52])
     assert below.get_yscale() == "log"
     np.testing.assert_allclose(below.lines[0].get_ydata(), [0, 1e-4])
 

@@ -40,27 +40,28 @@ def test_nothing_moves_before_the_start_and_after_the_freeze(step):
     assert control.update(TARGET, state, 0.0, 1e-4, jnp.int32(step)) == state
 
 
-@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
-@pytest.mark.parametrize("start", [1e-8, 1e-5, 1e-3])
-def test_reaches_the_target_from_any_start(start, penalty):
-    """Noisy regression on 60 groups whose true weights fall off smoothly: every sparsity has its lambda."""
+def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, **settings):
+    """Noisy regression on 60 groups whose true weights fall off smoothly: every sparsity has its lambda.
+
+    The inputs of `idle` of the groups are always zero. Returns the statistics at the end and lambda of each step.
+    """
     rng = np.random.default_rng(0)
-    truth = rng.normal(size=(60, 4)) * 0.9 ** np.arange(60)[:, None]
-    steps = 1500
+    truth = rng.normal(size=(60, size)) * 0.9 ** np.arange(60)[:, None]
+    alive = np.repeat(np.arange(60) % 60 >= idle, size)
 
     def loss(params, key):
-        x = jax.random.normal(key, (64, 240))
+        x = jax.random.normal(key, (64, 60 * size)) * alive
         y = x @ truth.ravel() + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), (64,))
-        return 0.5 * jnp.mean(jnp.square(x @ params["w"].ravel() - y))
+        return loss_scale * 0.5 * jnp.mean(jnp.square(x @ params["w"].ravel() - y))
 
     tx = transform.proximal_adam(
         optax.cosine_decay_schedule(0.02, steps),
         start,
-        penalty=penalty,
-        target=control.Target(0.7, steps),
+        target=control.Target(target, steps - settings.get("start_step", 0)),
         fixed_norm=False,
+        **settings,
     )
-    params = {"w": jnp.asarray(0.1 * rng.normal(size=(1, 1, 60, 4)), jnp.float32)}
+    params = {"w": jnp.asarray(0.1 * rng.normal(size=(1, 1, 60, size)), jnp.float32)}
 
     @jax.jit
     def train(params):
@@ -73,10 +74,46 @@ def test_reaches_the_target_from_any_start(start, penalty):
         return jax.lax.scan(step, (params, tx.init(params)), keys)
 
     (params, _), lambdas = train(params)
-    found = stats.sparsity(params)
-    reached = found.weight if penalty == "l1" else found.group
-    assert reached == pytest.approx(0.7, abs=0.02)
-    assert len(set(np.asarray(lambdas[int(0.75 * steps) + 1 :]).tolist())) == 1, "frozen for the last part"
+    return stats.sparsity(params), np.asarray(lambdas)
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+@pytest.mark.parametrize("start", [1e-8, 1e-5, 1e-3])
+def test_reaches_the_target_from_any_start(start, penalty):
+    found, lambdas = reach(start, penalty=penalty)
+    assert (found.weight if penalty == "l1" else found.group) == pytest.approx(0.7, abs=0.02)
+    assert len(set(lambdas[int(0.75 * len(lambdas)) + 1 :].tolist())) == 1, "frozen for the last part"
+    assert len(set(lambdas[: len(lambdas) // 4].tolist())) > 100, "moving before"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"metric": "plain"},
+        {"metric": "plain", "loss_scale": 1e-4},
+        {"loss_scale": 1e-4},
+        {"bias_correction": False},
+        {"group_weights": "none"},
+        {"penalty": "group_mcp", "gamma": 10.0},
+        {"start_step": 300, "warmup_steps": 50},
+        {"idle": 36, "target": 0.8},
+    ],
+    ids=str,
+)
+def test_reaches_the_target_in_every_form(settings):
+    found, lambdas = reach(**settings)
+    assert found.group == pytest.approx(settings.get("target", 0.7), abs=0.02)
+    if "start_step" in settings:
+        assert not lambdas[:301].any() and lambdas[301:].all()
+
+
+def test_reaches_the_target_of_weights_whatever_the_group_weights():
+    """l1 knows no groups."""
+    one, other = (
+        reach(penalty="l1", group_weights=weights, steps=300, target=0.5, size=64)[0].weight
+        for weights in ("none", "sqrt_size")
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize(

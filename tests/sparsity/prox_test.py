@@ -229,8 +229,16 @@ def test_edges_of_the_domain(name, jitted):
         assert jnp.isnan(operator(z, 1e-4, metric)[:, 2]).any(), "NaN stays visible"
         assert jnp.isnan(operator(z, 1e4, metric)[:, 2]).any(), "NaN is not pruned away"
         assert (operator(z, 1e4, metric)[:, 1] == 0).all()
+        assert jnp.isnan(operator(z, jnp.nan, metric)[:, 1]).any(), "a NaN weight stays visible"
         broken = d.at[0, 1].set(jnp.nan)
         assert jnp.isnan(operator(z, 1e-4, broken)[:, 1]).any(), "NaN in the metric stays visible"
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_plain_neither_under_nor_overflows(scale):
+    z = jnp.array([[3.0, 0.3], [4.0, 0.4]]) * scale
+    np.testing.assert_allclose(prox.group_lasso(z, scale, group_axis=1) / scale, [[2.4, 0], [3.2, 0]], rtol=1e-5)
+    np.testing.assert_array_equal(prox.group_lasso(z, 0.0, group_axis=1), z)
 
 
 def test_a_weight_for_each_group():

@@ -54,7 +54,8 @@ def test_what_died():
         "layer1_2/downsample_conv/kernel",
         "stem/kernel",
     )
-    assert found.dead_blocks == ("layer1_0",), "its shortcut is left"
+    assert found.dead_blocks == ("layer1_0", "layer1_1"), "a dead layer makes its branch a constant"
+    assert stats.sparsity({"params": {"conv1": zero, "conv2": zero}}).dead_blocks == (), "no block to be dropped"
 
 
 def test_rules_name_the_axis_of_a_group():

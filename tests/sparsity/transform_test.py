@@ -172,6 +172,37 @@ def test_coming_back_gets_harder_as_the_rate_falls(annealed):
     assert (np.asarray(params["w"][0, 0, 1]) > 0).all() != annealed
 
 
+def test_a_kernel_that_died_comes_back_at_its_norm_and_one_that_began_at_zero_is_free():
+    """lambda falls from 10000, which kills both, to 0.1, which the gradient of 5 outweighs."""
+    params = {"a": {"kernel": jnp.ones((1, 1, 2, 4))}, "b": {"kernel": jnp.zeros((1, 1, 2, 4))}}
+    tx = transform.proximal_adam(1e-2, optax.piecewise_constant_schedule(1e4, {2: 1e-5}))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(6):
+        grads = jax.tree.map(lambda p: jnp.full_like(p, -5.0), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if step == 1:
+            assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(params))
+    np.testing.assert_allclose(jnp.linalg.norm(params["a"]["kernel"]), 8**0.5, rtol=1e-5)
+    assert 0 < jnp.linalg.norm(params["b"]["kernel"]) < 0.2
+
+
+def test_modules_may_be_called_as_adams_moments():
+    params = {"mu": {"kernel": jnp.ones((1, 1, 4, 2))}, "nu": {"kernel": jnp.ones((1, 1, 4, 2))}}
+    tx = transform.proximal_adam(1e-2, 1e-3, target=control.Target(0.5, 10))
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert state.count == 1 and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+def test_the_state_keeps_its_types_in_float64():
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), random_tree(0))
+        tx = transform.proximal_adam(optax.cosine_decay_schedule(1e-2, 9), 1e-3, target=control.Target(0.5, 10))
+        state = tx.init(params)
+        _, new = tx.update(params, state, params)
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == [leaf.dtype for leaf in jax.tree.leaves(new)]
+
+
 def test_fixed_norm_by_name():
     params = {"a": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.zeros(2)}, "b": {"kernel": jnp.ones((1, 1, 2, 2))}}
     assert list(transform.proximal_adam(1e-3, 1.0, fixed_norm="a/.*").init(params).kernel_norms) == ["a/kernel"]
