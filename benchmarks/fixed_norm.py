@@ -101,7 +101,7 @@ def run_config(folder: str, lambda_: float, variant: str):
         config.data.rooms.update(frames=0, test_frames=0, height=0, width=0)
         config.data.folder = folder
     config.data.size = (32, 48)
-    config.sparsity.update(lambda_=lambda_, target=None, **VARIANTS[variant][0])
+    config.sparsity.update(lambda_=lambda_, target=0.0, **VARIANTS[variant][0])
     steps_per_epoch = run_lib.setup(config).steps_per_epoch
     config.train.epochs = max(1, round(_STEPS.value / steps_per_epoch))
     return config
@@ -122,8 +122,7 @@ def draw(results: dict) -> Figure:
         for variant, (_, color) in VARIANTS.items():
             found = results[data, lambda_, variant]
             steps = [row["step"] for row in found["rows"]]
-            score = f"{found['score']:.3f}" if found["finite"] else "not finite"
-            label = f"{variant.replace('_', ' ')}, score {score}"
+            label = variant.replace("_", " ") + ("" if found["finite"] else ": not finite")
             for i, name in enumerate(rows):
                 values = np.array([row[name] for row in found["rows"]])
                 if name == "zero":
@@ -135,12 +134,13 @@ def draw(results: dict) -> Figure:
         axes[3, j].text(steps[0], lambda_, "λ", va="bottom")
         axes[0, j].set_title(f"{data}, λ = {lambda_:.0e}")
         axes[0, j].set_ylim(-2, 102)
-        axes[0, j].legend(frameon=False, fontsize=8)
+        axes[-1, j].set_ylim(1e-6, 1e-2)  # groups of a dead branch have none
         axes[-1, j].set_xlabel("step")
     for i, (name, title) in enumerate(rows.items()):
         axes[i, 0].set_ylabel(title)
         if name != "zero":
             axes[i, 0].set_yscale("log")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
