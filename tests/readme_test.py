@@ -2,10 +2,14 @@
 
 import pathlib
 import re
+import sys
 
 import jax
 import numpy as np
+import pytest
+from absl import flags
 from flax import jax_utils
+from ml_collections import config_flags
 
 from input_pipeline import loader
 from mtl_sparse import run as run_lib
@@ -38,6 +42,25 @@ def test_a_task_of_your_own(config, monkeypatch):
     assert 0 < float(scalars["depth_l1/loss"][0]) < 1
     assert state.params["model"]["head_depth_l1"]["out"]["kernel"].shape[-1] == 1
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), state.params))
+
+
+SETTINGS = [line.split(" | ")[1] for line in README.splitlines() if line.startswith("|") and "--config." in line]
+
+
+@pytest.mark.parametrize("name", ["nyu", "demo"])
+@pytest.mark.parametrize("row", SETTINGS)
+def test_every_setting_is_taken_as_it_stands(row, name, monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = re.findall(r"--config\S*[^\s`,]", row)
+    command = ["launch.py", f"--config={ROOT}/configs/{name}.py", *arguments]
+    monkeypatch.setattr(sys, "argv", command)  # where config_flags looks for overrides
+    values(command)
+    config = values.config
+    config.tasks = tuple(part for entry in config.tasks for part in entry.split(","))  # as launch.py does
+    if "lambda_=1e-4" in row or "penalty" in row:
+        assert len(arguments) == 2, "alternatives, or what another config needs"
+    run_lib.check_config(config)
 
 
 def test_ci_runs_the_test_command_of_the_readme():
