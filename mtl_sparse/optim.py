@@ -104,7 +104,7 @@ def _check_steps(config, total_steps):
     debias = debias_step(config, total_steps)
     if debias is not None and debias < settled_step(config, total_steps):
         raise UserError(
-            f"sparsity.debias_at={sparsity.debias_at} is step {debias}, before "
+            f"sparsity.debias_at={sparsity.debias_at} lies before "
             f"{'sparsity.target_freeze' if sparsity.target > 0 else 'sparsity.start_step'}: the zero pattern would "
             "stay before the penalty has made it"
         )

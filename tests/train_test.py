@@ -364,11 +364,11 @@ BAD_CONFIGS = {
     "debias": (lambda c: c.sparsity.update(debias_at=1.5), "debias_at=1.5.*below 1"),
     "debias before the target": (
         lambda c: c.sparsity.update(target=0.5, debias_at=0.5),
-        "debias_at=0.5 is step 2, before sparsity.target_freeze",
+        "debias_at=0.5 lies before sparsity.target_freeze",
     ),
     "debias before the start": (
         lambda c: c.sparsity.update(start_step=3, debias_at=0.5),
-        "debias_at=0.5 is step 2, before sparsity.start_step",
+        "debias_at=0.5 lies before sparsity.start_step",
     ),
     "start after the end": (lambda c: c.sparsity.update(start_step=99), "start_step=99: the run has only 4 steps"),
     "odd size": (lambda c: c.data.update(size=(30, 48)), r"data.size=\(30, 48\).*multiples of the output stride 8"),
