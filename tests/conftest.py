@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import jax
 import pytest
 
 from configs import demo
@@ -48,3 +49,10 @@ def tiny(folder):
 @pytest.fixture
 def config(rooms):
     return tiny(rooms)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_executables():
+    """Drops a module's compiled functions: each keeps memory maps, and a process may only have so many (65530)."""
+    yield
+    jax.clear_caches()
