@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
             depth=50,  # 18, 50 or 101
             width=64,  # channels of the first stage
             head_features=256,
+            widths="",  # of every layer, as written by --job=compact; "" is dense, from the three above
             dropout=0.3,
             bn_momentum=0.9,  # share of the old running statistics that a step keeps
             dtype="float32",  # of the computation; "bfloat16" keeps parameters and BatchNorm statistics float32

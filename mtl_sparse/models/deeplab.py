@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_sparse.models import resnet
+from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.models.atrous import AtrousConv
 
 RATES = (12, 24, 36)
@@ -40,6 +41,7 @@ class DeepLabHead(nn.Module):
       outputs: channels of the prediction.
       features: channels of each branch (256 in the paper).
       dropout: rate after the ASPP projection and after the first branch.
+      widths: of every layer; None is dense, from `features`.
     """
 
     outputs: int
@@ -48,25 +50,56 @@ class DeepLabHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
+    widths: widths_lib.Head | None = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        """[B, h, w, C] -> raw prediction [B, h, w, outputs], float32."""
+        """[B, h, w, C] -> raw prediction [B, h, w, outputs], float32 (float64 where that is the dtype).
+
+        A compact head that nothing of x reaches gives [1, h, w, outputs].
+        """
+        layers = self.widths or dense(self.features)
+        raw_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        if layers.dead == 3:
+            constant = self.param("constant", nn.initializers.zeros_init(), (self.outputs,), jnp.float32)
+            return jnp.broadcast_to(constant, (1, *x.shape[1:3], self.outputs)).astype(raw_dtype)
 
         def normalized(y, name):
             return nn.relu(resnet.batch_norm(self, train, name)(y))
 
-        conv = functools.partial(resnet.conv, self.features, dtype=self.dtype)
+        conv = functools.partial(resnet.conv, dtype=self.dtype)
         drop = functools.partial(Dropout, self.dropout, self.axis_name)
-        branches = [drop(name="drop0")(normalized(conv(1, name="aspp0")(x), "aspp0_bn"), train)]
-        for i, rate in enumerate(RATES, 1):
-            atrous = AtrousConv(self.features, rate, resnet.kernel_init, self.dtype, name=f"aspp{i}")
-            branches.append(normalized(atrous(x), f"aspp{i}_bn"))
-        pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
-        pooled = normalized(conv(1, name="pool")(pooled), "pool_bn")
-        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
-        y = conv(1, name="project")(jnp.concatenate(branches, -1))
-        y = drop(name="drop1")(normalized(y, "project_bn"), train)
-        y = normalized(conv(3, name="conv")(y), "conv_bn")
+        if layers.dead == 0:
+            y = jnp.concatenate(self._branches(x, layers, conv, normalized, drop, train), -1)
+            y = conv(layers.trunk[0], 1, name="project")(y)
+            y = drop(name="drop1")(normalized(y, "project_bn"), train)
+        else:
+            y = jnp.ones((1, *x.shape[1:3], 1), self.dtype)
+        y = normalized(conv(layers.trunk[1], 3, name="conv")(y), "conv_bn")
         y = nn.Conv(self.outputs, (1, 1), kernel_init=resnet.kernel_init, dtype=self.dtype, name="out")(y)
-        return y.astype(jnp.float32)
+        return y.astype(raw_dtype)
+
+    def _branches(self, x, layers, conv, normalized, drop, train):
+        """Outputs of the branches that are there: 1x1, one for each rate, pooling."""
+        branches = []
+        selected = [widths_lib.select(x, reads) for reads in layers.reads]
+        if layers.branches[0]:
+            y = normalized(conv(layers.branches[0], 1, name="aspp0")(selected[0]), "aspp0_bn")
+            branches.append(drop(name="drop0")(y, train))
+        for i, rate in enumerate(RATES, 1):
+            if layers.branches[i]:
+                atrous = AtrousConv(
+                    layers.branches[i], rate, resnet.kernel_init, self.dtype, layers.taps[i - 1], name=f"aspp{i}"
+                )
+                branches.append(normalized(atrous(selected[i]), f"aspp{i}_bn"))
+        if layers.branches[-1]:
+            mean_dtype = jnp.promote_types(jnp.float32, self.dtype)
+            y = jnp.mean(selected[-1], (1, 2), keepdims=True, dtype=mean_dtype).astype(x.dtype)
+            y = normalized(conv(layers.branches[-1], 1, name="pool")(y), "pool_bn")
+            branches.append(jnp.broadcast_to(y, (*x.shape[:3], y.shape[-1])))
+        return branches
+
+
+def dense(features: int) -> widths_lib.Head:
+    """Widths of a head whose every branch has `features` channels."""
+    return widths_lib.Head(branches=(features,) * (2 + len(RATES)), trunk=(features, features))

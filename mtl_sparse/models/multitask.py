@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import deeplab, resnet
+from mtl_sparse.models import widths as widths_lib
 
 HEADS = {"deeplab": deeplab.DeepLabHead}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -22,6 +23,7 @@ class MultiTaskModel(nn.Module):
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
       bn_momentum: of every BatchNorm, see `resnet.ResNet`.
+      widths: of every layer, for a compact model; None is dense, from width and head_features.
     """
 
     heads: tuple[tuple[str, str, int], ...]
@@ -32,6 +34,7 @@ class MultiTaskModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
+    widths: widths_lib.Widths | None = None
 
     @nn.compact
     def __call__(self, images, train: bool = False):
@@ -40,11 +43,26 @@ class MultiTaskModel(nn.Module):
         Raw is before sigmoid, softmax or normalisation.
         """
         shared = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
-        features = resnet.ResNet(self.depth, self.width, **shared, name="backbone")(images, train)
-        return {
-            task: HEADS[kind](outputs, self.head_features, self.dropout, **shared, name=f"head_{task}")(features, train)
-            for task, kind, outputs in self.heads
-        }
+        layers = self.layers()
+        backbone = resnet.ResNet(
+            self.depth, self.width, **shared, stem=layers.stem, blocks=layers.blocks, name="backbone"
+        )
+        features = backbone(images, train)
+        outputs = {}
+        for (task, kind, channels), head in zip(self.heads, layers.heads, strict=True):
+            own = {"widths": head} if head else {}
+            module = HEADS[kind](channels, self.head_features, self.dropout, **shared, **own, name=f"head_{task}")
+            raw = module(features, train)
+            # What nothing of the images reaches is computed once for all of them.
+            outputs[task] = jnp.broadcast_to(raw, (images.shape[0], *raw.shape[1:]))
+        return outputs
+
+    def layers(self) -> widths_lib.Widths:
+        """Widths of every layer, whether dense or compact."""
+        if self.widths is not None:
+            return self.widths
+        heads = tuple(deeplab.dense(self.head_features) if kind == "deeplab" else None for _, kind, _ in self.heads)
+        return widths_lib.Widths(*resnet.dense(self.depth, self.width), heads)
 
 
 def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskModel:
@@ -66,4 +84,12 @@ def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskMod
         dtype=DTYPES[config.dtype],
         axis_name=axis_name,
         bn_momentum=config.bn_momentum,
+        widths=_widths(config.widths),
     )
+
+
+def _widths(text):
+    try:
+        return widths_lib.Widths.from_json(text) if text else None
+    except ValueError as error:
+        raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error

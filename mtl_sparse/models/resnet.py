@@ -5,16 +5,20 @@ Stem of three 3x3 convolutions (ResNet-D), v1.5 bottlenecks (the stride sits in 
 Padding is explicit and symmetric, as PyTorch's is, so that its weights give the same outputs here.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+
+from mtl_sparse.models import widths as widths_lib
 
 # depth -> (bottleneck blocks?, blocks in each of the four stages)
 STAGES = {18: (False, (2, 2, 2, 2)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 OUTPUT_STRIDE = 8
+BN_EPSILON = 1e-5
 
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -43,17 +47,22 @@ def batch_norm(module: nn.Module, train: bool, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=module.bn_momentum,
-        epsilon=1e-5,
+        epsilon=BN_EPSILON,
         dtype=module.dtype,
         axis_name=module.axis_name,
         name=name,
     )
 
 
-class Block(nn.Module):
-    """Residual block: bottleneck (1x1, 3x3, 1x1 at 4 x width) or basic (3x3, 3x3 at width)."""
+def _ones(x, stride: int):
+    """What a convolution reads whose inputs are the same everywhere: a map of ones, at x's size over `stride`."""
+    return jnp.ones((1, -(-x.shape[1] // stride), -(-x.shape[2] // stride), 1), x.dtype)
 
-    width: int
+
+class Block(nn.Module):
+    """Residual block: bottleneck (1x1, 3x3, 1x1) or basic (3x3, 3x3), as wide as `widths` says."""
+
+    widths: widths_lib.Block
     stride: int
     dilation: int
     bottleneck: bool
@@ -63,20 +72,30 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
+        features, dead = self.widths.features, self.widths.dead
+        if not features[-1]:
+            return x[:, :: self.stride, :: self.stride, :0]
         convolve = functools.partial(conv, dtype=self.dtype)
         norm = functools.partial(batch_norm, self, train)
-        features = self.width * (4 if self.bottleneck else 1)
-        spatial = {"stride": self.stride, "dilation": self.dilation}
-        if self.bottleneck:
-            y = nn.relu(norm("bn1")(convolve(self.width, 1, name="conv1")(x)))
-            y = nn.relu(norm("bn2")(convolve(self.width, 3, **spatial, name="conv2")(y)))
-            y = norm("bn3")(convolve(features, 1, name="conv3")(y))
+        # (kernel size, stride, dilation) of the branch's convolutions
+        spatial = (3, self.stride, self.dilation)
+        layers = [(1, 1, 1), spatial, (1, 1, 1)] if self.bottleneck else [spatial, (3, 1, self.dilation)]
+        y = 0
+        if dead < len(layers):
+            strides_gone = functools.reduce(lambda total, layer: total * layer[1], layers[:dead], 1)
+            y = _ones(x, strides_gone) if dead else widths_lib.select(x, self.widths.reads)
+            for i, (size, stride, dilation) in enumerate(layers[dead:], dead + 1):
+                y = norm(f"bn{i}")(convolve(features[i - 1], size, stride, dilation, name=f"conv{i}")(y))
+                y = nn.relu(y) if i < len(layers) else y
+        if self.widths.shortcut == "conv":
+            x = widths_lib.select(x, self.widths.shortcut_reads)
+            x = norm("downsample_bn")(convolve(features[-1], 1, self.stride, name="downsample_conv")(x))
+        elif self.widths.shortcut == "identity":
+            x = x[..., : features[-1]]
         else:
-            y = nn.relu(norm("bn1")(convolve(self.width, 3, **spatial, name="conv1")(x)))
-            y = norm("bn2")(convolve(features, 3, dilation=self.dilation, name="conv2")(y))
-        if self.stride != 1 or x.shape[-1] != features:
-            x = convolve(features, 1, self.stride, name="downsample_conv")(x)
-            x = norm("downsample_bn")(x)
+            x = jnp.zeros((1, *x[:, :: self.stride, :: self.stride].shape[1:3], features[-1]), x.dtype)
+        if dead == len(layers) or self.widths.shortcut == "constant":
+            y += self.param("constant", nn.initializers.zeros_init(), (features[-1],), jnp.float32).astype(x.dtype)
         return nn.relu(x + y)
 
 
@@ -89,6 +108,7 @@ class ResNet(nn.Module):
       dtype: dtype of the computation; parameters and BatchNorm statistics are float32.
       axis_name: pmap axis that BatchNorm is synchronised over while training.
       bn_momentum: share of the old running statistics that a step keeps (PyTorch's 0.1 is 0.9 here).
+      stem, blocks: widths of every layer; None is dense, from `width`.
     """
 
     depth: int = 50
@@ -96,26 +116,72 @@ class ResNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
+    stem: widths_lib.Stem | None = None
+    blocks: tuple[widths_lib.Block, ...] | None = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        """[B, H, W, 3] -> features [B, H/8, W/8, 32 * width] (8 * width for depth 18)."""
-        bottleneck, blocks = STAGES[self.depth]
-        x = x.astype(self.dtype)
-        for i, (features, stride) in enumerate([(self.width, 2), (self.width, 1), (2 * self.width, 1)], 1):
-            x = conv(features, 3, stride, dtype=self.dtype, name=f"stem_conv{i}")(x)
-            x = nn.relu(batch_norm(self, train, f"stem_bn{i}")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage, count in enumerate(blocks):
-            for index in range(count):
-                x = Block(
-                    width=self.width * 2**stage,
-                    stride=STRIDES[stage] if index == 0 else 1,
-                    dilation=DILATIONS[stage],
-                    bottleneck=bottleneck,
-                    dtype=self.dtype,
-                    axis_name=self.axis_name,
-                    bn_momentum=self.bn_momentum,
-                    name=f"layer{stage + 1}_{index}",
-                )(x, train)
+        """[B, H, W, 3] -> features [B, H/8, W/8, C]: 32 * width channels when dense (8 * width for depth 18).
+
+        A compact model that nothing of x reaches gives [1, H/8, W/8, C].
+        """
+        stem, blocks = dense(self.depth, self.width)
+        x = self._stem(x.astype(self.dtype), train, self.stem or stem)
+        for place, widths in zip(places(self.depth), self.blocks or blocks, strict=True):
+            x = Block(
+                widths=widths,
+                stride=place.stride,
+                dilation=place.dilation,
+                bottleneck=STAGES[self.depth][0],
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+                bn_momentum=self.bn_momentum,
+                name=place.name,
+            )(x, train)
         return x
+
+    def _stem(self, x, train, widths):
+        features, dead = widths.features, widths.dead
+        if not features[-1]:
+            return x[:1, ::4, ::4, :0]
+        if dead == len(features):
+            constant = self.param("constant", nn.initializers.zeros_init(), (features[-1],), jnp.float32)
+            return jnp.broadcast_to(constant.astype(x.dtype), (1, *x[:, ::4, ::4].shape[1:3], features[-1]))
+        x = _ones(x, 2) if dead else widths_lib.select(x, widths.reads)
+        for i in range(dead + 1, len(features) + 1):
+            x = conv(features[i - 1], 3, 2 if i == 1 else 1, dtype=self.dtype, name=f"stem_conv{i}")(x)
+            x = nn.relu(batch_norm(self, train, f"stem_bn{i}")(x))
+        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A block's place in the network."""
+
+    name: str
+    stage: int
+    stride: int
+    dilation: int
+
+
+def places(depth: int) -> tuple[Place, ...]:
+    """The places of a network's blocks, in order."""
+    return tuple(
+        Place(f"layer{stage + 1}_{index}", stage, STRIDES[stage] if index == 0 else 1, DILATIONS[stage])
+        for stage, count in enumerate(STAGES[depth][1])
+        for index in range(count)
+    )
+
+
+def dense(depth: int, width: int) -> tuple[widths_lib.Stem, tuple[widths_lib.Block, ...]]:
+    """Widths of the dense network: stem and blocks."""
+    bottleneck = STAGES[depth][0]
+    blocks, before = [], 2 * width
+    for place in places(depth):
+        inner = width * 2**place.stage
+        after = inner * (4 if bottleneck else 1)
+        features = (inner, inner, after) if bottleneck else (inner, after)
+        shortcut = "conv" if place.stride != 1 or before != after else "identity"
+        blocks.append(widths_lib.Block(features, shortcut))
+        before = after
+    return widths_lib.Stem((width, width, 2 * width)), tuple(blocks)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_sparse.models import deeplab, multitask, resnet
+from mtl_sparse.models import deeplab, multitask, resnet, widths
 from mtl_sparse.sparsity import groups
 
 
@@ -59,7 +59,7 @@ def test_bfloat16_computes_the_same_function():
 
 def test_dilation_and_strides_of_the_stages():
     """Where a unit impulse in one stage's 3x3 input reaches says its stride and dilation."""
-    model = resnet.Block(width=16, stride=1, dilation=4, bottleneck=True)
+    model = resnet.Block(widths.Block((16, 16, 64)), stride=1, dilation=4, bottleneck=True)
     x = jnp.zeros((1, 17, 17, 64)).at[0, 8, 8].set(1.0)
     variables = model.init(jax.random.key(0), x, False)
     difference = np.abs(model.apply(variables, x, False) - model.apply(variables, 0 * x, False)).sum(-1)[0]

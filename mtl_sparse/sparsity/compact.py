@@ -1,0 +1,444 @@
+"""Exact compaction: the network that is left when what the zero groups made useless is taken away.
+
+A group is an input channel of one convolution. A channel that no reader wants goes with the filter and the BatchNorm
+entry that make it. The residual stream's channels are put in an order in which those needed longest come first, so that
+every block carries a prefix of them, and those that one layer wants lie in few ranges, which it gathers by slices. What
+a convolution without live inputs puts out is a constant: it folds into what follows. In evaluation mode the outputs
+stay the same up to rounding.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from mtl_sparse.errors import UserError
+from mtl_sparse.models import deeplab, multitask, resnet
+from mtl_sparse.models import widths as widths_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What decides whether a layer gathers its channels, in ns a pixel; see docs/benchmarks.md for the measurement.
+
+    Attributes:
+      mac: of a multiply-accumulate.
+      copy: of copying one channel.
+      split: of one range more.
+    """
+
+    mac: float = 0.012
+    copy: float = 0.35
+    split: float = 4.0
+
+
+def compact(
+    model: multitask.MultiTaskModel,
+    variables,
+    *,
+    size: tuple[int, int] | None = None,
+    multiple: int = 1,
+    costs: Costs | None = None,
+):
+    """The physically smaller model with the same outputs, and its variables.
+
+    Args:
+      model: dense or compact already. Heads of another kind than DeepLab's stay as they are.
+      variables: {"params", "batch_stats"} of the model.
+      size: (height, width) of the images; where given, the atrous taps that would meet only padding at this size (and
+        at any smaller one) go, too.
+      multiple: widths are filled up to multiples of it with channels that are not needed.
+      costs: where gathering channels pays; by default as measured on a CPU.
+
+    Returns:
+      (model, variables): the model with its `widths` set; arrays in NumPy, of the dtype they had.
+
+    Raises:
+      UserError: another model's variables, another model than MultiTaskModel, a multiple below 1.
+    """
+    if not isinstance(model, multitask.MultiTaskModel):
+        raise UserError(f"compact takes a MultiTaskModel, not {type(model).__name__}")
+    if multiple < 1:
+        raise UserError(f"compact.multiple={multiple}: it must be at least 1")
+    _check_fits(model, variables)
+    return _Compactor(model, variables, size, multiple, costs or Costs()).run()
+
+
+def _check_fits(model, variables):
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)))
+    expected = {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    given = {"/".join(path): np.shape(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if expected.get(name) != given.get(name):
+            raise UserError(
+                f"these variables are of another model: {name} is {given.get(name, 'absent')} in them, "
+                f"{expected.get(name, 'absent')} in the model"
+            )
+
+
+@dataclasses.dataclass
+class _Conv:
+    """A convolution with what follows it: BatchNorm {scale, bias, mean, var} or only {bias}, and a ReLU or none."""
+
+    name: str
+    norm_name: str
+    kernel: np.ndarray
+    norm: dict[str, np.ndarray]
+    relu: bool
+
+    def after(self, y):
+        """What follows the convolution, of its output y [..., O], in float64."""
+        norm = {name: value.astype(np.float64) for name, value in self.norm.items()}
+        if "mean" in norm:
+            y = (y - norm["mean"]) / np.sqrt(norm["var"] + resnet.BN_EPSILON) * norm["scale"]
+        y = y + norm["bias"]
+        return np.maximum(y, 0) if self.relu else y
+
+
+@dataclasses.dataclass
+class _Chain:
+    """Convolutions one after the other, seen from the outputs that are needed.
+
+    Attributes:
+      convs: those that are left.
+      dead: how many are gone in front of them.
+      keep: for each of `convs`, the outputs that are needed, bool [O].
+      wanted: inputs that the first one wants, bool [I]; None where it reads no inputs.
+      constant: the chain's output [O] where no convolution is left.
+    """
+
+    convs: list[_Conv]
+    dead: int
+    keep: list[np.ndarray]
+    wanted: np.ndarray | None = None
+    constant: np.ndarray | None = None
+
+
+def _trace(convs: Sequence[_Conv], dead: int, need: np.ndarray, constant=None) -> _Chain:
+    """Follows `need`, the needed outputs, backwards through `convs`, in front of which `dead` are gone already."""
+    if not convs:
+        return _Chain([], dead, [], constant=constant)
+    keep = []
+    for i in reversed(range(len(convs))):
+        keep.insert(0, need)
+        need = np.any(convs[i].kernel[..., need] != 0, (0, 1, 3))
+        if not need.any():
+            return _fold(convs[i:], dead + i, keep)
+    return _Chain(list(convs), dead, keep, None if dead else need)
+
+
+def _fold(convs, dead, keep):
+    """Chain whose first convolution has no live input: its constant output goes as far as it stays a constant."""
+    value = convs[0].after(np.zeros(convs[0].kernel.shape[-1]))
+    for i, conv in enumerate(convs[1:], 1):
+        kernel = np.einsum("hwio,i->hwo", conv.kernel.astype(np.float64), value)
+        if kernel.shape[:2] != (1, 1) and kernel[..., keep[i]].any():  # zero padding makes borders differ
+            ones = dataclasses.replace(conv, kernel=kernel[:, :, None].astype(conv.kernel.dtype))
+            return _Chain([ones, *convs[i + 1 :]], dead + i, keep[i:])
+        value = conv.after(kernel[0, 0] if kernel.shape[:2] == (1, 1) else np.zeros(kernel.shape[-1]))
+    return _Chain([], dead + len(convs), [], constant=value)
+
+
+def _spread(wanted: np.ndarray, reads: widths_lib.Ranges | None, width: int) -> np.ndarray:
+    """Mask over the `width` channels of a stream, from a mask over those that a layer reads of it."""
+    if reads is None:
+        return wanted
+    mask = np.zeros(width, bool)
+    mask[_indices(reads)] = wanted
+    return mask
+
+
+def _indices(ranges: widths_lib.Ranges) -> np.ndarray:
+    return np.concatenate([np.arange(start, stop) for start, stop in ranges])
+
+
+def _stream_order(readers: Sequence[np.ndarray]) -> np.ndarray:
+    """Order of a stream's channels by who reads them; `readers` are masks [C], the last reader first.
+
+    Channels that later readers want come first, and by a Gray code, so that the last two readers find theirs in one
+    range, the one before in two, then four.
+    """
+    rank = np.logical_xor.accumulate(np.stack(readers), axis=0)
+    return np.lexsort(tuple(~rank[::-1]))
+
+
+def choose_ranges(wanted: np.ndarray, macs: int, costs: Costs) -> widths_lib.Ranges | None:
+    """Which channels a layer takes: all (None), or ranges that hold the wanted ones, by what costs least.
+
+    Args:
+      wanted: bool [C].
+      macs: multiply-accumulates that a channel more costs the layer, a pixel.
+    """
+    channel = costs.copy + macs * costs.mac
+    ranges = []
+    for index in np.flatnonzero(wanted).tolist():
+        if ranges and (index - ranges[-1][1]) * channel < costs.split:
+            ranges[-1][1] = index + 1
+        elif ranges and index == ranges[-1][1]:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([index, index + 1])
+    taken = sum(stop - start for start, stop in ranges)
+    if taken * channel + len(ranges) * costs.split >= len(wanted) * macs * costs.mac:
+        return None
+    return tuple((start, stop) for start, stop in ranges)
+
+
+class _Compactor:
+    def __init__(self, model, variables, size, multiple, costs):
+        self.model, self.layers, self.multiple, self.costs = model, model.layers(), multiple, costs
+        self.feature_size = size and tuple(-(-side // resnet.OUTPUT_STRIDE) for side in size)
+        variables = jax.device_get(variables)
+        self.params = traverse_util.flatten_dict(variables["params"], sep="/")
+        self.stats = traverse_util.flatten_dict(variables.get("batch_stats", {}), sep="/")
+        self.new_params, self.new_stats = {}, {}
+
+    def run(self):
+        places = resnet.places(self.model.depth)
+        named_heads = [(name, head) for (name, *_), head in zip(self.model.heads, self.layers.heads, strict=True)]
+        head_chains = [self._trace_head(*named) for named in named_heads]
+        self._trace_blocks(places, head_chains)
+        self._order_streams(head_chains)
+        stem = self._build_stem()
+        blocks = tuple(self._build_block(i, place.name) for i, place in enumerate(places))
+        heads = tuple(self._build_head(*named, traced) for named, traced in zip(named_heads, head_chains, strict=True))
+        model = self.model.clone(widths=widths_lib.Widths(stem, blocks, heads))
+        return model, {
+            "params": traverse_util.unflatten_dict(self.new_params, sep="/"),
+            "batch_stats": traverse_util.unflatten_dict(self.new_stats, sep="/"),
+        }
+
+    # Reading the old model.
+
+    def _conv(self, prefix, name, norm, relu) -> _Conv:
+        kernel = self.params[f"{prefix}/{name}/kernel"]
+        if norm is None:
+            return _Conv(
+                f"{prefix}/{name}", f"{prefix}/{name}", kernel, {"bias": self.params[f"{prefix}/{name}/bias"]}, relu
+            )
+        path = f"{prefix}/{norm}"
+        values = {part: self.params[f"{path}/{part}"] for part in ("scale", "bias")}
+        values |= {part: self.stats[f"{path}/{part}"] for part in ("mean", "var")}
+        return _Conv(f"{prefix}/{name}", path, kernel, values, relu)
+
+    def _trace_head(self, task, head):
+        """(chain of the trunk, chains of the branches), None for a head of another kind."""
+        if head is None:
+            return None
+        prefix = f"head_{task}"
+        names = [("project", "project_bn", True), ("conv", "conv_bn", True), ("out", None, False)][head.dead :]
+        convs = [self._conv(prefix, *name) for name in names]
+        constant = self.params.get(f"{prefix}/constant")
+        need = np.ones(len(constant) if constant is not None else convs[-1].kernel.shape[-1], bool)
+        trunk = _trace(convs, head.dead, need, constant)
+        branches = [None] * len(head.branches)
+        if trunk.wanted is None:
+            return trunk, branches
+        project = convs[0]
+        live, fixed = project.kernel.copy(), 0
+        for i, (name, place) in enumerate(_branches(head)):
+            if trunk.wanted[place].any():
+                chain = _trace([self._conv(prefix, name, f"{name}_bn", True)], 0, trunk.wanted[place])
+                if chain.convs:
+                    branches[i] = chain
+                else:  # a constant into the projection: its BatchNorm takes it
+                    fixed += chain.constant @ project.kernel[0, 0, place].astype(np.float64)
+                    live[:, :, place] = 0
+        mean = (project.norm["mean"] - fixed).astype(project.norm["mean"].dtype)
+        convs[0] = dataclasses.replace(project, kernel=live, norm={**project.norm, "mean": mean})
+        return _trace(convs, head.dead, need), branches
+
+    def _trace_blocks(self, places, head_chains):
+        """Per block: the chains of branch and shortcut, what they want, and which channels are needed before it."""
+        width = self.layers.blocks[-1].features[-1]
+        need = np.zeros(width, bool)
+        for traced, head in zip(head_chains, self.layers.heads, strict=True):
+            if traced is None:
+                need[:] = True
+                continue
+            for chain, reads in zip(traced[1], head.reads, strict=True):
+                if chain is not None and chain.wanted is not None:
+                    need |= _spread(chain.wanted, reads, width)
+        self.needs = [need]  # before block i at index i, after the last block at the end
+        self.branches, self.shortcuts, self.wants = [], [], []
+        for i in reversed(range(len(places))):
+            block, prefix = self.layers.blocks[i], f"backbone/{places[i].name}"
+            width = self._stream_width(i)
+            branch = shortcut = None
+            wants = [np.zeros(width, bool), np.zeros(width, bool)]
+            if need.any():
+                count = len(block.features)
+                convs = [self._conv(prefix, f"conv{j}", f"bn{j}", j < count) for j in range(block.dead + 1, count + 1)]
+                branch = _trace(convs, block.dead, need, np.zeros(len(need)))
+                if branch.wanted is not None:
+                    wants[0] = _spread(branch.wanted, block.reads, width)
+                if block.shortcut == "conv":
+                    shortcut = _trace([self._conv(prefix, "downsample_conv", "downsample_bn", False)], 0, need)
+                    if shortcut.wanted is not None:
+                        wants[1] = _spread(shortcut.wanted, block.shortcut_reads, width)
+                elif block.shortcut == "identity":
+                    wants[1] = np.pad(need, (0, width - len(need)))
+            need = wants[0] | wants[1]
+            self.branches.insert(0, branch)
+            self.shortcuts.insert(0, shortcut)
+            self.wants.insert(0, wants)
+            self.needs.insert(0, need)
+
+    def _stream_width(self, i):
+        """Channels of the residual stream before block i."""
+        return self.layers.blocks[i - 1].features[-1] if i else self.layers.stem.features[-1]
+
+    # Which channels of the residual stream stay, in which order.
+
+    def _order_streams(self, head_chains):
+        """`order[i]`: the channels before block i that stay, in their new order; at the end, after the last block."""
+        blocks = self.layers.blocks
+        starts = [0] + [i + 1 for i, block in enumerate(blocks) if block.shortcut != "identity"]
+        pinned = any(traced is None for traced in head_chains)  # a head that is not ours reads the features as they are
+        self.order = [None] * (len(blocks) + 1)
+        for start, stop in zip(starts, [*starts[1:], len(blocks) + 1], strict=True):
+            width = len(self.needs[start])
+            last = stop == len(blocks) + 1  # then the heads are the last readers
+            readers = [self.needs[-1]] if last else list(reversed(self.wants[stop - 1]))
+            readers += [self.wants[i][0] for i in reversed(range(start, stop - 1))]
+            readers = [np.pad(mask, (0, width - len(mask))) for mask in readers]
+            order = np.arange(width) if last and pinned else _stream_order(readers)
+            for i in range(start, stop):
+                self.order[i] = order[: self._padded(int(self.needs[i].sum()), width)]
+
+    def _padded(self, count, total):
+        return min(-(-count // self.multiple) * self.multiple, total)
+
+    def _kept(self, mask):
+        """Indices of a mask, filled up to the multiple with further ones."""
+        count = self._padded(int(mask.sum()), len(mask))
+        return np.sort(np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)[: count - int(mask.sum())]]))
+
+    # Writing the new model.
+
+    def _write(self, conv: _Conv, rows, columns):
+        """Writes some rows and columns of a convolution; row -1 is of zeros, rows None are all."""
+        kernel = conv.kernel
+        if rows is not None:
+            kernel = np.concatenate([kernel, np.zeros_like(kernel[:, :, :1])], 2)[:, :, rows]
+        self.new_params[f"{conv.name}/kernel"] = kernel[..., columns]
+        for part, value in conv.norm.items():
+            target = self.new_stats if part in ("mean", "var") else self.new_params
+            target[f"{conv.norm_name}/{part}"] = value[columns]
+
+    def _write_chain(self, chain: _Chain, rows, last) -> tuple[int, ...]:
+        """Writes a chain whose first convolution takes `rows` and whose last puts out `last`; returns its widths."""
+        widths = [0] * chain.dead
+        for i, conv in enumerate(chain.convs):
+            columns = self._columns(chain, i, last)
+            self._write(conv, rows, columns)
+            widths.append(len(columns))
+            rows = columns
+        return (*widths[:-1], len(last))
+
+    def _columns(self, chain, i, last):
+        return last if i == len(chain.convs) - 1 else self._kept(chain.keep[i])
+
+    def _write_constant(self, prefix, *values):
+        dtype = next(iter(self.params.values())).dtype
+        self.new_params[f"{prefix}/constant"] = np.asarray(sum(values)).astype(dtype)
+
+    def _reads(self, chain: _Chain, wanted, order, old_reads, last):
+        """How a chain's first convolution takes its channels: (ranges, their rows in its old kernel)."""
+        if chain is None or chain.wanted is None:
+            return None, None
+        conv = chain.convs[0]
+        rows = np.full(len(wanted), -1)
+        old = np.arange(len(wanted)) if old_reads is None else _indices(old_reads)
+        rows[old] = np.arange(len(old))
+        macs = conv.kernel.shape[0] * conv.kernel.shape[1] * len(self._columns(chain, 0, last))
+        ranges = choose_ranges(wanted[order], macs, self.costs)
+        return ranges, rows[order if ranges is None else order[_indices(ranges)]]
+
+    def _build_stem(self):
+        stem, last = self.layers.stem, self.order[0]
+        count = len(stem.features)
+        if not len(last):
+            return widths_lib.Stem((0,) * count)
+        names = [(f"stem_conv{i}", f"stem_bn{i}", True) for i in range(stem.dead + 1, count + 1)]
+        old_constant = self.params.get("backbone/constant")
+        chain = _trace([self._conv("backbone", *name) for name in names], stem.dead, self.needs[0], old_constant)
+        wanted = None if chain.wanted is None else _spread(chain.wanted, stem.reads, 3)
+        reads, rows = self._reads(chain, wanted, np.arange(3), stem.reads, last)
+        features = self._write_chain(chain, rows, last)
+        if not chain.convs:
+            self._write_constant("backbone", chain.constant[last])
+        return widths_lib.Stem(features, chain.dead, reads)
+
+    def _build_block(self, i, name):
+        block, prefix = self.layers.blocks[i], f"backbone/{name}"
+        branch, shortcut = self.branches[i], self.shortcuts[i]
+        order, last = self.order[i], self.order[i + 1]
+        if branch is None:
+            return widths_lib.Block((0,) * len(block.features), block.shortcut)
+        reads, rows = self._reads(branch, self.wants[i][0], order, block.reads, last)
+        features = self._write_chain(branch, rows, last)
+        kind = block.shortcut
+        shortcut_reads, rows = self._reads(shortcut, self.wants[i][1], order, block.shortcut_reads, last)
+        if shortcut is not None:
+            kind = "conv" if shortcut.convs else "constant"
+            self._write_chain(shortcut, rows, last)
+        if not branch.convs or kind == "constant":
+            constants = [chain.constant[last] for chain in (branch, shortcut) if chain is not None and not chain.convs]
+            if f"{prefix}/constant" in self.params:
+                constants.append(self.params[f"{prefix}/constant"][last])
+            self._write_constant(prefix, *constants)
+        return widths_lib.Block(features, kind, branch.dead, reads, shortcut_reads)
+
+    def _build_head(self, task, head, traced):
+        prefix = f"head_{task}"
+        if traced is None:
+            self.new_params |= {path: value for path, value in self.params.items() if path.startswith(f"{prefix}/")}
+            self.new_stats |= {path: value for path, value in self.stats.items() if path.startswith(f"{prefix}/")}
+            return None
+        trunk, branches = traced
+        count, order = len(head.branches), self.order[-1]
+        widths, reads, taps, rows = [0] * count, [None] * count, list(head.taps), []
+        for i, (_, place) in enumerate(_branches(head)):
+            if trunk.wanted is None or not trunk.wanted[place].any():
+                continue
+            chain, columns = branches[i], self._kept(trunk.wanted[place])
+            if 0 < i < count - 1:
+                taps[i - 1] = self._taps(chain.convs[0].kernel, deeplab.RATES[i - 1])
+                chain = dataclasses.replace(chain, convs=[_middle(chain.convs[0], taps[i - 1])])
+            wanted = _spread(chain.wanted, head.reads[i], len(self.needs[-1]))
+            reads[i], input_rows = self._reads(chain, wanted, order, head.reads[i], columns)
+            self._write(chain.convs[0], input_rows, columns)
+            widths[i] = len(columns)
+            rows.append(place.start + columns)
+        outputs = len(trunk.constant) if not trunk.convs else trunk.convs[-1].kernel.shape[-1]
+        features = self._write_chain(trunk, np.concatenate(rows) if rows else None, np.arange(outputs))
+        if not trunk.convs:
+            self._write_constant(prefix, trunk.constant)
+        return widths_lib.Head(tuple(widths), features[:2], trunk.dead, tuple(reads), tuple(taps))
+
+    def _taps(self, kernel, rate):
+        """Height and width of an atrous kernel without the taps that would meet only padding."""
+        if self.feature_size is None:
+            return kernel.shape[:2]
+        return tuple(
+            1 if size <= rate else taps for taps, size in zip(kernel.shape[:2], self.feature_size, strict=True)
+        )
+
+
+def _branches(head: widths_lib.Head):
+    """(layer name, its place among the projection's inputs as a slice) of each of a head's branches."""
+    names = ["aspp0", *(f"aspp{i}" for i in range(1, len(deeplab.RATES) + 1)), "pool"]
+    ends = np.cumsum(head.branches).tolist()
+    return [(name, slice(end - width, end)) for name, end, width in zip(names, ends, head.branches, strict=True)]
+
+
+def _middle(conv: _Conv, taps: tuple[int, int]) -> _Conv:
+    """`conv` with only the middle row or column of its kernel where `taps` says 1."""
+    kernel = conv.kernel
+    for axis in range(2):
+        if taps[axis] == 1:
+            kernel = np.take(kernel, [kernel.shape[axis] // 2], axis)
+    return dataclasses.replace(conv, kernel=kernel)
