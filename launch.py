@@ -43,15 +43,38 @@ def _prepare(config, workdir):
     print(", ".join(f"{split}: {len(names)} frames" for split, names in data.names.items()))
 
 
+def _compact(config, workdir):
+    from mtl_sparse import compaction
+
+    compaction.run_job(config, workdir)
+
+
+def _benchmark(config, workdir):
+    from mtl_sparse import benchmark
+
+    benchmark.run_job(config, workdir)
+
+
+def _export(config, workdir):
+    from mtl_sparse import export
+
+    export.run_job(config, workdir)
+
+
 JOBS = {
     "train": (_train, "train, evaluate the best checkpoint, write the report; goes on where the folder left off"),
     "evaluate": (_evaluate, "evaluate the best checkpoint of a run and write its report again"),
     "report": (_report, "draw a run's table and pictures again from its records"),
+    "compact": (_compact, "take the zero channels out of a run's model: a smaller run in <workdir>/compact"),
+    "benchmark": (_benchmark, "time a run's model: dense, with its zeros, and compact"),
+    "export": (_export, "write a run's model as a file that runs without this package: StableHLO or ONNX"),
     "prepare": (_prepare, "only prepare the data, so that machines without TensorFlow can train on it"),
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run, a file of configs/.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; by default runs/<name of the config>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder; by default runs/<name of the config>, or FOLDER of configs/run.py:FOLDER."
+)
 _JOB = flags.DEFINE_string("job", "train", "; ".join(f"{name}: {text}" for name, (_, text) in JOBS.items()))
 
 
@@ -60,10 +83,11 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.FIELD=VALUE")
     if _JOB.value not in JOBS:
         raise UserError(f"unknown job {_JOB.value!r}; the jobs are {', '.join(JOBS)}")
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not pathlib.Path(path.split(":")[0]).is_file():
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
-    workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
+    stem = pathlib.Path(path).stem
+    workdir = _WORKDIR.value or (argument if stem == "run" else os.path.join("runs", stem))
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
     config = _CONFIG.value

@@ -79,6 +79,17 @@ def get_config() -> ml_collections.ConfigDict:
             eval_batch_size=16,
             epochs=1000,
             early_stop_epochs=25,  # without a better validation score; 0 is never
+            init_from="",  # folder of a run whose best checkpoint the training starts from
+        ),
+        # --job=compact, and what --job=benchmark and --job=export make compact.
+        compact=create(
+            multiple=4,  # widths are filled up to it: on a CPU 4 is fastest, 1 is smallest
+            drop_taps=True,  # atrous taps that meet only padding at data.size go, too
+        ),
+        benchmark=create(batch_sizes=(1, 16), rounds=20),
+        export=create(
+            format="stablehlo",  # or "onnx"
+            compact=True,  # the compact model; False is the run's own
         ),
         # How the run goes; none of these changes what comes out of it.
         run=create(

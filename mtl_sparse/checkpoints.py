@@ -77,6 +77,15 @@ class Checkpoints:
         state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
         return state, restored["progress"]
 
+    def read(self, kind: str, step: int) -> dict:
+        """A checkpoint's state as it was saved: nested dictionaries of NumPy arrays."""
+        manager = self._manager(kind)
+        saved = traverse_util.flatten_dict(manager.item_metadata(step)["state"].tree, sep="/")
+        like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+        tree = traverse_util.unflatten_dict(like, sep="/")
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
+        return jax.device_get(manager.restore(step, args=args)["state"])
+
     def wait(self) -> None:
         """Returns when every save has reached the disk."""
         for manager in self._managers.values():
@@ -86,6 +95,30 @@ class Checkpoints:
         for manager in self._managers.values():
             manager.close()
         self._managers = {}
+
+
+def read_variables(workdir: str | pathlib.Path, like) -> dict:
+    """{"params", "batch_stats"} of a run's best checkpoint, as NumPy arrays, whatever its optimizer.
+
+    Args:
+      like: the variables that the model has, arrays or jax.ShapeDtypeStruct.
+
+    Raises:
+      UserError: there is none, or it is of another model.
+    """
+    saved = Checkpoints(workdir)
+    try:
+        step = saved.step("best")
+        if step is None:
+            raise UserError(f"no best checkpoint in {saved.folder}; train first with this --workdir")
+        state = saved.read("best", step)
+    finally:
+        saved.close()
+    found = {"params": state["params"]["model"], "batch_stats": state.get("batch_stats", {})}
+    leaves = {f"params/{path}": leaf for path, leaf in _flatten(found["params"]).items()}
+    leaves |= {f"batch_stats/{path}": leaf for path, leaf in _flatten(found["batch_stats"]).items()}
+    _check_same_model(saved.folder / "best" / str(step), leaves, _flatten(like))
+    return found
 
 
 def _flatten(tree) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
-from mtl_sparse import optim, weighting
+from mtl_sparse import checkpoints, optim, weighting
 from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
+from mtl_sparse.sparsity import compact as compact_lib
 
 AXIS = "devices"  # the pmap axis of a training step
 
@@ -91,10 +92,15 @@ class Run:
         )
 
     def init_state(self) -> TrainState:
-        """The state before the first step, a function of the seed alone."""
+        """The state before the first step: a function of the seed, and of train.init_from's best checkpoint."""
         # Without optimisation: a hundred small random draws run once, but take XLA long to optimise.
         init = jax.jit(self._init, compiler_options={"xla_backend_optimization_level": 0})
-        return init(jax.random.key(self.config.seed))
+        state = init(jax.random.key(self.config.seed))
+        if not self.config.train.init_from:
+            return state
+        given = checkpoints.read_variables(self.config.train.init_from, state.variables)
+        params = {**state.params, "model": given["params"]}
+        return state.replace(params=params, batch_stats=given["batch_stats"], opt_state=self.tx.init(params))
 
     def state_shapes(self) -> TrainState:
         """`init_state` as jax.ShapeDtypeStruct, without computing it."""
@@ -125,6 +131,31 @@ def setup(config) -> Run:
     tx = optim.build(config, total_steps)
     settled_step = optim.settled_step(config, total_steps)
     return Run(config, tasks, data, model, tx, steps_per_epoch, total_steps, settled_step)
+
+
+def load_model(workdir, config):
+    """The model of a run with its best checkpoint's variables, without its data.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's own, see configs/run.py; settings that do not change the model may differ.
+
+    Returns:
+      (model, {"params", "batch_stats"}): the variables as NumPy arrays.
+
+    Raises:
+      UserError: no such run, or a model that does not fit its checkpoint.
+    """
+    model = multitask.build(config.model, tasks_lib.resolve(config))
+    height, width = config.data.size
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))
+    return model, checkpoints.read_variables(workdir, like)
+
+
+def compact(config, model, variables):
+    """The model without its dead channels, by config.compact and for images of config.data.size: (model, variables)."""
+    size = tuple(config.data.size) if config.compact.drop_taps else None
+    return compact_lib.compact(model, variables, size=size, multiple=config.compact.multiple)
 
 
 def check_config(config) -> None:

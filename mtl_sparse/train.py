@@ -14,7 +14,7 @@ from clu import parameter_overview
 from flax import jax_utils
 
 from input_pipeline import loader
-from mtl_sparse import checkpoints, evaluate, logs, optim, results, weighting
+from mtl_sparse import checkpoints, compaction, evaluate, logs, optim, results, weighting
 from mtl_sparse.errors import UserError
 from mtl_sparse.report import records
 from mtl_sparse.run import AXIS, Run, TrainState, setup
@@ -131,7 +131,10 @@ def train(config, workdir: str | pathlib.Path) -> dict:
                 "validation was never finite, so there is no best checkpoint; keep sparsity.fixed_norm=True, or lower "
                 "sparsity.lambda_ or optimizer.learning_rate, in another --workdir"
             )
-        return results.write(run, workdir, saved)
+        found = results.write(run, workdir, saved)
+        state, _ = saved.restore("best", run.state_shapes())
+        print(compaction.summary(run, state.variables))
+        return found
     finally:
         saved.close()
 

@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtl_sparse.models import resnet
+from mtl_sparse.models import atrous, resnet
 from mtl_sparse.models import widths as widths_lib
-from mtl_sparse.models.atrous import AtrousConv
 
 RATES = (12, 24, 36)
 
@@ -76,7 +75,8 @@ class DeepLabHead(nn.Module):
         else:
             y = jnp.ones((1, *x.shape[1:3], 1), self.dtype)
         y = normalized(conv(layers.trunk[1], 3, name="conv")(y), "conv_bn")
-        y = nn.Conv(self.outputs, (1, 1), kernel_init=resnet.kernel_init, dtype=self.dtype, name="out")(y)
+        settings = {"kernel_init": resnet.kernel_init, "conv_general_dilated": atrous.conv, "dtype": self.dtype}
+        y = nn.Conv(self.outputs, (1, 1), **settings, name="out")(y)
         return y.astype(raw_dtype)
 
     def _branches(self, x, layers, conv, normalized, drop, train):
@@ -88,10 +88,10 @@ class DeepLabHead(nn.Module):
             branches.append(drop(name="drop0")(y, train))
         for i, rate in enumerate(RATES, 1):
             if layers.branches[i]:
-                atrous = AtrousConv(
+                layer = atrous.AtrousConv(
                     layers.branches[i], rate, resnet.kernel_init, self.dtype, layers.taps[i - 1], name=f"aspp{i}"
                 )
-                branches.append(normalized(atrous(selected[i]), f"aspp{i}_bn"))
+                branches.append(normalized(layer(selected[i]), f"aspp{i}_bn"))
         if layers.branches[-1]:
             mean_dtype = jnp.promote_types(jnp.float32, self.dtype)
             y = jnp.mean(selected[-1], (1, 2), keepdims=True, dtype=mean_dtype).astype(x.dtype)

@@ -11,6 +11,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mtl_sparse.models import atrous
 from mtl_sparse.models import widths as widths_lib
 
 # depth -> (bottleneck blocks?, blocks in each of the four stages)
@@ -35,6 +36,7 @@ def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype,
         use_bias=False,
         kernel_init=kernel_init,
         dtype=dtype,
+        conv_general_dilated=atrous.conv,
         name=name,
     )
 

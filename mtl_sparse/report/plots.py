@@ -9,6 +9,7 @@ from input_pipeline.transforms import VOID
 from mtl_sparse.report import records
 
 _DENSE, _LEFT = "#d5dbe3", "#20639b"
+_BATCHES = ("#20639b", "#e67e22", "#5d8a3a", "#8e44ad")
 
 
 def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
@@ -24,10 +25,10 @@ def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
     return [
-        _save(curves(metrics, results), folder / "curves.png"),
-        _save(sparsity_over_steps(metrics, results), folder / "sparsity.png"),
-        _save(groups_per_layer(results), folder / "groups_per_layer.png"),
-        _save(sample_sheet(samples), folder / "samples.png"),
+        save(curves(metrics, results), folder / "curves.png"),
+        save(sparsity_over_steps(metrics, results), folder / "sparsity.png"),
+        save(groups_per_layer(results), folder / "groups_per_layer.png"),
+        save(sample_sheet(samples), folder / "samples.png"),
     ]
 
 
@@ -38,7 +39,7 @@ def _figure(*args, **kwargs):
     return figure
 
 
-def _save(figure, path):
+def save(figure, path: pathlib.Path) -> pathlib.Path:
     figure.savefig(path, dpi=110)
     return path
 
@@ -108,6 +109,45 @@ def groups_per_layer(results):
     axis.set(ylabel="groups", xlim=(-0.8, len(layers) - 0.2))
     axis.set_title(f"{100 * results['sparsity']['group']:.1f} % of {total.sum()} groups are zero")
     axis.legend(frameon=False)
+    return _plain(figure)
+
+
+def compact_layers(rows):
+    """MACs of each conv layer before and after compaction, from compact.json."""
+    rows = sorted(rows, key=lambda row: _network_order(row["layer"]))
+    figure = _figure(figsize=(max(6, 0.24 * len(rows) + 1.5), 4))
+    axis = figure.subplots()
+    place = np.arange(len(rows))
+    before, after = (np.array([row[key] for row in rows]) / 1e6 for key in ("macs", "macs_after"))
+    axis.bar(place, before, color=_DENSE, label="dense")
+    axis.bar(place, after, color=_LEFT, label="compact")
+    axis.set_xticks(place, [_short(row["layer"]) for row in rows], rotation=90, fontsize=7)
+    axis.set(ylabel="million MACs an image", xlim=(-0.8, len(rows) - 0.2))
+    axis.set_title(f"{before.sum() / max(after.sum(), 1e-9):.1f} times fewer MACs")
+    axis.legend(frameon=False)
+    return _plain(figure)
+
+
+def latency(found):
+    """Median latency of an image against its MACs, from benchmark.json: a panel for backbone and whole model."""
+    figure = _figure(figsize=(9, 4))
+    parts = list(dict.fromkeys(row["part"] for row in found["rows"]))
+    for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for batch, color in zip(sorted({row["batch"] for row in found["rows"]}), _BATCHES, strict=False):
+            rows = [row for row in found["rows"] if row["part"] == part and row["batch"] == batch]
+            macs = np.array([row["macs"] / 1e6 for row in rows])
+            median = np.array([row["median_ms"] / batch for row in rows])
+            upper = np.array([row["p90_ms"] / batch for row in rows]) - median
+            axis.errorbar(macs, median, [np.zeros(len(rows)), upper], fmt="o", color=color, label=f"batch {batch}")
+            axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1)
+            for row, x, y in zip(rows, macs, median, strict=True):
+                if row["model"] != "sparse":  # it lies on the dense one: zeros alone save nothing
+                    axis.annotate(row["model"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axis.set(title=part, xlabel="million MACs an image", ylabel="ms an image (median, to 90 %)")
+        axis.set_xlim(0, 1.25 * max(row["macs"] for row in found["rows"] if row["part"] == part) / 1e6)
+        axis.set_ylim(0)
+        axis.legend(frameon=False)
+    figure.suptitle(f"{found['device']}, {100 * found['group_sparsity']:.0f} % of groups zero", fontsize=10)
     return _plain(figure)
 
 

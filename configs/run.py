@@ -1,0 +1,28 @@
+"""The settings of a run that exists, by its folder, which is also the default --workdir:
+
+python launch.py --config=configs/run.py:runs/demo --job=evaluate
+"""
+
+import json
+import pathlib
+
+from configs import nyu
+from mtl_sparse.errors import UserError
+
+
+def get_config(folder: str = ""):
+    path = pathlib.Path(folder).expanduser() / "config.json"
+    if not folder or not path.is_file():
+        raise UserError(f"{path} does not exist: name a run's folder, --config=configs/run.py:FOLDER")
+    config = nyu.get_config()
+    _update(config, json.loads(path.read_text()))
+    return config
+
+
+def _update(config, values):
+    """Takes over the values; settings that the run does not know keep their default."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _update(config[name], value)
+        else:
+            config[name] = tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,54 @@
+"""What a model costs, layer by layer: parameters and multiply-accumulates (MACs)."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtl_sparse.models import atrous
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One convolution or dense layer.
+
+    Attributes:
+      kernel: shape of its kernel, [H, W, I, O] or [I, O].
+      macs: multiply-accumulates for one image. As usual a product with zero padding counts, but for the taps of the
+        atrous layers that are never computed.
+    """
+
+    kernel: tuple[int, ...]
+    macs: int
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.kernel)
+
+
+def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
+    """Cost of every convolution and dense layer of a model on an image [*size, 3], by "/"-joined path."""
+    found = {}
+
+    def record(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, nn.Conv | nn.Dense | atrous.AtrousConv):
+            kernel = module.variables["params"]["kernel"].shape
+            if isinstance(module, atrous.AtrousConv):
+                macs = atrous.macs(out.shape[1:3], kernel, module.rate)
+            else:
+                macs = math.prod(out.shape[1:-1]) * math.prod(kernel)
+            found["/".join(module.path)] = LayerCost(kernel, macs)
+        return out
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *size, 3))))
+    return found
+
+
+def parameter_count(variables) -> int:
+    """Number of trainable parameters in `variables["params"]`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))
