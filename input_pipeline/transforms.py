@@ -7,18 +7,18 @@ import numpy as np
 
 VOID = 255  # segmentation label of pixels that count nowhere
 # Mean and standard deviation of ImageNet's RGB in [0, 1], the field's habit also for training from scratch.
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def normalize_image(image: np.ndarray) -> np.ndarray:
     """uint8 RGB [..., 3] -> float32 with ImageNet's mean 0 and standard deviation 1."""
-    return ((image.astype(np.float32) / 255.0 - _MEAN) / _STD).astype(np.float32)
+    return ((image.astype(np.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD).astype(np.float32)
 
 
 def unnormalize_image(image: np.ndarray) -> np.ndarray:
     """Inverse of `normalize_image`."""
-    return np.clip(np.round((image * _STD + _MEAN) * 255.0), 0, 255).astype(np.uint8)
+    return np.clip(np.round((image * IMAGE_STD + IMAGE_MEAN) * 255.0), 0, 255).astype(np.uint8)
 
 
 def normalize_depth(depth: np.ndarray) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Convolutions computed in the way that is fastest: 1x1 as a product, 3x3 at a large rate as a sum over taps."""
 
+import contextlib
+import contextvars
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
@@ -11,18 +14,31 @@ from mtl_sparse.errors import UserError
 _FIRST_TAPPED_RATE = 5
 
 
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_convolutions():
+    """Within it, models are traced with plain dilated convolutions, which other runtimes have a fast kernel for."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def _by_taps(size, rate) -> bool:
     """Whether a sum over taps is faster than the plain convolution, forward and backward, as measured on a CPU.
 
     At rate 4, that of the last stage, it is where maps are so small (16x16) that a quarter of an outer tap's products
     are with padding; at rate 1 and 2 it never is.
     """
-    return rate >= _FIRST_TAPPED_RATE or (rate == 4 and 4 * rate >= max(size))
+    return not _plain.get() and (rate >= _FIRST_TAPPED_RATE or (rate == 4 and 4 * rate >= max(size)))
 
 
 def conv(x, kernel, strides, padding, *, rhs_dilation, **settings):
     """`lax.conv_general_dilated` for NHWC and HWIO, as `nn.Conv` calls it: 1x1 as a product, 3x3 by taps if faster."""
-    if kernel.shape[:2] == (1, 1):
+    if kernel.shape[:2] == (1, 1) and not _plain.get():
         return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
     rate = rhs_dilation[0]
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and _by_taps(x.shape[1:3], rate):

@@ -153,7 +153,8 @@ class ResNet(nn.Module):
         for i in range(dead + 1, len(features) + 1):
             x = conv(features[i - 1], 3, 2 if i == 1 else 1, dtype=self.dtype, name=f"stem_conv{i}")(x)
             x = nn.relu(batch_norm(self, train, f"stem_bn{i}")(x))
-        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros are as good as -inf behind a ReLU, and ONNX knows them
+        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
 
 
 @dataclasses.dataclass(frozen=True)
