@@ -9,7 +9,6 @@ the penalty.
 """
 
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import jax_utils
 
 from configs import nyu
 from mtl_sparse import optim, tasks, train, weighting
+from mtl_sparse.benchmark import timed
 from mtl_sparse.models import multitask
 from mtl_sparse.run import AXIS
 from mtl_sparse.sparsity import groups, prox
@@ -27,19 +27,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each function is timed.")
 _STEP = flags.DEFINE_bool("step", True, "Whether to time the training step, too.")
 _SIZE = flags.DEFINE_integer("size", 128, "Side of the training step's images.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images in a training step.")
-
-
-def timed(functions: dict, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each round of each function () -> arrays, in alternation, after one call to warm up."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def report(seconds: dict[str, np.ndarray], reference: str) -> None:

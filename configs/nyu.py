@@ -98,6 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
             checkpoint_every_steps=500,  # besides the end of every epoch
             progress_every_secs=30.0,
             sample_frames=6,  # test frames on the sheet of pictures
+            summary_rounds=10,  # timings of dense and compact model at the end of a training; 0 is none
         ),
     )
     return config.lock()  # an unknown field raises

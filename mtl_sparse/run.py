@@ -176,6 +176,8 @@ def check_config(config) -> None:
         "run.log_every_steps": 1,
         "run.num_workers": 0,
         "run.sample_frames": 1,
+        "run.summary_rounds": 0,
+        "compact.multiple": 1,
         "train.batch_size": 1,
         "train.early_stop_epochs": 0,
         "train.epochs": 1,

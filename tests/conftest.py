@@ -42,7 +42,7 @@ def tiny(folder):
     config.model.update(width=4, head_features=4)
     config.sparsity.update(target=0.0, lambda_=2e-4)
     config.train.update(batch_size=8, eval_batch_size=8, epochs=2)
-    config.run.update(log_every_steps=1, checkpoint_every_steps=1, sample_frames=2)
+    config.run.update(log_every_steps=1, checkpoint_every_steps=1, sample_frames=2, summary_rounds=0)
     return config
 
 

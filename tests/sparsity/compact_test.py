@@ -1,15 +1,19 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtl_sparse.models import multitask
-from mtl_sparse.sparsity.compact import compact
+from mtl_sparse.errors import UserError
+from mtl_sparse.models import multitask, resnet, widths
+from mtl_sparse.sparsity import stats
+from mtl_sparse.sparsity.compact import Costs, choose_ranges, compact
 
 SIZE = (32, 48)
 HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1))
@@ -22,7 +26,7 @@ def dense(depth, dtype="float32"):
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     rng = np.random.default_rng(1)
     params = traverse_util.flatten_dict(variables["params"], sep="/")
-    stats = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    statistics = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
     for path, leaf in params.items():
         new = np.array(leaf, dtype)
         if path.endswith("scale"):
@@ -30,10 +34,10 @@ def dense(depth, dtype="float32"):
         elif path.endswith("bias"):
             new = rng.normal(0, 0.3, leaf.shape)
         params[path] = new.astype(dtype)
-    for path, leaf in stats.items():
+    for path, leaf in statistics.items():
         new = rng.uniform(0.5, 2, leaf.shape) if path.endswith("var") else rng.normal(0, 0.3, leaf.shape)
-        stats[path] = new.astype(dtype)
-    return model, params, stats
+        statistics[path] = new.astype(dtype)
+    return model, params, statistics
 
 
 def with_zeros(depth, seed, share, scope="backbone", dead=(), dtype="float32"):
@@ -79,9 +83,8 @@ DEAD = st.lists(
 )
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+CASES = dict(
+    depth=st.sampled_from([18, 50]),
     seed=st.integers(0, 2**16),
     share=st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.9, 1.0, None]),
     scope=st.sampled_from(["backbone", "all"]),
@@ -89,11 +92,206 @@ DEAD = st.lists(
     multiple=st.sampled_from([1, 4]),
     taps=st.booleans(),
 )
-def test_the_outputs_stay(depth, seed, share, scope, dead, multiple, taps):
+UNHURRIED = dict(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, taps):
     model, variables = with_zeros(depth, seed, share, scope, dead)
-    settings = {"multiple": multiple, "size": SIZE if taps else None}
-    small, small_variables = compact(model, variables, **settings)
+    options = {"multiple": multiple, "size": SIZE if taps else None}
+    small, small_variables = compact(model, variables, **options)
     assert_same_outputs(model, variables, small, small_variables, 1e-5)
-    again, again_variables = compact(small, small_variables, **settings)
+    again, again_variables = compact(small, small_variables, **options)
     assert again.widths == small.widths
     jax.tree.map(np.testing.assert_array_equal, again_variables, small_variables)
+    assert widths.Widths.from_json(small.widths.to_json()) == small.widths
+
+
+@settings(max_examples=12, **UNHURRIED)
+@given(**CASES)
+def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
+    check_outputs_and_idempotence(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **UNHURRIED)
+@given(**CASES)
+def test_the_outputs_stay_for_many_patterns(**case):
+    check_outputs_and_idempotence(**case)
+
+
+@pytest.mark.parametrize(
+    ("depth", "share", "scope", "dead"),
+    [
+        (18, 0.7, "all", []),
+        (50, 0.7, "backbone", ["layer2_1/conv1", "layer3_2/conv2", "layer4_1/conv3"]),
+        (50, 0.5, "all", ["layer3_0/downsample", "aspp1", "head_depth/conv"]),
+        (18, 0.5, "backbone", ["stem_conv2", "layer3"]),
+    ],
+)
+def test_the_outputs_stay_in_float64(depth, share, scope, dead):
+    with jax.enable_x64(True):
+        model, variables = with_zeros(depth, 5, share, scope, dead, "float64")
+        small, small_variables = compact(model, variables, size=SIZE)
+        assert {leaf.dtype for leaf in jax.tree.leaves(small_variables)} == {np.dtype("float64")}
+        assert_same_outputs(model, variables, small, small_variables, 1e-10, dtype=np.float64)
+
+
+def independent_count(depth, params):
+    """Parameters that a pattern without dead layers needs when every layer gathers exactly what it wants."""
+    kernels = {path.removesuffix("/kernel"): kernel for path, kernel in params.items() if kernel.ndim == 4}
+    wants = {path: np.any(kernel != 0, (0, 1, 3)) for path, kernel in kernels.items()}
+    total = sum(leaf.size for path, leaf in params.items() if path.startswith("head_"))
+
+    def conv(path, outputs):
+        taps = kernels[path].shape[0] ** 2
+        return taps * int(wants[path].sum()) * int(outputs.sum()) + 2 * int(outputs.sum())  # and BatchNorm's two
+
+    after = np.ones(params["head_depth/aspp0/kernel"].shape[2], bool)  # the heads read every feature
+    for place in reversed(resnet.places(depth)):
+        path = f"backbone/{place.name}"
+        last = 3 if resnet.STAGES[depth][0] else 2
+        needed = after
+        for i in range(last, 0, -1):
+            total += conv(f"{path}/conv{i}", needed)
+            needed = wants[f"{path}/conv{i}"]
+        if f"{path}/downsample_conv" in wants:
+            total += conv(f"{path}/downsample_conv", after)
+            after = needed | wants[f"{path}/downsample_conv"]
+        else:
+            after = needed | after
+    for i in (3, 2, 1):
+        total += conv(f"backbone/stem_conv{i}", after)
+        after = wants[f"backbone/stem_conv{i}"]
+    return total
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_what_is_left_is_what_an_independent_count_says(depth, share):
+    model, variables = with_zeros(depth, 7, share)
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    assert not stats.sparsity(variables["params"]).dead_layers, "the count below is for patterns without"
+    free = Costs(mac=1.0, copy=0.0, split=0.0)  # gathering costs nothing, so each layer takes only what it wants
+    small, small_variables = compact(model, variables, costs=free)
+    assert count(small_variables) == independent_count(depth, flat) < count(variables)
+    assert stats.sparsity(small_variables["params"], "all").group == 0
+    shapes = jax.eval_shape(lambda: small.init(jax.random.key(0), jnp.zeros((1, *SIZE, 3))))
+    assert count(shapes) == count(small_variables)
+    filled, filled_variables = compact(model, variables, multiple=4)
+    assert all(width % 4 == 0 for block in filled.widths.blocks for width in block.features)
+    assert count(small_variables) < count(filled_variables) < count(variables)
+
+
+def test_a_dead_network_is_its_constants():
+    model, variables = with_zeros(50, 0, 1.0, "all")
+    small, small_variables = compact(model, variables)
+    assert count(small_variables) == 5 + 1, "one number for each output"
+    assert set(small_variables["params"]) == {"head_segmentation", "head_depth"}
+    assert_same_outputs(model, variables, small, small_variables, 1e-6, size=(64, 64))
+
+
+def test_dead_blocks_and_branches_go():
+    dead = ["layer2_1/conv3", "layer3_2/conv2", "layer4_1/conv1", "layer4_0/downsample"]
+    model, variables = with_zeros(50, 1, 0.3, dead=dead)
+    small, small_variables = compact(model, variables)
+    backbone = small_variables["params"]["backbone"]
+    assert set(backbone["layer2_1"]) == set(backbone["layer3_2"]) == {"constant"}
+    assert small.widths.blocks[-2].dead == 1 and "conv1" not in backbone["layer4_1"]
+    assert backbone["layer4_1"]["conv2"]["kernel"].shape[2] == 1, "it reads a map of ones"
+    assert "downsample_conv" not in backbone["layer4_0"] and small.widths.blocks[-3].shortcut == "constant"
+    assert_same_outputs(model, variables, small, small_variables, 1e-5)
+
+
+def test_nothing_before_a_cut_in_the_stream_is_left():
+    """Where neither branch nor shortcut of a stage's first block reads its input, all in front of it goes."""
+    model, variables = with_zeros(18, 1, 0.3, dead=["layer3_0/conv1", "layer3_0/downsample"])
+    small, small_variables = compact(model, variables)
+    assert not any(name.startswith(("stem", "layer1", "layer2")) for name in small_variables["params"]["backbone"])
+    assert_same_outputs(model, variables, small, small_variables, 1e-5)
+    one, other = (outputs(small, small_variables)["depth"][i] for i in (0, 1))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_taps_that_meet_only_padding_go_and_a_larger_image_is_refused():
+    model, variables = with_zeros(18, 1, 0.3)
+    small, small_variables = compact(model, variables, size=(96, 128))  # features of 12x16: rates 12, 24, 36
+    head = small.widths.heads[0]
+    assert head.taps == ((1, 3), (1, 1), (1, 1))
+    assert small_variables["params"]["head_depth"]["aspp1"]["kernel"].shape[:2] == (1, 3)
+    for size in [(96, 128), (64, 64)]:
+        assert_same_outputs(model, variables, small, small_variables, 1e-5, size)
+    with pytest.raises(UserError, match="features of at most 12 rows or columns.*compact the run again"):
+        outputs(small, small_variables, (104, 128))
+
+
+def test_a_compact_model_trains_on():
+    model, variables = with_zeros(18, 1, 0.6, "all", ["layer3_1/conv1", "layer4_1/conv2"])
+    small, small_variables = compact(model, variables, size=SIZE)
+    images = jax.random.normal(jax.random.key(0), (2, *SIZE, 3))
+
+    def loss(params):
+        rngs = {"dropout": jax.random.key(1)}
+        given = {"params": params, "batch_stats": small_variables["batch_stats"]}
+        raw, _ = small.apply(given, images, train=True, mutable=["batch_stats"], rngs=rngs)
+        return sum(jnp.mean(jnp.square(value)) for value in raw.values())
+
+    before, gradient = jax.jit(jax.value_and_grad(loss))(small_variables["params"])
+    norm = optax.tree.norm(gradient)
+    assert jnp.isfinite(norm)
+    assert jax.jit(loss)(jax.tree.map(lambda p, g: p - 1e-3 * g / norm, small_variables["params"], gradient)) < before
+
+
+class MeanHead(nn.Module):
+    """A head of another kind: it reads every feature, in the dense order."""
+
+    outputs: int
+    features: int
+    dropout: float
+    dtype: jnp.dtype
+    axis_name: str | None
+    bn_momentum: float
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return nn.Dense(self.outputs)(x * jnp.arange(x.shape[-1]))
+
+
+def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
+    monkeypatch.setitem(multitask.HEADS, "mean", MeanHead)
+    model, variables = with_zeros(18, 1, 0.7)
+    model = model.clone(heads=(HEADS[0], ("mine", "mean", 2)))
+    features = variables["params"]["head_depth"]["aspp0"]["kernel"].shape[2]
+    dense_layer = {"kernel": np.random.default_rng(0).normal(size=(features, 2)).astype(np.float32), "bias": np.ones(2)}
+    params = {name: tree for name, tree in variables["params"].items() if name != "head_depth"}
+    given = {
+        "params": {**params, "head_mine": {"Dense_0": dense_layer}},
+        "batch_stats": {name: tree for name, tree in variables["batch_stats"].items() if name != "head_depth"},
+    }
+    small, small_variables = compact(model, given)
+    assert count(small_variables) < count(given)
+    assert_same_outputs(model, given, small, small_variables, 1e-5)
+
+
+def test_ranges_are_taken_where_they_cost_least():
+    costs = Costs(mac=0.01, copy=0.5, split=4.0)
+    wanted = np.zeros(100, bool)
+    wanted[10:30] = wanted[32:40] = wanted[80:90] = True
+    assert choose_ranges(wanted, 1000, costs) == ((10, 30), (32, 40), (80, 90)), "much to save: exactly what is wanted"
+    assert choose_ranges(wanted, 100, costs) == ((10, 40), (80, 90)), "a gap of two costs less than a range more"
+    assert choose_ranges(wanted, 10, costs) is None, "little to save: all"
+    assert choose_ranges(np.ones(100, bool), 1000, costs) is None
+    almost = np.arange(100) < 90
+    assert choose_ranges(almost, 300, costs) is None, "a tenth less is not worth the copy of the rest"
+
+
+def test_bad_input():
+    model, variables = with_zeros(18, 1, 0.3)
+    _, other = with_zeros(50, 1, 0.3)
+    with pytest.raises(UserError, match="another model: .*backbone/layer1_0.*absent"):
+        compact(model, other)
+    with pytest.raises(UserError, match="compact takes a MultiTaskModel, not ResNet"):
+        compact(resnet.ResNet(18), variables)
+    with pytest.raises(UserError, match="compact.multiple=0: it must be at least 1"):
+        compact(model, variables, multiple=0)
+    with pytest.raises(ValueError, match="not the widths of a model"):
+        widths.Widths.from_json('{"stem": {}}')
