@@ -52,13 +52,14 @@ class Part:
         return lambda: program(variables, images), sum(getattr(memory, name) for name in sizes)
 
 
-def compare(models: dict, size, batch: int, rounds: int) -> list[dict]:
-    """Times backbone and whole model of each (model, variables), all of a part in one alternation.
+def compare(models: dict, size, batch: int, rounds: int, parts=("backbone", "model")) -> list[dict]:
+    """Times parts of each (model, variables), all of a part in one alternation.
 
     Args:
       models: name -> (model, variables); the first is what the others are compared with.
       size: (height, width) of the images.
       batch: images in a call.
+      parts: "backbone", "model" or both.
 
     Returns:
       A dictionary for each part and model: "part", "model", "batch", "parameters", "macs" (an image),
@@ -67,12 +68,13 @@ def compare(models: dict, size, batch: int, rounds: int) -> list[dict]:
     """
     images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *size, 3)), jnp.float32)
     rows = []
-    for part, make in (("backbone", Part.backbone), ("model", Part)):
-        parts = {name: make(*model) for name, model in models.items()}
-        compiled = {name: one.compiled(images) for name, one in parts.items()}
+    for part in parts:
+        make = Part.backbone if part == "backbone" else Part
+        timed_parts = {name: make(*model) for name, model in models.items()}
+        compiled = {name: one.compiled(images) for name, one in timed_parts.items()}
         seconds = timed({name: function for name, (function, _) in compiled.items()}, rounds)
         first = next(iter(seconds.values()))
-        for name, one in parts.items():
+        for name, one in timed_parts.items():
             macs = sum(layer.macs for layer in cost.layers(one.model, size).values())
             median = float(np.median(seconds[name]))
             rows.append(

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import fixed_norm, prox
+from benchmarks import compact, fixed_norm, prox
+from mtl_sparse.benchmark import timed
 
 
 def test_every_operator_prunes_about_half(capsys):
@@ -14,7 +15,7 @@ def test_every_operator_prunes_about_half(capsys):
         zero = np.concatenate([np.ravel(x == 0) for x in function()])
         assert 0.3 < zero.mean() < 0.7, name
         assert all(jnp.isfinite(x).all() for x in function()), name
-    seconds = prox.timed(functions, rounds=2)
+    seconds = timed(functions, rounds=2)
     assert all(values.shape == (2,) and (values > 0).all() for values in seconds.values())
     prox.report(seconds, "copy of the three arrays")
     assert capsys.readouterr().out.splitlines()[1].split()[-4:] == ["1.00", "1.00", "..", "1.00"]
@@ -34,3 +35,11 @@ def test_fixed_norm_probe_and_figure(config):
     found["rooms", 1.0, "revival_free"] = found["rooms", 1.0, "default"]
     figure = fixed_norm.draw(found)
     assert [len(axis.lines) for axis in figure.axes] == [3, 3, 3, 4]
+
+
+def test_compaction_is_timed_for_each_share():
+    lines = compact.patterns(32, 1, rounds=2, shares=(0.6,), depth=18, width=8).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["dense", "compact", "multiple of 4", "4, no gather"]
+    ratios = [float(line.split("|")[5].strip()[:-1]) for line in lines[2:]]
+    assert ratios[0] == 1 < ratios[3] < ratios[1]
+    assert compact.costs(2).mac > 0

@@ -51,6 +51,20 @@ def config(rooms):
     return tiny(rooms)
 
 
+@pytest.fixture(scope="session")
+def sparse_run(rooms, tmp_path_factory):
+    """(config, folder) of a finished run in which a part of the groups is zero; do not change it."""
+    from mtl_sparse import train
+
+    config = tiny(rooms)
+    config.model.update(width=8)
+    config.sparsity.update(lambda_=3e-2, warmup_steps=0)
+    config.tasks = ("segmentation", "depth")
+    folder = tmp_path_factory.mktemp("runs") / "sparse"
+    train.train(config, folder)
+    return config, folder
+
+
 @pytest.fixture(scope="module", autouse=True)
 def free_executables():
     """Drops a module's compiled functions: each keeps memory maps, and a process may only have so many (65530)."""

@@ -1,0 +1,94 @@
+"""What compaction gains for any share of zero groups, and what its cost model stands on.
+
+    python -m benchmarks.compact [--size=128] [--batch=8] [--rounds=9] [--costs]
+
+ResNet-50's backbone with groups zero at random, the same share in every layer: latency of the compact one against the
+dense one, in one alternation, with widths as they come, filled up to a multiple of 4 (as --job=compact does), and
+without any gather. With --costs only the three numbers of `compact.Costs` are measured. A trained run is timed by
+`launch.py --job=benchmark`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import traverse_util
+
+from mtl_sparse import benchmark
+from mtl_sparse.models import multitask, widths
+from mtl_sparse.report import tables
+from mtl_sparse.sparsity import compact
+
+_SIZE = flags.DEFINE_integer("size", 128, "Side of the images.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Images in a call.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each model is timed.")
+_COSTS = flags.DEFINE_bool("costs", False, "Measure the cost model's numbers instead.")
+_SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8)
+
+
+def with_zeros(model, variables, share: float, seed: int = 0):
+    """The variables with a share of the backbone's groups zero, at random, in every kernel."""
+    rng = np.random.default_rng(seed)
+    params = traverse_util.flatten_dict(variables["params"], sep="/")
+    for path, kernel in params.items():
+        if path.startswith("backbone/") and kernel.ndim == 4:
+            params[path] = np.where((rng.random(kernel.shape[2]) < share)[:, None], 0, kernel)
+    return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+def patterns(size: int, batch: int, rounds: int, shares=_SHARES, depth: int = 50, width: int = 64) -> str:
+    """The table of `benchmark.compare` for each share, backbone only."""
+    model = multitask.MultiTaskModel((("depth", "deeplab", 1),), depth=depth, width=width, head_features=16)
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    variables = jax.device_get(init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+    lines = [("zero groups", "model", "median ms", "speed-up", "MAC ratio", "speed-up / MAC ratio")]
+    never = compact.Costs(mac=0.0)  # then reading all channels costs nothing, and no layer gathers
+    for share in shares:
+        zeros = with_zeros(model, variables, share)
+        models = {
+            "dense": (model, zeros),
+            "compact": compact.compact(model, zeros),
+            "multiple of 4": compact.compact(model, zeros, multiple=4),
+            "4, no gather": compact.compact(model, zeros, multiple=4, costs=never),
+        }
+        rows = benchmark.compare(models, (size, size), batch, rounds, parts=("backbone",))
+        for row in rows:
+            ratio = rows[0]["macs"] / row["macs"]
+            numbers = f"{row['speedup']:.2f}x", f"{ratio:.2f}x", f"{row['speedup'] / ratio:.2f}"
+            lines.append((f"{100 * share:.0f} %", row["model"], f"{row['median_ms']:.1f}", *numbers))
+    return tables.markdown(lines)
+
+
+def costs(rounds: int) -> compact.Costs:
+    """Measures `compact.Costs` on maps of 8x16x16 pixels: a product, and gathers of 512 of 1024 channels."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(8, 16, 16, 1024)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(1024, 256)), jnp.float32)
+    few, many = (tuple((i, i + 512 // n) for i in range(0, 1024, 1024 // n)) for n in (2, 32))
+    gather = {n: jax.jit(functools.partial(widths.select, ranges=ranges)) for n, ranges in ((2, few), (32, many))}
+    product = jax.jit(jnp.matmul)
+    functions = {
+        "product": lambda: product(x, kernel),
+        "2 ranges": lambda: gather[2](x),
+        "32 ranges": lambda: gather[32](x),
+    }
+    pixels = x.size // 1024
+    ns = {name: 1e9 * np.median(values) / pixels for name, values in benchmark.timed(functions, rounds).items()}
+    split = (ns["32 ranges"] - ns["2 ranges"]) / 30
+    return compact.Costs(mac=ns["product"] / kernel.size, copy=(ns["2 ranges"] - 2 * split) / 512, split=split)
+
+
+def main(argv):
+    del argv
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
+    if _COSTS.value:
+        print(f"measured {costs(10 * _ROUNDS.value)}\ndefault  {compact.Costs()}")
+    else:
+        print(f"ResNet-50 backbone, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}, {_ROUNDS.value} rounds")
+        print(patterns(_SIZE.value, _BATCH.value, _ROUNDS.value))
+
+
+if __name__ == "__main__":
+    app.run(main)
