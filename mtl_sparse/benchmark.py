@@ -143,7 +143,7 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
         logging.info("Timing batch %d at %dx%d: %d rounds of each model", batch, *size, settings.rounds)
         rows += compare(models, size, batch, settings.rounds)
     found = {
-        "device": f"{jax.devices()[0].device_kind}, {jax.__version__}",
+        "device": f"{jax.devices()[0].device_kind}, JAX {jax.__version__}",
         "size": size,
         "group_sparsity": stats.sparsity(variables["params"], config.sparsity.scope).group,
         "rows": rows,

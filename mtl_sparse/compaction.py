@@ -1,5 +1,6 @@
 """A run's model made physically smaller: the compact run, the table that explains it, and one sentence."""
 
+import contextlib
 import pathlib
 import shutil
 
@@ -44,41 +45,56 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
         logging.warning("This run has no zero groups: its compact model has the same channels")
 
     folder = workdir / "compact"
-    if folder.exists():
-        shutil.rmtree(folder)
-    small_config = config.copy_and_resolve_references()
-    with small_config.unlocked():
+    with _replacing(folder):
+        small_config = config.copy_and_resolve_references()
         small_config.model.widths = model.widths.to_json()
-    small = run_lib.setup(small_config)
-    records.claim(folder, small_config, small.data)
-    params = {**state.params, "model": variables["params"]}
-    opt_state = jax.device_get(small.tx.init(jax.tree.map(jnp.asarray, params)))
-    inner = opt_state.inner_state._replace(control=state.opt_state.inner_state.control)
-    small_state = state.replace(
-        params=params, batch_stats=variables["batch_stats"], opt_state=opt_state._replace(inner_state=inner)
-    )
-    small_saved = checkpoints.Checkpoints(folder)
-    try:
-        small_saved.save("best", int(state.step), small_state, progress)
-        small_saved.wait()
-        shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
-        found = results.write(small, folder, small_saved)
-    finally:
-        small_saved.close()
-    records.write_json(folder / "compact.json", rows)
-    plots.save(plots.compact_layers(rows), folder / "plots" / "compact.png")
+        small = run_lib.setup(small_config)
+        records.claim(folder, small_config, small.data)
+        params = {**state.params, "model": variables["params"]}
+        opt_state = jax.device_get(small.tx.init(jax.tree.map(jnp.asarray, params)))
+        inner = opt_state.inner_state._replace(control=state.opt_state.inner_state.control)
+        small_state = state.replace(
+            params=params, batch_stats=variables["batch_stats"], opt_state=opt_state._replace(inner_state=inner)
+        )
+        small_saved = checkpoints.Checkpoints(folder)
+        try:
+            small_saved.save("best", int(state.step), small_state, progress)
+            small_saved.wait()
+            shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
+            found = results.write(small, folder, small_saved)
+        finally:
+            small_saved.close()
+        records.write_json(folder / "compact.json", rows)
+        plots.save(plots.compact_layers(rows), folder / "plots" / "compact.png")
+        difference = max(abs(found["test"][name] - value) for name, value in expected["test"].items())
+        if not difference < 1e-3:
+            raise UserError(
+                f"the compact model's test metrics differ by {difference:.1e} from those in "
+                f"{workdir / 'results.json'}; write those anew on this machine with --job=evaluate, then compact again"
+            )
     print("\n" + table(rows))
-    difference = max(abs(found["test"][name] - value) for name, value in expected["test"].items())
     print(
         f"\n{compare_sentence(rows, state.variables, variables)}; test metrics differ by at most {difference:.1e} from "
         f"the run's own\nthe compact model is the run {folder}: --config=configs/run.py:{folder}"
     )
-    if not difference < 1e-3:
-        raise UserError(
-            f"the compact model's test metrics differ by {difference:.1e} from those in {workdir / 'results.json'}; "
-            "evaluate the run again with --job=evaluate on this machine, then compact it"
-        )
     return folder
+
+
+@contextlib.contextmanager
+def _replacing(folder: pathlib.Path):
+    """Within it `folder` is written anew; what it held is kept until that is done, and comes back if it fails."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def explain(model, variables, small, small_variables, size) -> list[dict]:

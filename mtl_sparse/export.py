@@ -22,7 +22,7 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """`--job=export`: writes `<workdir>/export/model.stablehlo` or `model.onnx`, and a JSON file on how to feed it.
 
     The file takes normalised images float32 [B, H, W, 3], H and W as in config.data.size, any B, and gives the raw
-    predictions of each task. It is read back and checked against the model before the job ends.
+    predictions of each task. It is read back and checked against the model on the run's sample of test frames.
 
     Raises:
       UserError: an unknown format, the converter is not installed, or the file's outputs differ.
@@ -40,7 +40,8 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     path = folder / f"model.{config.export.format}"
     partial = folder / f"partial.{config.export.format}"
     write(model, variables, size, partial)
-    error = max(check(read(partial), model, variables, size, batch) for batch in (1, 3))
+    images = _images(workdir, size)
+    error = max(check(read(partial), model, variables, batch) for batch in (images[:1], images))
     if not error <= _TOLERANCE:
         raise UserError(f"{path} was not written: its outputs would differ by {error:.1e} of the largest")
     partial.replace(path)
@@ -58,9 +59,17 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def check(call, model, variables, size, batch: int) -> float:
+def _images(workdir, size):
+    """Normalised images to check a file on: the run's test frames of samples.npz, or noise at another size."""
+    if (workdir / "samples.npz").exists():
+        frames = records.read_samples(workdir)["image"]
+        if frames.shape[1:3] == size and len(frames) > 1:
+            return transforms.normalize_image(frames)
+    return np.random.default_rng(0).normal(size=(3, *size, 3)).astype(np.float32)
+
+
+def check(call, model, variables, images) -> float:
     """Largest difference of `call`(images) -> {task: raw} from the model's outputs, over the largest value of each."""
-    images = np.random.default_rng(batch).normal(size=(batch, *size, 3)).astype(np.float32)
     expected, actual = jax.jit(model.apply)(variables, images), call(images)
     return max(
         float(np.max(np.abs(np.asarray(actual[name]) - raw)) / max(np.max(np.abs(raw)), 1e-30))

@@ -139,7 +139,8 @@ def latency(found):
             median = np.array([row["median_ms"] / batch for row in rows])
             upper = np.array([row["p90_ms"] / batch for row in rows]) - median
             axis.errorbar(macs, median, [np.zeros(len(rows)), upper], fmt="o", color=color, label=f"batch {batch}")
-            axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1)
+            proportional = "in proportion to MACs" if batch == found["rows"][-1]["batch"] else None
+            axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1, label=proportional)
             for row, x, y in zip(rows, macs, median, strict=True):
                 if row["model"] != "sparse":  # it lies on the dense one: zeros alone save nothing
                     axis.annotate(row["model"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
