@@ -4,7 +4,7 @@
 
 ResNet-50's backbone with groups zero at random, the same share in every layer: latency of the compact one against the
 dense one, in one alternation, with widths as they come, filled up to a multiple of 4 (as --job=compact does), and
-without any gather. With --costs only the three numbers of `compact.Costs` are measured. A trained run is timed by
+without any gather. With --costs only the three numbers of `liveness.Costs` are measured. A trained run is timed by
 `launch.py --job=benchmark`.
 """
 
@@ -19,7 +19,7 @@ from flax import traverse_util
 from mtl_sparse import benchmark
 from mtl_sparse.models import multitask, widths
 from mtl_sparse.report import tables
-from mtl_sparse.sparsity import compact
+from mtl_sparse.sparsity import compact, liveness
 
 _SIZE = flags.DEFINE_integer("size", 128, "Side of the images.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Images in a call.")
@@ -44,7 +44,7 @@ def patterns(size: int, batch: int, rounds: int, shares=_SHARES, depth: int = 50
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
     variables = jax.device_get(init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
     lines = [("zero groups", "model", "median ms", "speed-up", "MAC ratio", "speed-up / MAC ratio")]
-    never = compact.Costs(mac=0.0)  # then reading all channels costs nothing, and no layer gathers
+    never = liveness.Costs(mac=0.0)  # then reading all channels costs nothing, and no layer gathers
     for share in shares:
         zeros = with_zeros(model, variables, share)
         models = {
@@ -61,8 +61,8 @@ def patterns(size: int, batch: int, rounds: int, shares=_SHARES, depth: int = 50
     return tables.markdown(lines)
 
 
-def costs(rounds: int) -> compact.Costs:
-    """Measures `compact.Costs` on maps of 8x16x16 pixels: a product, and gathers of 512 of 1024 channels."""
+def costs(rounds: int) -> liveness.Costs:
+    """Measures `liveness.Costs` on maps of 8x16x16 pixels: a product, and gathers of 512 of 1024 channels."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(8, 16, 16, 1024)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(1024, 256)), jnp.float32)
@@ -77,14 +77,14 @@ def costs(rounds: int) -> compact.Costs:
     pixels = x.size // 1024
     ns = {name: 1e9 * np.median(values) / pixels for name, values in benchmark.timed(functions, rounds).items()}
     split = (ns["32 ranges"] - ns["2 ranges"]) / 30
-    return compact.Costs(mac=ns["product"] / kernel.size, copy=(ns["2 ranges"] - 2 * split) / 512, split=split)
+    return liveness.Costs(mac=ns["product"] / kernel.size, copy=(ns["2 ranges"] - 2 * split) / 512, split=split)
 
 
 def main(argv):
     del argv
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
     if _COSTS.value:
-        print(f"measured {costs(10 * _ROUNDS.value)}\ndefault  {compact.Costs()}")
+        print(f"measured {costs(10 * _ROUNDS.value)}\ndefault  {liveness.Costs()}")
     else:
         print(f"ResNet-50 backbone, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}, {_ROUNDS.value} rounds")
         print(patterns(_SIZE.value, _BATCH.value, _ROUNDS.value))

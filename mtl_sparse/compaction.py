@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mtl_sparse import benchmark, checkpoints, cost, results
+from mtl_sparse import benchmark, checkpoints, cost, evaluate, results
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
-from mtl_sparse.models import resnet
-from mtl_sparse.models import widths as widths_lib
+from mtl_sparse.models import deeplab, resnet
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.sparsity import stats
 
@@ -27,7 +26,7 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
       The compact run's folder.
 
     Raises:
-      UserError: no finished run, one with other settings, or test metrics that differ from the run's own.
+      UserError: no finished run, one with other settings, a dead backbone, or outputs that differ.
     """
     run = run_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
@@ -43,6 +42,11 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     rows = explain(run.model, state.variables, model, variables, size)
     if not any(row["zero"] for row in rows):
         logging.warning("This run has no zero groups: its compact model has the same channels")
+    if not any(row["groups_after"] for row in rows if row["layer"].startswith("backbone/")):
+        raise UserError(f"the backbone of {workdir} is dead: no layer of it is left to evaluate or train on")
+    error = difference(run.model, state.variables, model, variables, size)
+    if not error < 1e-4:
+        raise UserError(f"the compact model's outputs differ by {error:.1e} of the largest: nothing was written")
 
     folder = workdir / "compact"
     with _replacing(folder):
@@ -58,7 +62,8 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
         )
         small_saved = checkpoints.Checkpoints(folder)
         try:
-            small_saved.save("best", int(state.step), small_state, progress)
+            for kind in checkpoints.KINDS:  # a run that has ended: --job=train evaluates it, and trains nothing
+                small_saved.save(kind, int(state.step), small_state, {**progress, "stopped": True})
             small_saved.wait()
             shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
             found = results.write(small, folder, small_saved)
@@ -66,17 +71,11 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
             small_saved.close()
         records.write_json(folder / "compact.json", rows)
         plots.save(plots.compact_layers(rows), folder / "plots" / "compact.png")
-        difference = max(abs(found["test"][name] - value) for name, value in expected["test"].items())
-        if not difference < 1e-3:
-            raise UserError(
-                f"the compact model's test metrics differ by {difference:.1e} from those in "
-                f"{workdir / 'results.json'}; write those anew on this machine with --job=evaluate, then compact again"
-            )
     print("\n" + table(rows))
-    print(
-        f"\n{compare_sentence(rows, state.variables, variables)}; test metrics differ by at most {difference:.1e} from "
-        f"the run's own\nthe compact model is the run {folder}: --config=configs/run.py:{folder}"
-    )
+    change = np.nanmax([abs(found["test"][name] - value) for name, value in expected["test"].items()])
+    sentence = compare_sentence(rows, state.variables, variables)
+    print(f"\n{sentence}; outputs equal to {error:.0e} of the largest, test metrics to {change:.0e}")
+    print(f"the compact model is a run of its own: --config=configs/run.py:{folder} --job=evaluate")
     return folder
 
 
@@ -84,8 +83,9 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
 def _replacing(folder: pathlib.Path):
     """Within it `folder` is written anew; what it held is kept until that is done, and comes back if it fails."""
     old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if old.exists():  # an earlier call was killed in here
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
         folder.rename(old)
     try:
         yield
@@ -107,57 +107,65 @@ def explain(model, variables, small, small_variables, size) -> list[dict]:
     """
     before, after = cost.layers(model, size), cost.layers(small, size)
     zeros, zeros_after = _zero_groups(variables), _zero_groups(small_variables)
-    reads = _reads(small)
+    reads, constants = _reads(small)
     rows = []
     for layer, old in before.items():
         new = after.get(layer)
         row = {
             "layer": layer,
             "groups": old.kernel[-2],
-            "zero": zeros[layer],
+            "zero": zeros.get(layer, 0),
             "groups_after": new.kernel[-2] if new else 0,
-            "zero_after": zeros_after[layer] if new else 0,
+            "zero_after": zeros_after.get(layer, 0),
             "parameters": old.parameters,
             "parameters_after": new.parameters if new else 0,
             "macs": old.macs,
             "macs_after": new.macs if new else 0,
         }
-        rows.append(row | {"why": _why(row, old, new, reads.get(layer), layer in reads)})
+        rows.append(row | {"why": _why(row, old, new, reads, constants)})
     return rows
 
 
 def _zero_groups(variables):
-    """Zero input channels of every kernel, by its layer's path."""
-    found = stats.sparsity(variables["params"], "all") if variables["params"] else None
-    return {entry.path.removesuffix("/kernel"): entry.zero_groups for entry in found.layers} if found else {}
+    """Zero input channels of every conv kernel, by its layer's path."""
+    if not any(leaf.ndim == 4 for leaf in jax.tree.leaves(variables["params"])):
+        return {}
+    found = stats.sparsity(variables["params"], "all")
+    return {entry.path.removesuffix("/kernel"): entry.zero_groups for entry in found.layers}
 
 
-def _reads(model) -> dict[str, widths_lib.Ranges | None]:
-    """Ranges that each layer behind the residual stream takes of it, None for all."""
+def _reads(model):
+    """(ranges that each layer takes of the residual stream or the image, None for all; layers that read a constant)."""
     layers = model.layers()
-    reads = {}
+    reads = {"backbone/stem_conv1": layers.stem.reads}
+    constants = {f"backbone/stem_conv{layers.stem.dead + 1}"} if layers.stem.dead else set()
     for place, block in zip(resnet.places(model.depth), layers.blocks, strict=True):
         reads[f"backbone/{place.name}/conv1"] = block.reads
         reads[f"backbone/{place.name}/downsample_conv"] = block.shortcut_reads
+        if block.dead:
+            constants.add(f"backbone/{place.name}/conv{block.dead + 1}")
     for (task, *_), head in zip(model.heads, layers.heads, strict=True):
         if head is not None:
-            names = [*(f"aspp{i}" for i in range(len(head.branches) - 1)), "pool"]
-            reads |= {f"head_{task}/{name}": ranges for name, ranges in zip(names, head.reads, strict=True)}
-    return reads
+            reads |= {f"head_{task}/{name}": ranges for name, ranges in zip(deeplab.BRANCHES, head.reads, strict=True)}
+            if head.dead:
+                constants.add(f"head_{task}/conv")
+    return reads, constants
 
 
-def _why(row, old, new, ranges, on_stream):
+def _why(row, old, new, reads, constants):
+    layer, parts = row["layer"], []
     if new is None:
-        return "gone: no live input, a constant" if row["zero"] == row["groups"] else "gone: nobody reads it"
-    parts = []
+        return "gone: all inputs zero" if row["zero"] == row["groups"] else "gone: its output is constant or not read"
+    if layer in constants:
+        return "reads a constant: what is before it is dead"
     if new.kernel[:2] != old.kernel[:2]:
         parts.append(f"taps {'x'.join(map(str, new.kernel[:2]))} of {'x'.join(map(str, old.kernel[:2]))}")
+    ranges = reads.get(layer)
     if ranges is not None:
         parts.append(f"gathers {len(ranges)} range{'s' if len(ranges) > 1 else ''}: other layers read more")
-    if row["groups"] > 1 and new.kernel[-2] == 1 and row["groups_after"] < row["groups"] - row["zero"]:
-        parts.append("reads a constant")
     if row["zero_after"]:
-        reason = "a gather would cost more" if on_stream and ranges is None else "they fill gaps or a multiple"
+        in_place = layer in reads and ranges is None
+        reason = "a gather would cost more" if in_place else "they fill gaps or a multiple"
         parts.append(f"{row['zero_after']} zero stay: {reason}")
     return "; ".join(parts)
 
@@ -180,7 +188,8 @@ def compare_sentence(rows, variables, small_variables) -> str:
 
     def macs(part):
         both = [sum(row[key] for row in rows if row["layer"].startswith(part)) / 1e6 for key in ("macs", "macs_after")]
-        return f"{both[0]:,.1f} M MACs {both[1]:,.1f} M ({both[0] / max(both[1], 1e-6):.1f}x fewer)"
+        fewer = f" ({both[0] / both[1]:.1f}x fewer)" if both[1] else ""
+        return f"{both[0]:,.1f} M MACs became {both[1]:,.1f} M{fewer}"
 
     return f"{before:,} parameters became {after:,}, {macs('')}, in the backbone {macs('backbone/')}"
 
@@ -199,17 +208,19 @@ def summary(run: run_lib.Run, variables) -> str:
         return text
     timed = benchmark.compare({"dense": (run.model, variables), "compact": (model, small_variables)}, size, 1, rounds)
     speed = {row["part"]: row["speedup"] for row in timed if row["model"] == "compact"}
-    error = largest_difference((run.model, variables), (model, small_variables), size)
+    error = difference(run.model, variables, model, small_variables, size)
     return (
-        f"{text}; here, at batch 1, the backbone is {speed['backbone']:.1f}x faster, the whole model "
-        f"{speed['model']:.1f}x; outputs equal to {error:.0e} of the largest"
+        f"{text}; here, at batch 1, the backbone runs at {speed['backbone']:.1f} times the dense speed, the whole "
+        f"model at {speed['model']:.1f}; outputs equal to {error:.0e} of the largest"
     )
 
 
-def largest_difference(one, other, size) -> float:
-    """Largest difference between the outputs of two (model, variables), over the largest value of each output."""
-    images = np.random.default_rng(0).normal(size=(1, *size, 3)).astype(np.float32)
-    expected, actual = (jax.device_get(jax.jit(model.apply)(variables, images)) for model, variables in (one, other))
-    return max(
-        float(np.max(np.abs(actual[task] - raw)) / max(np.max(np.abs(raw)), 1e-30)) for task, raw in expected.items()
-    )
+def difference(model, variables, small, small_variables, size) -> float:
+    """`evaluate.largest_difference` of the two models' outputs on noise of (height, width) `size`, both in float32."""
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    with jax.default_matmul_precision("float32"):
+        expected, actual = (
+            jax.device_get(jax.jit(one.clone(dtype=jnp.float32).apply)(values, images))
+            for one, values in ((model, variables), (small, small_variables))
+        )
+    return evaluate.largest_difference(expected, actual)

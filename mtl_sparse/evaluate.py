@@ -85,6 +85,12 @@ def _values(tasks, totals):
     return values
 
 
+def largest_difference(expected, actual) -> float:
+    """Largest difference of two {task: raw prediction}, over the largest value of each task; NaN if one has any."""
+    pairs = [(np.asarray(raw, np.float64), np.asarray(actual[task], np.float64)) for task, raw in expected.items()]
+    return float(np.max([np.max(np.abs(b - a)) / max(np.max(np.abs(a)), 1e-30) for a, b in pairs]))
+
+
 def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:
     """The constant guess of each task, [outputs]: mean depth, mean normal, class frequencies."""
 

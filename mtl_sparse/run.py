@@ -113,7 +113,7 @@ class Run:
             "model": variables["params"],
             "weighting": weighting.init(self.config.loss.weighting, [task.name for task in self.tasks]),
         }
-        return TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], self.tx.init(params))
+        return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), self.tx.init(params))
 
 
 def setup(config) -> Run:

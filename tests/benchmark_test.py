@@ -43,12 +43,10 @@ def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
     ]
     for i in range(0, len(rows), 3):
         dense, sparse, compact = rows[i : i + 3]
-        assert dense["speedup"] == 1
         assert all(row["p90_ms"] >= row["median_ms"] > 0 for row in (dense, sparse, compact))
         assert dense["macs"] == sparse["macs"] > compact["macs"] > 0
         assert dense["parameters"] == sparse["parameters"] > compact["parameters"] > 0
         assert dense["memory_mib"] > compact["memory_mib"] > 0
-        assert dense["images_per_second"] == pytest.approx(1e3 * dense["batch"] / dense["median_ms"])
     assert json.loads((folder / "benchmark.json").read_text())["rows"] == rows
     assert (folder / "plots" / "latency.png").stat().st_size > 5_000
     assert "| compact" in capsys.readouterr().out

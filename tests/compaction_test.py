@@ -10,7 +10,10 @@ from configs import run as run_config
 from mtl_sparse import compaction, cost, results, train
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
+from mtl_sparse.models import multitask
+from mtl_sparse.sparsity import compact
 from tests.conftest import tiny
+from tests.sparsity import compact_test
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def test_the_compact_run_has_the_runs_test_metrics(compacted):
     )
     assert all(row["parameters_after"] <= row["parameters"] and row["macs_after"] <= row["macs"] for row in rows)
     assert sum(row["macs_after"] for row in rows) < 0.9 * sum(row["macs"] for row in rows)
-    assert all(row["why"] for row in rows if row["zero_after"] or not row["groups_after"])
+    why = {row["layer"]: row["why"] for row in rows}
+    assert why["head_depth/aspp3"] == "taps 1x1 of 3x3"
+    assert any("gathers" in text for text in why.values()) and any("zero stay: " in text for text in why.values())
     assert (small / "plots" / "compact.png").stat().st_size > 5_000
     table = compaction.table(rows)
     assert table.splitlines()[-1].startswith("| all") and "stem_conv1" in table
@@ -45,8 +50,10 @@ def test_the_compact_run_is_an_ordinary_run(compacted):
     config = run_config.get_config(str(small))
     assert results.evaluate_best(config, small)["test"] == before
     again = compaction.run_job(config, small)
-    rows = json.loads((again / "compact.json").read_text())
-    assert all(row["parameters_after"] == row["parameters"] for row in rows), "there is nothing left to remove"
+    assert run_config.get_config(str(again)).model.widths == config.model.widths, "there is nothing left to remove"
+    steps = (small / "metrics.jsonl").read_text()
+    train.train(config, small)
+    assert (small / "metrics.jsonl").read_text() == steps, "training is over: it only reports again"
 
 
 def test_training_starts_from_the_compact_model(compacted):
@@ -83,7 +90,7 @@ def test_a_run_without_zeros_says_so_and_stays(rooms, tmp_path, caplog, capsys):
     config.compact.drop_taps = False
     train.train(config, tmp_path)
     summary = capsys.readouterr().out.splitlines()[-1]
-    assert summary.startswith("compact (--job=compact): 0.0 % of groups zero") and "the backbone is" in summary
+    assert summary.startswith("compact (--job=compact): 0.0 % of groups zero") and "times the dense speed" in summary
     with caplog.at_level(logging.WARNING):
         small = compaction.run_job(config, tmp_path)
     assert "no zero groups" in caplog.text
@@ -91,7 +98,7 @@ def test_a_run_without_zeros_says_so_and_stays(rooms, tmp_path, caplog, capsys):
 
 
 def test_bad_input(compacted, tmp_path):
-    config, folder, small = compacted
+    config, _, small = compacted
     with pytest.raises(UserError, match="config.json is missing"):
         compaction.run_job(config, tmp_path / "none")
     with pytest.raises(UserError, match="other settings .*model.widths"):
@@ -105,7 +112,51 @@ def test_bad_input(compacted, tmp_path):
     other.train.init_from = str(tmp_path)
     with pytest.raises(UserError, match="no best checkpoint in"):
         run_lib.setup(other).init_state()
+    other.train.init_from, other.tasks = "", ("depth",)
+    other.model.widths = run_config.get_config(str(small)).model.widths
+    with pytest.raises(UserError, match=r"compact model with 2 tasks and 8 blocks: neither config.tasks \(1 now\)"):
+        run_lib.setup(other)
     other.model.widths = "{}"
     with pytest.raises(UserError, match="config.model.widths: not the widths of a model.*--job=compact"):
         run_lib.setup(other)
-    assert (folder / "results.json").exists()
+
+
+def test_a_compaction_that_fails_keeps_the_last_one(compacted, monkeypatch):
+    config, folder, small = compacted
+    before = (small / "results.json").read_text()
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "write", fail)
+    with pytest.raises(OSError):
+        compaction.run_job(config, folder)
+    assert (small / "results.json").read_text() == before
+    assert not (folder / "compact.old").exists()
+
+
+def explained(model, variables, **options):
+    small, small_variables = compact.compact(model, variables, **options)
+    return {row["layer"]: row for row in compaction.explain(model, variables, small, small_variables, (32, 48))}
+
+
+def test_the_table_says_why():
+    dead = ["layer3_2/conv2", "layer4_1/conv1"]
+    model, variables = compact_test.with_zeros(50, 1, 0.3, dead=dead)
+    rows = explained(model, variables, multiple=4)
+    assert rows["backbone/layer3_2/conv2"]["why"] == "gone: all inputs zero"
+    assert rows["backbone/layer3_2/conv3"]["why"] == "gone: its output is constant or not read"
+    assert rows["backbone/layer4_1/conv2"]["why"] == "reads a constant: what is before it is dead"
+    kernel = variables["params"]["backbone"]["stem_conv1"]["kernel"].copy()
+    kernel[:, :, 1] = 0
+    variables["params"]["backbone"]["stem_conv1"]["kernel"] = kernel
+    assert "1 zero stay: a gather would cost more" in explained(model, variables)["backbone/stem_conv1"]["why"]
+
+
+def test_a_head_with_a_dense_layer_is_explained(monkeypatch):
+    monkeypatch.setitem(multitask.HEADS, "mean", compact_test.MeanHead)
+    model, variables = compact_test.with_a_mean_head()
+    rows = explained(model, variables)
+    assert rows["head_mine/Dense_0"]["parameters_after"] == rows["head_mine/Dense_0"]["parameters"] > 0
+    model, variables = compact_test.with_zeros(18, 0, 1.0, "all")
+    assert not any(row["groups_after"] for row in explained(model, variables).values())

@@ -35,10 +35,10 @@ def consumed(kind, folder):
     return {task: (tuple(map(int, re.findall(r"\d+", shape))), float(mean)) for task, shape, mean in found}
 
 
-def expected(config, folder):
+def expected(kind, config, folder):
     """What the script should print: the run's own model on the same images."""
     model, variables = run_lib.load_model(folder, config)
-    about = json.loads((folder / "export" / "model.json").read_text())
+    about = json.loads((folder / "export" / f"model.{kind}.json").read_text())
     rgb = np.random.default_rng(0).integers(0, 256, (2, *about["input"]["shape"][1:]), np.uint8)
     images = ((rgb / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])).astype(np.float32)
     return jax.device_get(jax.jit(model.apply)(variables, images))
@@ -46,7 +46,7 @@ def expected(config, folder):
 
 def check(kind, config, folder):
     export.run_job(config, folder)
-    found, raw = consumed(kind, folder / "export"), expected(config, folder)
+    found, raw = consumed(kind, folder / "export"), expected(kind, config, folder)
     assert set(found) == set(raw) == set(config.tasks)
     for task, (shape, mean) in found.items():
         assert shape == raw[task].shape
@@ -74,7 +74,11 @@ def test_a_file_that_differs_is_not_written(run, monkeypatch):
     monkeypatch.setitem(export._FORMATS, "stablehlo", (write, wrong))
     with pytest.raises(UserError, match="model.stablehlo was not written: its outputs would differ by 1"):
         export.run_job(config, folder)
-    assert not (folder / "export" / "model.stablehlo").exists()
+    assert not list((folder / "export").iterdir())
+    nan = lambda path: lambda images: {task: raw * float("nan") for task, raw in read(path)(images).items()}  # noqa: E731
+    monkeypatch.setitem(export._FORMATS, "stablehlo", (write, nan))
+    with pytest.raises(UserError, match="would differ by nan"):
+        export.run_job(config, folder)
 
 
 def test_bad_input(run, monkeypatch):

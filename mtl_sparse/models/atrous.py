@@ -64,8 +64,8 @@ def conv3x3(x, kernel, rate: int):
     taps = kernel.shape[:2]
     if any(side == 1 and size > rate for side, size in zip(taps, x.shape[1:3], strict=True)):
         raise UserError(
-            f"this compact model was made for features of at most {rate} rows or columns, where outer taps of rate "
-            f"{rate} meet only padding, not {x.shape[1]}x{x.shape[2]}: compact the run again at this data.size"
+            f"this compact model lacks the atrous taps of rate {rate} that need features of more than {rate} rows or "
+            f"columns, not {x.shape[1]}x{x.shape[2]}: compact the original run with --config.compact.drop_taps=False"
         )
     if not _by_taps(x.shape[1:3], rate):
         return lax.conv_general_dilated(

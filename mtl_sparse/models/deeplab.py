@@ -10,6 +10,7 @@ from mtl_sparse.models import atrous, resnet
 from mtl_sparse.models import widths as widths_lib
 
 RATES = (12, 24, 36)
+BRANCHES = ("aspp0", "aspp1", "aspp2", "aspp3", "pool")
 
 
 class Dropout(nn.Module):

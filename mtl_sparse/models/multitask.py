@@ -84,12 +84,22 @@ def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskMod
         dtype=DTYPES[config.dtype],
         axis_name=axis_name,
         bn_momentum=config.bn_momentum,
-        widths=_widths(config.widths),
+        widths=_widths(config, len(tasks)),
     )
 
 
-def _widths(text):
+def _widths(config, heads):
+    if not config.widths:
+        return None
     try:
-        return widths_lib.Widths.from_json(text) if text else None
+        widths = widths_lib.Widths.from_json(config.widths)
     except ValueError as error:
         raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error
+    _, blocks = resnet.dense(config.depth, config.width)
+    made_for = len(widths.heads), [len(block.features) for block in widths.blocks]
+    if made_for != (heads, [len(block.features) for block in blocks]):
+        raise UserError(
+            f"config.model.widths is of a compact model with {made_for[0]} tasks and {len(widths.blocks)} blocks: "
+            f"neither config.tasks ({heads} now) nor model.depth={config.depth} can be another than when it was made"
+        )
+    return widths

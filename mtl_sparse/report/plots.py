@@ -1,5 +1,6 @@
 """The pictures of one run, drawn from its records: curves, sparsity, groups per layer, sheet of test frames."""
 
+import itertools
 import pathlib
 
 import numpy as np
@@ -133,13 +134,14 @@ def latency(found):
     figure = _figure(figsize=(9, 4))
     parts = list(dict.fromkeys(row["part"] for row in found["rows"]))
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        for batch, color in zip(sorted({row["batch"] for row in found["rows"]}), _BATCHES, strict=False):
+        batches = sorted({row["batch"] for row in found["rows"]})
+        for batch, color in zip(batches, itertools.cycle(_BATCHES), strict=False):
             rows = [row for row in found["rows"] if row["part"] == part and row["batch"] == batch]
             macs = np.array([row["macs"] / 1e6 for row in rows])
             median = np.array([row["median_ms"] / batch for row in rows])
             upper = np.array([row["p90_ms"] / batch for row in rows]) - median
             axis.errorbar(macs, median, [np.zeros(len(rows)), upper], fmt="o", color=color, label=f"batch {batch}")
-            proportional = "in proportion to MACs" if batch == found["rows"][-1]["batch"] else None
+            proportional = "in proportion to MACs" if batch == batches[-1] else None
             axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1, label=proportional)
             for row, x, y in zip(rows, macs, median, strict=True):
                 if row["model"] != "sparse":  # it lies on the dense one: zeros alone save nothing

@@ -8,7 +8,6 @@ stay the same up to rounding.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,21 +16,7 @@ from flax import traverse_util
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import deeplab, multitask, resnet
 from mtl_sparse.models import widths as widths_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """What decides whether a layer gathers its channels, in ns a pixel; see docs/benchmarks.md for the measurement.
-
-    Attributes:
-      mac: of a multiply-accumulate.
-      copy: of copying one channel.
-      split: of one range more.
-    """
-
-    mac: float = 0.012
-    copy: float = 0.35
-    split: float = 4.0
+from mtl_sparse.sparsity import liveness
 
 
 def compact(
@@ -40,7 +25,7 @@ def compact(
     *,
     size: tuple[int, int] | None = None,
     multiple: int = 1,
-    costs: Costs | None = None,
+    costs: liveness.Costs | None = None,
 ):
     """The physically smaller model with the same outputs, and its variables.
 
@@ -63,7 +48,7 @@ def compact(
     if multiple < 1:
         raise UserError(f"compact.multiple={multiple}: it must be at least 1")
     _check_fits(model, variables)
-    return _Compactor(model, variables, size, multiple, costs or Costs()).run()
+    return _Compactor(model, variables, size, multiple, costs or liveness.Costs()).run()
 
 
 def _check_fits(model, variables):
@@ -78,69 +63,6 @@ def _check_fits(model, variables):
             )
 
 
-@dataclasses.dataclass
-class _Conv:
-    """A convolution with what follows it: BatchNorm {scale, bias, mean, var} or only {bias}, and a ReLU or none."""
-
-    name: str
-    norm_name: str
-    kernel: np.ndarray
-    norm: dict[str, np.ndarray]
-    relu: bool
-
-    def after(self, y):
-        """What follows the convolution, of its output y [..., O], in float64."""
-        norm = {name: value.astype(np.float64) for name, value in self.norm.items()}
-        if "mean" in norm:
-            y = (y - norm["mean"]) / np.sqrt(norm["var"] + resnet.BN_EPSILON) * norm["scale"]
-        y = y + norm["bias"]
-        return np.maximum(y, 0) if self.relu else y
-
-
-@dataclasses.dataclass
-class _Chain:
-    """Convolutions one after the other, seen from the outputs that are needed.
-
-    Attributes:
-      convs: those that are left.
-      dead: how many are gone in front of them.
-      keep: for each of `convs`, the outputs that are needed, bool [O].
-      wanted: inputs that the first one wants, bool [I]; None where it reads no inputs.
-      constant: the chain's output [O] where no convolution is left.
-    """
-
-    convs: list[_Conv]
-    dead: int
-    keep: list[np.ndarray]
-    wanted: np.ndarray | None = None
-    constant: np.ndarray | None = None
-
-
-def _trace(convs: Sequence[_Conv], dead: int, need: np.ndarray, constant=None) -> _Chain:
-    """Follows `need`, the needed outputs, backwards through `convs`, in front of which `dead` are gone already."""
-    if not convs:
-        return _Chain([], dead, [], constant=constant)
-    keep = []
-    for i in reversed(range(len(convs))):
-        keep.insert(0, need)
-        need = np.any(convs[i].kernel[..., need] != 0, (0, 1, 3))
-        if not need.any():
-            return _fold(convs[i:], dead + i, keep)
-    return _Chain(list(convs), dead, keep, None if dead else need)
-
-
-def _fold(convs, dead, keep):
-    """Chain whose first convolution has no live input: its constant output goes as far as it stays a constant."""
-    value = convs[0].after(np.zeros(convs[0].kernel.shape[-1]))
-    for i, conv in enumerate(convs[1:], 1):
-        kernel = np.einsum("hwio,i->hwo", conv.kernel.astype(np.float64), value)
-        if kernel.shape[:2] != (1, 1) and kernel[..., keep[i]].any():  # zero padding makes borders differ
-            ones = dataclasses.replace(conv, kernel=kernel[:, :, None].astype(conv.kernel.dtype))
-            return _Chain([ones, *convs[i + 1 :]], dead + i, keep[i:])
-        value = conv.after(kernel[0, 0] if kernel.shape[:2] == (1, 1) else np.zeros(kernel.shape[-1]))
-    return _Chain([], dead + len(convs), [], constant=value)
-
-
 def _spread(wanted: np.ndarray, reads: widths_lib.Ranges | None, width: int) -> np.ndarray:
     """Mask over the `width` channels of a stream, from a mask over those that a layer reads of it."""
     if reads is None:
@@ -152,38 +74,6 @@ def _spread(wanted: np.ndarray, reads: widths_lib.Ranges | None, width: int) -> 
 
 def _indices(ranges: widths_lib.Ranges) -> np.ndarray:
     return np.concatenate([np.arange(start, stop) for start, stop in ranges])
-
-
-def _stream_order(readers: Sequence[np.ndarray]) -> np.ndarray:
-    """Order of a stream's channels by who reads them; `readers` are masks [C], the last reader first.
-
-    Channels that later readers want come first, and by a Gray code, so that the last two readers find theirs in one
-    range, the one before in two, then four.
-    """
-    rank = np.logical_xor.accumulate(np.stack(readers), axis=0)
-    return np.lexsort(tuple(~rank[::-1]))
-
-
-def choose_ranges(wanted: np.ndarray, macs: int, costs: Costs) -> widths_lib.Ranges | None:
-    """Which channels a layer takes: all (None), or ranges that hold the wanted ones, by what costs least.
-
-    Args:
-      wanted: bool [C].
-      macs: multiply-accumulates that a channel more costs the layer, a pixel.
-    """
-    channel = costs.copy + macs * costs.mac
-    ranges = []
-    for index in np.flatnonzero(wanted).tolist():
-        if ranges and (index - ranges[-1][1]) * channel < costs.split:
-            ranges[-1][1] = index + 1
-        elif ranges and index == ranges[-1][1]:
-            ranges[-1][1] += 1
-        else:
-            ranges.append([index, index + 1])
-    taken = sum(stop - start for start, stop in ranges)
-    if taken * channel + len(ranges) * costs.split >= len(wanted) * macs * costs.mac:
-        return None
-    return tuple((start, stop) for start, stop in ranges)
 
 
 class _Compactor:
@@ -212,16 +102,16 @@ class _Compactor:
 
     # Reading the old model.
 
-    def _conv(self, prefix, name, norm, relu) -> _Conv:
+    def _conv(self, prefix, name, norm, relu) -> liveness.Conv:
         kernel = self.params[f"{prefix}/{name}/kernel"]
         if norm is None:
-            return _Conv(
+            return liveness.Conv(
                 f"{prefix}/{name}", f"{prefix}/{name}", kernel, {"bias": self.params[f"{prefix}/{name}/bias"]}, relu
             )
         path = f"{prefix}/{norm}"
         values = {part: self.params[f"{path}/{part}"] for part in ("scale", "bias")}
         values |= {part: self.stats[f"{path}/{part}"] for part in ("mean", "var")}
-        return _Conv(f"{prefix}/{name}", path, kernel, values, relu)
+        return liveness.Conv(f"{prefix}/{name}", path, kernel, values, relu)
 
     def _trace_head(self, task, head):
         """(chain of the trunk, chains of the branches), None for a head of another kind."""
@@ -232,7 +122,7 @@ class _Compactor:
         convs = [self._conv(prefix, *name) for name in names]
         constant = self.params.get(f"{prefix}/constant")
         need = np.ones(len(constant) if constant is not None else convs[-1].kernel.shape[-1], bool)
-        trunk = _trace(convs, head.dead, need, constant)
+        trunk = liveness.trace(convs, head.dead, need, constant)
         branches = [None] * len(head.branches)
         if trunk.wanted is None:
             return trunk, branches
@@ -240,7 +130,7 @@ class _Compactor:
         live, fixed = project.kernel.copy(), 0
         for i, (name, place) in enumerate(_branches(head)):
             if trunk.wanted[place].any():
-                chain = _trace([self._conv(prefix, name, f"{name}_bn", True)], 0, trunk.wanted[place])
+                chain = liveness.trace([self._conv(prefix, name, f"{name}_bn", True)], 0, trunk.wanted[place])
                 if chain.convs:
                     branches[i] = chain
                 else:  # a constant into the projection: its BatchNorm takes it
@@ -248,7 +138,7 @@ class _Compactor:
                     live[:, :, place] = 0
         mean = (project.norm["mean"] - fixed).astype(project.norm["mean"].dtype)
         convs[0] = dataclasses.replace(project, kernel=live, norm={**project.norm, "mean": mean})
-        return _trace(convs, head.dead, need), branches
+        return liveness.trace(convs, head.dead, need), branches
 
     def _trace_blocks(self, places, head_chains):
         """Per block: the chains of branch and shortcut, what they want, and which channels are needed before it."""
@@ -271,11 +161,11 @@ class _Compactor:
             if need.any():
                 count = len(block.features)
                 convs = [self._conv(prefix, f"conv{j}", f"bn{j}", j < count) for j in range(block.dead + 1, count + 1)]
-                branch = _trace(convs, block.dead, need, np.zeros(len(need)))
+                branch = liveness.trace(convs, block.dead, need, np.zeros(len(need)))
                 if branch.wanted is not None:
                     wants[0] = _spread(branch.wanted, block.reads, width)
                 if block.shortcut == "conv":
-                    shortcut = _trace([self._conv(prefix, "downsample_conv", "downsample_bn", False)], 0, need)
+                    shortcut = liveness.trace([self._conv(prefix, "downsample_conv", "downsample_bn", False)], 0, need)
                     if shortcut.wanted is not None:
                         wants[1] = _spread(shortcut.wanted, block.shortcut_reads, width)
                 elif block.shortcut == "identity":
@@ -304,9 +194,13 @@ class _Compactor:
             readers = [self.needs[-1]] if last else list(reversed(self.wants[stop - 1]))
             readers += [self.wants[i][0] for i in reversed(range(start, stop - 1))]
             readers = [np.pad(mask, (0, width - len(mask))) for mask in readers]
-            order = np.arange(width) if last and pinned else _stream_order(readers)
+            order = np.arange(width) if last and pinned else liveness.stream_order(readers)
             for i in range(start, stop):
-                self.order[i] = order[: self._padded(int(self.needs[i].sum()), width)]
+                count = int(self.needs[i].sum())
+                filled = self._padded(count, width)
+                while count < filled and order[count] < len(self.needs[i]):  # a compact stream narrows on its way
+                    count += 1
+                self.order[i] = order[:count]
 
     def _padded(self, count, total):
         return min(-(-count // self.multiple) * self.multiple, total)
@@ -318,7 +212,7 @@ class _Compactor:
 
     # Writing the new model.
 
-    def _write(self, conv: _Conv, rows, columns):
+    def _write(self, conv: liveness.Conv, rows, columns):
         """Writes some rows and columns of a convolution; row -1 is of zeros, rows None are all."""
         kernel = conv.kernel
         if rows is not None:
@@ -328,7 +222,7 @@ class _Compactor:
             target = self.new_stats if part in ("mean", "var") else self.new_params
             target[f"{conv.norm_name}/{part}"] = value[columns]
 
-    def _write_chain(self, chain: _Chain, rows, last) -> tuple[int, ...]:
+    def _write_chain(self, chain: liveness.Chain, rows, last) -> tuple[int, ...]:
         """Writes a chain whose first convolution takes `rows` and whose last puts out `last`; returns its widths."""
         widths = [0] * chain.dead
         for i, conv in enumerate(chain.convs):
@@ -345,7 +239,7 @@ class _Compactor:
         dtype = next(iter(self.params.values())).dtype
         self.new_params[f"{prefix}/constant"] = np.asarray(sum(values)).astype(dtype)
 
-    def _reads(self, chain: _Chain, wanted, order, old_reads, last):
+    def _reads(self, chain: liveness.Chain, wanted, order, old_reads, last):
         """How a chain's first convolution takes its channels: (ranges, their rows in its old kernel)."""
         if chain is None or chain.wanted is None:
             return None, None
@@ -354,7 +248,7 @@ class _Compactor:
         old = np.arange(len(wanted)) if old_reads is None else _indices(old_reads)
         rows[old] = np.arange(len(old))
         macs = conv.kernel.shape[0] * conv.kernel.shape[1] * len(self._columns(chain, 0, last))
-        ranges = choose_ranges(wanted[order], macs, self.costs)
+        ranges = liveness.choose_ranges(wanted[order], macs, self.costs)
         return ranges, rows[order if ranges is None else order[_indices(ranges)]]
 
     def _build_stem(self):
@@ -364,7 +258,9 @@ class _Compactor:
             return widths_lib.Stem((0,) * count)
         names = [(f"stem_conv{i}", f"stem_bn{i}", True) for i in range(stem.dead + 1, count + 1)]
         old_constant = self.params.get("backbone/constant")
-        chain = _trace([self._conv("backbone", *name) for name in names], stem.dead, self.needs[0], old_constant)
+        chain = liveness.trace(
+            [self._conv("backbone", *name) for name in names], stem.dead, self.needs[0], old_constant
+        )
         wanted = None if chain.wanted is None else _spread(chain.wanted, stem.reads, 3)
         reads, rows = self._reads(chain, wanted, np.arange(3), stem.reads, last)
         features = self._write_chain(chain, rows, last)
@@ -430,12 +326,13 @@ class _Compactor:
 
 def _branches(head: widths_lib.Head):
     """(layer name, its place among the projection's inputs as a slice) of each of a head's branches."""
-    names = ["aspp0", *(f"aspp{i}" for i in range(1, len(deeplab.RATES) + 1)), "pool"]
     ends = np.cumsum(head.branches).tolist()
-    return [(name, slice(end - width, end)) for name, end, width in zip(names, ends, head.branches, strict=True)]
+    return [
+        (name, slice(end - width, end)) for name, end, width in zip(deeplab.BRANCHES, ends, head.branches, strict=True)
+    ]
 
 
-def _middle(conv: _Conv, taps: tuple[int, int]) -> _Conv:
+def _middle(conv: liveness.Conv, taps: tuple[int, int]) -> liveness.Conv:
     """`conv` with only the middle row or column of its kernel where `taps` says 1."""
     kernel = conv.kernel
     for axis in range(2):

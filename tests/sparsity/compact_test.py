@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask, resnet, widths
 from mtl_sparse.sparsity import stats
-from mtl_sparse.sparsity.compact import Costs, choose_ranges, compact
+from mtl_sparse.sparsity.compact import compact
+from mtl_sparse.sparsity.liveness import Costs, choose_ranges
 
 SIZE = (32, 48)
 HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1))
@@ -83,8 +84,9 @@ DEAD = st.lists(
 )
 
 
+DEPTH = {"depth": st.sampled_from([18, 50])}
 CASES = dict(
-    depth=st.sampled_from([18, 50]),
+    **DEPTH,
     seed=st.integers(0, 2**16),
     share=st.sampled_from([0.0, 0.1, 0.5, 0.7, 0.9, 1.0, None]),
     scope=st.sampled_from(["backbone", "all"]),
@@ -220,7 +222,7 @@ def test_taps_that_meet_only_padding_go_and_a_larger_image_is_refused():
     assert small_variables["params"]["head_depth"]["aspp1"]["kernel"].shape[:2] == (1, 3)
     for size in [(96, 128), (64, 64)]:
         assert_same_outputs(model, variables, small, small_variables, 1e-5, size)
-    with pytest.raises(UserError, match="features of at most 12 rows or columns.*compact the run again"):
+    with pytest.raises(UserError, match="of rate 12 .* more than 12 rows .* 13x16: compact the original run"):
         outputs(small, small_variables, (104, 128))
 
 
@@ -256,8 +258,8 @@ class MeanHead(nn.Module):
         return nn.Dense(self.outputs)(x * jnp.arange(x.shape[-1]))
 
 
-def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
-    monkeypatch.setitem(multitask.HEADS, "mean", MeanHead)
+def with_a_mean_head():
+    """A model whose second head is a MeanHead, and its variables."""
     model, variables = with_zeros(18, 1, 0.7)
     model = model.clone(heads=(HEADS[0], ("mine", "mean", 2)))
     features = variables["params"]["head_depth"]["aspp0"]["kernel"].shape[2]
@@ -267,9 +269,34 @@ def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
         "params": {**params, "head_mine": {"Dense_0": dense_layer}},
         "batch_stats": {name: tree for name, tree in variables["batch_stats"].items() if name != "head_depth"},
     }
+    return model, given
+
+
+def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
+    monkeypatch.setitem(multitask.HEADS, "mean", MeanHead)
+    model, given = with_a_mean_head()
     small, small_variables = compact(model, given)
     assert count(small_variables) < count(given)
     assert_same_outputs(model, given, small, small_variables, 1e-5)
+
+
+@settings(max_examples=6, **UNHURRIED)
+@given(first=st.sampled_from([1, 4]), second=st.sampled_from([1, 4, 8]), seed=st.integers(0, 2**16), **DEPTH)
+def test_a_compact_model_that_lost_more_groups_is_compacted_further(depth, first, second, seed):
+    model, variables = with_zeros(depth, seed, 0.5)
+    small, small_variables = compact(model, variables, multiple=first)
+    rng = np.random.default_rng(seed)
+    fewer = jax.tree.map(
+        lambda leaf: leaf * (rng.random(leaf.shape[2])[:, None] > 0.5) if leaf.ndim == 4 else leaf,
+        small_variables["params"],
+    )
+    given = {
+        "params": jax.tree.map(lambda a: a.astype(np.float32), fewer),
+        "batch_stats": small_variables["batch_stats"],
+    }
+    again, again_variables = compact(small, given, multiple=second)
+    assert_same_outputs(small, given, again, again_variables, 1e-5)
+    assert second > first or count(again_variables) < count(given)
 
 
 def test_ranges_are_taken_where_they_cost_least():
