@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import compact, fixed_norm, prox
 from mtl_sparse.benchmark import timed
@@ -21,6 +22,7 @@ def test_every_operator_prunes_about_half(capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[-4:] == ["1.00", "1.00", "..", "1.00"]
 
 
+@pytest.mark.slow
 def test_fixed_norm_probe_and_figure(config):
     config.sparsity.update(lambda_=1.0, warmup_steps=0)
     found = {}

@@ -1,5 +1,7 @@
 import json
 import logging
+import pathlib
+import re
 import shutil
 
 import jax
@@ -7,13 +9,15 @@ import numpy as np
 import pytest
 
 from configs import run as run_config
-from mtl_sparse import compaction, cost, results, train
+from mtl_sparse import compaction, cost, evaluate, results, train
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
 from mtl_sparse.sparsity import compact
 from tests.conftest import tiny
 from tests.sparsity import compact_test
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,18 @@ def test_the_compact_run_is_an_ordinary_run(compacted):
     steps = (small / "metrics.jsonl").read_text()
     train.train(config, small)
     assert (small / "metrics.jsonl").read_text() == steps, "training is over: it only reports again"
+
+
+def test_the_readmes_way_to_load_it(compacted, tmp_path, monkeypatch):
+    _, folder, small = compacted
+    (script,) = re.findall(r"```python\n(from configs import run\n.*?)```", README, re.S)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "compact").symlink_to(small)
+    monkeypatch.chdir(tmp_path)
+    space = {"images": np.zeros((1, 32, 48, 3), np.float32)}
+    exec(script, space)
+    original, variables = run_lib.load_model(folder, run_config.get_config(str(folder)))
+    assert evaluate.largest_difference(original.apply(variables, space["images"]), space["outputs"]) < 1e-5
 
 
 def test_training_starts_from_the_compact_model(compacted):

@@ -145,6 +145,7 @@ train.train(tiny({str(rooms)!r}), {str(tmp_path)!r})
 def test_a_run_with_a_target_and_a_last_phase_goes_on_the_same(rooms, tmp_path, monkeypatch):
     """The controller is part of the checkpoint: stopped at any step, lambda goes on as it would have."""
     config = tiny(rooms)
+    config.tasks = ("depth",)
     config.train.epochs = 4
     config.sparsity.update(target=0.5, target_ramp=0.3, lambda_=1e-3, warmup_steps=2, debias_at=0.75)
     config.sparsity.target_freeze = 0.7

@@ -144,7 +144,8 @@ def latency(found):
             proportional = "in proportion to MACs" if batch == batches[-1] else None
             axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1, label=proportional)
             for row, x, y in zip(rows, macs, median, strict=True):
-                if row["model"] != "sparse":  # it lies on the dense one: zeros alone save nothing
+                # once a column; the sparse one lies on the dense one: zeros alone save nothing
+                if batch == batches[0] and row["model"] != "sparse":
                     axis.annotate(row["model"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axis.set(title=part, xlabel="million MACs an image", ylabel="ms an image (median, to 90 %)")
         axis.set_xlim(0, 1.25 * max(row["macs"] for row in found["rows"] if row["part"] == part) / 1e6)

@@ -19,9 +19,9 @@ class Costs:
       split: of one range more.
     """
 
-    mac: float = 0.012
-    copy: float = 0.35
-    split: float = 4.0
+    mac: float = 0.01
+    copy: float = 0.4
+    split: float = 3.0
 
 
 @dataclasses.dataclass
