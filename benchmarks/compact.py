@@ -21,10 +21,6 @@ from mtl_sparse.models import multitask, widths
 from mtl_sparse.report import tables
 from mtl_sparse.sparsity import compact, liveness
 
-_SIZE = flags.DEFINE_integer("size", 128, "Side of the images.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Images in a call.")
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each model is timed.")
-_COSTS = flags.DEFINE_bool("costs", False, "Measure the cost model's numbers instead.")
 _SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -81,15 +77,18 @@ def costs(rounds: int) -> liveness.Costs:
     return liveness.Costs(*(round(float(value), 4) for value in (ns["product"] / kernel.size, copy, split)))
 
 
-def main(argv):
-    del argv
+def main(size: int, batch: int, rounds: int, only_costs: bool) -> None:
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
-    if _COSTS.value:
-        print(f"measured {costs(10 * _ROUNDS.value)}\ndefault  {liveness.Costs()}")
+    if only_costs:
+        print(f"measured {costs(10 * rounds)}\ndefault  {liveness.Costs()}")
     else:
-        print(f"ResNet-50 backbone, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}, {_ROUNDS.value} rounds")
-        print(patterns(_SIZE.value, _BATCH.value, _ROUNDS.value))
+        print(f"ResNet-50 backbone, {size}x{size}, batch {batch}, {rounds} rounds")
+        print(patterns(size, batch, rounds))
 
 
-if __name__ == "__main__":
-    app.run(main)
+if __name__ == "__main__":  # the other benchmarks' flags have the same names
+    _SIZE = flags.DEFINE_integer("size", 128, "Side of the images.")
+    _BATCH = flags.DEFINE_integer("batch", 8, "Images in a call.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each model is timed.")
+    _COSTS = flags.DEFINE_bool("costs", False, "Measure the cost model's numbers instead.")
+    app.run(lambda argv: main(_SIZE.value, _BATCH.value, _ROUNDS.value, _COSTS.value))
