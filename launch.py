@@ -108,7 +108,8 @@ def _parse(argv):
         return flags.FLAGS(argv)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0] if error.args else error).strip("'").replace("\\n", " ").replace("\\'", "'")
-        _exit(f"cannot use these settings: {' '.join(text.split())}")
+        _, ours, sentence = text.rpartition("UserError: ")  # raised by a config file, and wrapped in a traceback
+        _exit(" ".join(sentence.split()) if ours else f"cannot use these settings: {' '.join(text.split())}")
 
 
 def _exit(message):

@@ -20,6 +20,7 @@ BAD = {
     "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
     "no config": (["--workdir=x"], ["--config"]),
     "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),
+    "missing run": (["--config=configs/run.py:/nowhere/run"], ["error: /nowhere/run/config.json does not exist"]),
     "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate"]),
     "stray argument": (["--config=configs/demo.py", "train"], ["unexpected argument 'train'"]),
     "no data folder": (
