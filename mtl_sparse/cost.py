@@ -16,8 +16,8 @@ class LayerCost:
 
     Attributes:
       kernel: shape of its kernel, [H, W, I, O] or [I, O].
-      macs: multiply-accumulates for one image. As usual a product with zero padding counts, but for the taps of the
-        atrous layers that are never computed.
+      macs: multiply-accumulates for one image. As usual products with zero padding count, also in the backbone's
+        dilated convolutions, where small maps skip them; only the heads' atrous taps that are never computed do not.
     """
 
     kernel: tuple[int, ...]

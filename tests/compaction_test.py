@@ -97,6 +97,7 @@ def test_training_goes_on_from_the_compact_model(compacted, tmp_path):
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), trained["params"], given["params"])))
 
 
+@pytest.mark.slow
 def test_a_run_without_zeros_says_so_and_stays(rooms, tmp_path, caplog, capsys):
     config = tiny(rooms)
     config.tasks = ("depth",)
@@ -163,6 +164,7 @@ def test_the_table_says_why():
     assert rows["backbone/layer3_2/conv2"]["why"] == "gone: all inputs zero"
     assert rows["backbone/layer3_2/conv3"]["why"] == "gone: its output is constant or not read"
     assert rows["backbone/layer4_1/conv2"]["why"] == "reads a constant: what is before it is dead"
+    model, variables = compact_test.with_zeros(18, 1, 0.0)
     kernel = variables["params"]["backbone"]["stem_conv1"]["kernel"].copy()
     kernel[:, :, 1] = 0
     variables["params"]["backbone"]["stem_conv1"]["kernel"] = kernel

@@ -8,7 +8,9 @@ import tempfile
 # Most of the suite's time is XLA compiling small models that run a few steps, some of them in subprocesses: do not
 # optimise the code, and compile each model once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
+# One cache for each worker and its subprocesses.
+_CACHES = os.environ.setdefault("MTL_SPARSE_TEST_CACHES", tempfile.mkdtemp(prefix="jax_cache_"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHES, os.environ.get("PYTEST_XDIST_WORKER", "main"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -40,7 +40,7 @@ class MultiTaskModel(nn.Module):
     def __call__(self, images, train: bool = False):
         """Images [B, H, W, 3] float32, normalised -> {task: raw prediction [B, H/8, W/8, outputs]}.
 
-        Raw is before sigmoid, softmax or normalisation.
+        Raw is before upsampling and the task's activation, see `mtl_sparse.activations`.
         """
         shared = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
         layers = self.layers()

@@ -29,7 +29,7 @@ def sparsity_sentences(sparsity: dict) -> str:
     else:
         text += asked
     text += (
-        f", {100 * sparsity['parameter']:.1f} % of parameters in them, lambda {sparsity['lambda']:.2g}; "
+        f", {100 * sparsity['parameter']:.1f} % of the penalised weights in them, lambda {sparsity['lambda']:.2g}; "
         f"{len(sparsity['layers'])} conv layers"
     )
     for name, dead in (("layers", sparsity["dead_layers"]), ("blocks", sparsity["dead_blocks"])):

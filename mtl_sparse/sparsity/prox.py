@@ -69,7 +69,7 @@ def group_mcp(z, weight, gamma, metric=None, *, group_axis: int = -2):
         )
     d_left = jnp.where(convex, d - 1 / gamma, jnp.nan)
     dz = jnp.where(convex, d * z, jnp.nan)
-    r, zero = _norm_of_solution(dz / d_left, dz, d_left, weight, axes)
+    r, zero = _norm_of_solution(dz / d_left, dz, d_left, weight, axes, steps=3)
     shrunk = jnp.where(zero, 0.0, dz * (r / (d_left * r + weight)))
     return jnp.where((r >= gamma * weight) | (weight == 0), z, shrunk)
 
@@ -102,7 +102,7 @@ def _prepare(z, weight, group_axis):
     return z, weight, axes
 
 
-def _norm_of_solution(z, dz, d, weight, axes):
+def _norm_of_solution(z, dz, d, weight, axes, steps=None):
     """(r, zero): whether each group's solution is zero, and its norm where it is not; NaN and False for NaN.
 
     r is the root of g(r) = sum_i (d_i z_i / (d_i r + weight))^2 = 1. Every step stays at or below it: in
@@ -123,7 +123,7 @@ def _norm_of_solution(z, dz, d, weight, axes):
     r = jnp.zeros_like(g0)
     for bound in (from_zero, from_infinity):
         r = jnp.where((bound > r) & jnp.isfinite(bound), bound, r)
-    for _ in range(3 if z.dtype == jnp.float64 else 2):
+    for _ in range(steps or (3 if z.dtype == jnp.float64 else 2)):
         inverse = 1 / (d * r + weight)
         a = jnp.square(dz * inverse)
         t = d * inverse * jnp.where(r > 0, r, 1)  # in units of 1 / r, so that no moment underflows
