@@ -9,8 +9,10 @@ import tempfile
 # optimise the code, and compile each model once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One cache for each worker and its subprocesses.
-_CACHES = os.environ.setdefault("MTL_SPARSE_TEST_CACHES", tempfile.mkdtemp(prefix="jax_cache_"))
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHES, os.environ.get("PYTEST_XDIST_WORKER", "main"))
+os.environ.setdefault("MTL_SPARSE_TEST_CACHES", tempfile.mkdtemp(prefix="jax_cache_"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    os.environ["MTL_SPARSE_TEST_CACHES"], os.environ.get("PYTEST_XDIST_WORKER", "main")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
