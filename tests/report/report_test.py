@@ -37,8 +37,8 @@ def test_run_table_has_each_metric_beside_the_constant_guess():
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["depth", "**mae_normalized**", "0.0625", "0.2000"]
     assert "loss" not in table
     assert table.endswith(
-        "50.0 % of groups zero, 75.0 % of parameters in them, lambda 0.00015; 4 conv layers, dead layers: stem_conv1; "
-        "best validation at step 7"
+        "50.0 % of groups zero, 75.0 % of the penalised weights in them, lambda 0.00015; 4 conv layers, dead layers: "
+        "stem_conv1; best validation at step 7"
     )
 
 
