@@ -87,7 +87,8 @@ def main(argv):
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
     stem = pathlib.Path(path).stem
-    workdir = _WORKDIR.value or (argument if stem == "run" else os.path.join("runs", stem))
+    named = argument if stem == "run" else os.path.join("runs", "_".join(filter(None, (stem, argument))))
+    workdir = _WORKDIR.value or named
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
     config = _CONFIG.value

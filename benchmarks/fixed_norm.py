@@ -98,7 +98,7 @@ def run_config(folder: str, lambda_: float, variant: str):
     """The demo's config with a fixed lambda, on rooms or on the real frames of `folder`."""
     config = demo.get_config()
     if folder:
-        config.data.rooms.update(frames=0, test_frames=0, height=0, width=0)
+        config.data.embedded.frames = 0
         config.data.folder = folder
     config.data.size = (32, 48)
     config.sparsity.update(lambda_=lambda_, target=0.0, **VARIANTS[variant][0])

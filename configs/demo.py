@@ -5,7 +5,7 @@ from configs import nyu
 
 def get_config():
     config = nyu.get_config()
-    config.data.rooms.update(frames=400, test_frames=80, height=64, width=96)
+    config.data.embedded.update(frames=480, height=64, width=96)
     config.data.size = (64, 96)
     config.model.update(depth=18, width=32, head_features=64, bn_momentum=0.97)
     config.optimizer.update(learning_rate=2e-3, schedule="cosine", weight_decay=0.0)

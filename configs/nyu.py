@@ -14,18 +14,21 @@ from ml_collections.config_dict import create
 def get_config() -> ml_collections.ConfigDict:
     config = create(
         seed=0,
-        tasks=("segmentation", "depth", "normals"),  # any subset of these and "edge"
+        # Any of these, "edge", and "attribute:NAME" where the data have it, see configs/celebamask_hq.py.
+        tasks=("segmentation", "depth", "normals"),
         data=create(
-            name="nyud_mt",
+            name="nyud_mt",  # or "celebamask_hq", or one of your own (README, "Your own data set")
             folder="",  # the published NYUD_MT folder
             prepared="",  # where its array_record form is kept; "" is <folder>.tfds beside it
             size=(256, 256),  # height, width; plain resize
             num_classes=40,
+            classes=(),  # of celebamask_hq: pairs (class, its parts)
+            split="",  # JSON file with the lists train, validation and test of frame names; "" is the data set's own
             depth_target="normalized",  # the paper's; "metres" trains L1 in metres
             flip=False,  # mirror every second training frame
             max_scale=1.0,  # random zoom up to this; 1.5 is usual
-            # Embedded rooms instead of a folder where frames > 0 (see input_pipeline/synthetic.py).
-            rooms=create(frames=0, test_frames=0, height=0, width=0, seed=0, folder="runs/data"),
+            # Embedded frames, drawn as needed, in place of a folder where frames > 0 (see input_pipeline/synthetic/).
+            embedded=create(frames=0, height=0, width=0, seed=0, folder="runs/data"),
         ),
         model=create(
             depth=50,  # 18, 50 or 101
@@ -33,13 +36,17 @@ def get_config() -> ml_collections.ConfigDict:
             head_features=256,
             widths="",  # of every layer, as written by --job=compact; "" is dense, from the three above
             dropout=0.3,
+            classifier_features=(64, 32),  # of an attribute's head: of its convolution and its dense layer
+            classifier_dropout=(0.6, 0.4),  # before its two dense layers
             bn_momentum=0.9,  # share of the old running statistics that a step keeps
             dtype="float32",  # of the computation; "bfloat16" keeps parameters and BatchNorm statistics float32
         ),
         loss=create(
             weighting="uncertainty",  # or "equal", "fixed"
-            weights=create(segmentation=1.0, depth=1.0, normals=1.0, edge=1.0),  # for "fixed"
-            label_smoothing=0.1,
+            weights=(1.0, 1.0, 1.0),  # for "fixed", in the order of tasks
+            label_smoothing=0.1,  # of the segmentation
+            pos_weight=1.0,  # of an attribute: counts an image that has it this many times
+            threshold=0.5,  # probability from which on an image is said to have an attribute
         ),
         optimizer=create(
             learning_rate=1e-4,

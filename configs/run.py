@@ -25,4 +25,8 @@ def _update(config, values):
         if isinstance(value, dict):
             _update(config[name], value)
         else:
-            config[name] = tuple(value) if isinstance(value, list) else value
+            config[name] = _tuples(value)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

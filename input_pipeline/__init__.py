@@ -1,1 +1,1 @@
-"""Data: published folders or embedded rooms -> TFDS array_record -> Grain batches."""
+"""Data: published folders or embedded frames -> TFDS array_record -> Grain batches."""

@@ -1,57 +1,127 @@
-"""Opens a data set by its config: renders it if it is embedded, prepares it with TFDS if it is new."""
+"""Opens a data set by its config: draws it if it is embedded, prepares it with TFDS if it is new."""
 
 import dataclasses
+import difflib
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from input_pipeline import nyud_mt, synthetic
+from input_pipeline import celebamask_hq, nyud_mt, published
+from input_pipeline.synthetic import faces, rooms
 from mtl_sparse.errors import UserError
-
-# A data set is a module with a TFDS `BUILDER`, the `fingerprint` of a published folder, and its `CLASSES`.
-DATASETS = {"nyud_mt": nyud_mt}
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Random-access sources of stored frames, the frame names of each split, and a digest of the published folder."""
+    """A data set that is open.
 
-    train: Sequence
-    validation: Sequence
-    test: Sequence
-    names: dict[str, list[str]]
-    fingerprint: str
+    Attributes:
+      train, validation, test: random-access sources (`len` and `[index]`) of frames, as `transforms.Transform` takes
+        them.
+      names: of the frames of each split; by default their numbers.
+      fingerprint: changes when the data do; a run is not continued on others.
+      classes: names of the segmentation's classes, for pictures.
+    """
+
+    train: Sequence[dict]
+    validation: Sequence[dict]
+    test: Sequence[dict]
+    names: dict[str, list[str]] | None = None
+    fingerprint: str = ""
+    classes: tuple[str, ...] = ()
 
 
-def load(config) -> Data:
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A data set that comes as a folder, and is prepared with TFDS.
+
+    Attributes:
+      module: with its `BUILDER`, its `LABELS`, and `classes`, `frames` and `fingerprint`, see `nyud_mt`.
+      draw: (frames, height, width, seed, folder) -> folder of embedded frames in the same layout.
+    """
+
+    module: object
+    draw: Callable[..., pathlib.Path]
+
+    def __call__(self, config) -> Data:
+        return _open_published(self, config)
+
+
+# Data set by name: a function (config.data) -> Data. `DATASETS["mine"] = ...` is all that one of your own takes.
+DATASETS: dict[str, Callable[..., Data]] = {
+    "nyud_mt": Published(nyud_mt, rooms.draw_folder),
+    "celebamask_hq": Published(celebamask_hq, faces.draw_folder),
+}
+
+
+def load(config, labels: Collection[str] = ()) -> Data:
     """Opens the data of `config.data`.
 
-    `config.rooms.frames > 0` renders the embedded rooms first (see `synthetic.py`). The published folder is
-    prepared once into array_record files; they are enough from then on, without the folder and without
-    TensorFlow.
+    `config.embedded.frames > 0` draws embedded frames first (see `synthetic/`). A published folder is prepared once
+    into array_record files; they are enough from then on, without the folder and without TensorFlow.
+
+    Args:
+      labels: keys of the labels that every frame must have.
 
     Raises:
-      UserError: an unknown data set, rooms and a folder at once, a folder that is missing or damaged, or that
-        changed after it was prepared, no TensorFlow to prepare with.
+      UserError: an unknown data set or label, embedded frames and a folder at once, a folder that is missing or
+        damaged, or that changed after it was prepared, no TensorFlow to prepare with.
     """
     if config.name not in DATASETS:
         raise UserError(f"unknown data set config.data.name={config.name!r}; known: {', '.join(DATASETS)}")
     dataset = DATASETS[config.name]
-    if config.num_classes != len(dataset.CLASSES):
+    if isinstance(dataset, Published):  # before anything is prepared
+        _check_labels(config, labels, dataset.module.LABELS)
+        _check_classes(config, dataset.module.classes(config))
+        return dataset(config)
+    data = dataset(config)
+    for split in published.SPLITS:
+        frames = getattr(data, split)
+        if not len(frames):
+            raise UserError(f"the {split} split of config.data.name={config.name!r} has no frames")
+        _check_labels(config, labels, frames[0].keys() - {"image", "name"})
+        image = np.asarray(frames[0].get("image"))
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UserError(
+                f"the {split} frames of config.data.name={config.name!r} need an 'image' of uint8 [H, W, 3], "
+                f"not {image.dtype} {list(image.shape)}"
+            )
+    _check_classes(config, data.classes)
+    numbers = {split: [str(i) for i in range(len(getattr(data, split)))] for split in published.SPLITS}
+    return dataclasses.replace(data, names=data.names or numbers)
+
+
+def _check_labels(config, labels, known):
+    for label in labels:
+        if label not in known:
+            near = difflib.get_close_matches(label, known, n=3)
+            others = f"nearest: {', '.join(near)}" if near else f"its labels: {', '.join(sorted(known)[:6])}"
+            others += ", ..." if not near and len(known) > 6 else ""
+            raise UserError(
+                f"config.tasks needs the label {label!r}, which config.data.name={config.name!r} does not have; {others}"
+            )
+
+
+def _check_classes(config, classes):
+    if classes and config.num_classes != len(classes):
         raise UserError(
-            f"config.data.num_classes={config.num_classes}: the labels of {config.name} have "
-            f"{len(dataset.CLASSES)} classes"
+            f"config.data.num_classes={config.num_classes}: the labels of {config.name} have {len(classes)} classes"
         )
-    if config.rooms.frames > 0 and (config.folder or config.prepared):
+
+
+def _open_published(dataset: Published, config) -> Data:
+    module = dataset.module
+    if config.embedded.frames > 0 and (config.folder or config.prepared):
         raise UserError(
-            f"this config renders embedded rooms, but config.data.folder={config.folder!r} and config.data.prepared="
-            f"{config.prepared!r} name data, too; to use those, add --config.data.rooms.frames=0"
+            f"this config draws its own data, but config.data.folder={config.folder!r} and config.data.prepared="
+            f"{config.prepared!r} name data, too; to use those, add --config.data.embedded.frames=0"
         )
-    if config.rooms.frames > 0:
-        folder = synthetic.render_folder(**config.rooms)
+    if config.embedded.frames > 0:
+        folder = dataset.draw(**config.embedded)
     elif config.folder:
         folder = pathlib.Path(config.folder).expanduser()
     elif not config.prepared:
@@ -59,27 +129,33 @@ def load(config) -> Data:
     else:
         folder = None
     prepared = pathlib.Path(config.prepared or f"{folder}.tfds").expanduser()
-    target = prepared / config.name / str(dataset.BUILDER.VERSION)
+    target = prepared / config.name / str(module.BUILDER.VERSION)
 
     if not target.is_dir():
         if folder is None:
             raise UserError(f"no prepared data in {target}; set config.data.folder so that it can be prepared")
-        dataset.fingerprint(folder)  # what is missing is said before anything is written
+        module.fingerprint(folder, config.split)  # what is missing is said before anything is written
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(
                 "preparing data needs TensorFlow (training on prepared data does not): pip install "
                 f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here"
             )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
-        builder = dataset.BUILDER(data_dir=str(prepared), file_format="array_record")
+        builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
         )
     builder = tfds.builder_from_directory(str(target))
     metadata = builder.info.metadata
-    if folder is not None and folder.is_dir() and dataset.fingerprint(folder) != metadata["fingerprint"]:
-        raise UserError(
-            f"{folder} has changed since {prepared} was prepared from it; delete {prepared} to prepare it again"
-        )
-    sources = {split: builder.as_data_source(split=split) for split in ("train", "validation", "test")}
-    return Data(**sources, names=metadata["splits"], fingerprint=metadata["fingerprint"])
+    if folder is not None and folder.is_dir():
+        if module.fingerprint(folder, config.split) != metadata["fingerprint"]:
+            raise UserError(
+                f"{folder}{f' or {config.split}' if config.split else ''} has changed since {prepared} was prepared "
+                f"from it; delete {prepared} to prepare it again, or name another config.data.prepared"
+            )
+    elif config.split and published.read_splits(config.split) != metadata["splits"]:
+        raise UserError(f"{prepared} was prepared with other lists than those of config.data.split={config.split!r}")
+    sources = {split: module.frames(builder.as_data_source(split=split), config) for split in published.SPLITS}
+    return Data(
+        **sources, names=metadata["splits"], fingerprint=metadata["fingerprint"], classes=tuple(module.classes(config))
+    )

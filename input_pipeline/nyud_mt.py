@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from input_pipeline import published
 from mtl_sparse.errors import UserError
 
 CLASSES = (
@@ -25,6 +26,7 @@ CLASSES = (
     "dresser pillow mirror floor_mat clothes ceiling books refrigerator television paper towel shower_curtain "
     "box whiteboard person night_stand toilet sink lamp bathtub bag otherstructure otherfurniture otherprop"
 ).split()
+LABELS = ("segmentation", "depth", "normals", "edge")
 VALIDATION_FRACTION = 0.1
 SPLIT_SEED = 0
 
@@ -38,10 +40,14 @@ _FILES = {
 
 
 class NyudMt(tfds.core.GeneratorBasedBuilder):
-    """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder itself."""
+    """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder; `split`, see `published.read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the published NYUD_MT folder (images, ..., gt_sets)."
+
+    def __init__(self, *, split: str = "", **settings):
+        self._split = split
+        super().__init__(**settings)
 
     def _info(self):
         def array(*shape):
@@ -65,10 +71,10 @@ class NyudMt(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         folder = pathlib.Path(dl_manager.manual_dir)
-        splits = read_splits(folder)
-        self.info.metadata["splits"] = splits
-        self.info.metadata["fingerprint"] = fingerprint(folder)
-        return {split: self._generate_examples(folder, names) for split, names in splits.items()}
+        lists = read_splits(folder, self._split)
+        self.info.metadata["splits"] = lists
+        self.info.metadata["fingerprint"] = fingerprint(folder, self._split)
+        return {split: self._generate_examples(folder, names) for split, names in lists.items()}
 
     def _generate_examples(self, folder, names):
         for index, name in enumerate(names):
@@ -78,11 +84,28 @@ class NyudMt(tfds.core.GeneratorBasedBuilder):
 BUILDER = NyudMt
 
 
-def read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
-    """Frame names of the splits train, validation and test of an `NYUD_MT` folder.
+def frames(source, config):
+    """The frames of a stored split, see `transforms.Transform`: as they are stored."""
+    del config
+    return source
+
+
+def classes(config) -> tuple[str, ...]:
+    """Names of the classes, whatever the config.
 
     Raises:
-      UserError: a missing folder or list, an empty list, a frame in two lists.
+      UserError: config.data.classes is set.
+    """
+    if config.classes:
+        raise UserError(f"config.data.classes={config.classes!r}: the classes of nyud_mt are given")
+    return CLASSES
+
+
+def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
+    """Frame names of train, validation and test: as an `NYUD_MT` folder lists them, or from the JSON file `split`.
+
+    Raises:
+      UserError: a missing folder or list, an empty list, a frame in two lists; as `published.read_splits`.
     """
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; set config.data.folder to the NYUD_MT folder")
@@ -105,6 +128,8 @@ def read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
                     "a frame belongs to one split"
                 )
             seen[name] = key
+    if split:
+        return published.read_splits(split, seen)
     if "test" in lists:
         return {"train": lists["train"], "validation": lists["val"], "test": lists["test"]}
     names = lists["train"]
@@ -119,12 +144,12 @@ def read_splits(folder: pathlib.Path) -> dict[str, list[str]]:
     }
 
 
-def fingerprint(folder: pathlib.Path) -> str:
+def fingerprint(folder: pathlib.Path, split: str = "") -> str:
     """Digest of the frame lists, and of the size and the last 4 KiB of each listed file."""
     digest = hashlib.sha256()
-    for split, names in read_splits(folder).items():
+    for kind, names in read_splits(folder, split).items():
         for name in names:
-            digest.update(f"{split} {name}\n".encode())
+            digest.update(f"{kind} {name}\n".encode())
             for key in _FILES:
                 with _existing(folder, key, name).open("rb") as file:
                     size = file.seek(0, 2)
@@ -140,12 +165,7 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
       UserError: a missing or unreadable file, a label of another size than the image, a class outside 0..40.
     """
     path = _existing(folder, "image", name)
-    data = path.read_bytes()
-    # OpenCV fills what a cut JPEG lacks with grey; its end-of-image marker tells.
-    whole = b"\xff\xd9" in data[-4096:] or not data.startswith(b"\xff\xd8")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data and whole else None
-    if image is None:
-        raise UserError(f"image {path} cannot be decoded; replace the file or take {name} out of gt_sets")
+    image = published.read_image(path, f"take {name} out of gt_sets")
     path = _existing(folder, "segmentation", name)
     segmentation = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if segmentation is None:

@@ -42,8 +42,19 @@ def normalize_depth(depth: np.ndarray) -> np.ndarray:
 class Transform:
     """Stored frame -> example of the given size.
 
+    A frame is a dictionary of arrays: "image" uint8 RGB [H, W, 3], and labels. Labels of these keys have a meaning of
+    their own, any other is resized by nearest neighbour where it has two dimensions or more, or kept as it is:
+
+      segmentation: uint8 [H, W] or [H, W, 1], 0 = void, k = class k - 1.
+      depth: float32 [H, W], metres, 0 = no measurement.
+      normals: float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none.
+      edge: float32 [H, W] in [0, 1].
+
+    A label may be smaller than its image, where their sides have the same ratio.
+
     Attributes:
       size: (height, width) of the example, reached by plain resizing.
+      labels: keys of the labels that the example has.
       depth_target: "normalized" (the paper's, see `normalize_depth`) or "metres".
       flip: mirror every second example; the normals' x changes sign with it.
       max_scale: zoom in by a random factor in [1, max_scale] at a random place; depth is divided by it,
@@ -51,46 +62,54 @@ class Transform:
     """
 
     size: tuple[int, int]
+    labels: tuple[str, ...] = ("segmentation", "depth", "normals", "edge")
     depth_target: str = "normalized"
     flip: bool = False
     max_scale: float = 1.0
 
     def __call__(self, frame: dict, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-        """Args: frame, as stored by the builder; rng, for the augmentations (None: they are off).
+        """Args: frame, as stored; rng, for the augmentations (None: they are off).
 
         Returns:
-          image float32 [H, W, 3] normalised; segmentation int32 [H, W], class - 1 or VOID; depth float32
-          [H, W], 0 = invalid; normals float32 [H, W, 3] unit or 0 = invalid; edge float32 [H, W] in [0, 1];
-          mask float32 [], 1 (0 marks the padding of a last batch).
+          image float32 [H, W, 3] normalised; of the labels asked for: segmentation int32 [H, W], class or VOID; depth
+          float32 [H, W], 0 = invalid; normals float32 [H, W, 3] unit or 0 = invalid; edge float32 [H, W] in [0, 1];
+          others in their own dtype; mask float32 [], 1 (0 marks the padding of a last batch).
         """
-        image, segmentation = frame["image"], frame["segmentation"][..., 0]
-        depth, normals, edge = frame["depth"], frame["normals"], frame["edge"]
+        arrays = {key: np.asarray(frame[key]) for key in ("image", *self.labels)}
+        maps = [key for key, array in arrays.items() if array.ndim >= 2]
         if rng is not None and self.max_scale > 1:
             scale = rng.uniform(1, self.max_scale)
-            height, width = image.shape[:2]
+            height, width = arrays["image"].shape[:2]
             crop_h, crop_w = round(height / scale), round(width / scale)
             top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
-            window = np.s_[top : top + crop_h, left : left + crop_w]
-            image, segmentation, edge = image[window], segmentation[window], edge[window]
-            depth, normals = depth[window] / scale, normals[window]
+            for key in maps:
+                finer = height // arrays[key].shape[0]  # how often the image's side is the label's
+                rows, columns = (slice(at // finer, -(-(at + n) // finer)) for at, n in ((top, crop_h), (left, crop_w)))
+                arrays[key] = arrays[key][rows, columns]
+            if "depth" in arrays:
+                arrays["depth"] = arrays["depth"] / scale
         if rng is not None and self.flip and rng.random() < 0.5:
-            image, segmentation, edge = image[:, ::-1], segmentation[:, ::-1], edge[:, ::-1]
-            depth, normals = depth[:, ::-1], normals[:, ::-1] * np.float32([-1, 1, 1])
+            arrays |= {key: arrays[key][:, ::-1] for key in maps}
+            if "normals" in arrays:
+                arrays["normals"] = arrays["normals"] * np.float32([-1, 1, 1])
+        image = normalize_image(self._smooth(arrays["image"]))
+        return {"image": image, **{key: self._label(key, arrays[key]) for key in self.labels}, "mask": np.float32(1)}
 
-        # Labels keep their exact values, so nearest; pixels without a label stay without one.
-        depth = self._nearest(depth)
-        normals = self._nearest(normals)
-        length = np.linalg.norm(normals, axis=-1, keepdims=True)
-        segmentation = self._nearest(segmentation).astype(np.int32)
-        return {
-            "image": normalize_image(self._smooth(image)),
-            "segmentation": np.where(segmentation == 0, VOID, segmentation - 1),
-            "depth": normalize_depth(depth) if self.depth_target == "normalized" else depth.astype(np.float32),
-            "normals": np.where(length > 1e-3, normals / np.maximum(length, 1e-3), 0).astype(np.float32),
-            # An edge is one pixel wide: nearest would tear it, the area mean keeps it, paler.
-            "edge": self._smooth(edge).astype(np.float32),
-            "mask": np.float32(1),
-        }
+    def _label(self, key, x):
+        if x.ndim < 2:
+            return x
+        if key == "edge":  # one pixel wide: nearest would tear it, the area mean keeps it, paler
+            return self._smooth(x).astype(np.float32)
+        x = self._nearest(x)  # the others keep their exact values, and pixels without a label stay without one
+        if key == "segmentation":
+            x = x.astype(np.int32).reshape(self.size)
+            return np.where(x == 0, VOID, x - 1)
+        if key == "depth":
+            return normalize_depth(x) if self.depth_target == "normalized" else x.astype(np.float32)
+        if key == "normals":
+            length = np.linalg.norm(x, axis=-1, keepdims=True)
+            return np.where(length > 1e-3, x / np.maximum(length, 1e-3), 0).astype(np.float32)
+        return x
 
     def _nearest(self, x):
         return cv2.resize(np.ascontiguousarray(x), self.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)

@@ -26,6 +26,6 @@ def unit_normals(raw):
     return raw / jnp.sqrt(jnp.maximum(jnp.sum(raw * raw, -1, keepdims=True), 1e-12))
 
 
-def edge_probability(raw):
-    """Probability of an edge."""
+def probability(raw):
+    """Probability of an edge, or of an attribute."""
     return jax.nn.sigmoid(raw)

@@ -13,6 +13,7 @@ from mtl_sparse import benchmark, checkpoints, cost, evaluate, results
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import deeplab, resnet
+from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.sparsity import stats
 
@@ -146,7 +147,8 @@ def _reads(model):
             constants.add(f"backbone/{place.name}/conv{block.dead + 1}")
     for (task, *_), head in zip(model.heads, layers.heads, strict=True):
         if head is not None:
-            reads |= {f"head_{task}/{name}": ranges for name, ranges in zip(deeplab.BRANCHES, head.reads, strict=True)}
+            names = ("conv",) if isinstance(head, widths_lib.Classifier) else deeplab.BRANCHES
+            reads |= {f"head_{task}/{name}": ranges for name, ranges in zip(names, head.reads, strict=True)}
             if head.dead:
                 constants.add(f"head_{task}/conv")
     return reads, constants

@@ -15,23 +15,28 @@ STRIDED = f"_stride{OUTPUT_STRIDE}"  # suffix of the metrics at the prediction's
 
 
 def strided_label(label):
-    """The labels [B, H, W, ...] that a prediction at the backbone's stride answers for: its cells' middles."""
-    return label[:, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE]
+    """The labels [B, H, W, ...] that a prediction at the backbone's stride answers for: its cells' middles.
+
+    Those of an image-level task, [B], are what they are.
+    """
+    return label if label.ndim < 3 else label[:, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE]
 
 
 def upsample(raw, label):
-    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]."""
+    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]; image-level ones as they are."""
+    if raw.ndim < 4:
+        return raw
     return jax.image.resize(raw, (*label.shape[:3], raw.shape[-1]), "bilinear")
 
 
 def predict(model, tasks: Sequence[Task], variables, images) -> dict[str, jax.Array]:
-    """Images [B, H, W, 3] -> {task: prediction [B, H, W, C] in the label's unit}."""
+    """Images [B, H, W, 3] -> {task: prediction in the label's unit}: [B, H, W, C], or [B] of an attribute."""
     raw = model.apply(variables, images, train=False)
     return {task.name: task.activation(upsample(raw[task.name], images)) for task in tasks}
 
 
 def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
-    """Sums of one batch, image by image: {task: {"loss", "full", "strided": {name: [B, ...]}}}."""
+    """Sums of one batch, image by image: {task: {"loss", "full" and, of a pixel task, "strided": {name: [B, ...]}}}."""
     raw = model.apply(variables, batch["image"], train=False)
     sums = {}
     for task in tasks:
@@ -41,8 +46,9 @@ def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
         sums[task.name] = {
             "loss": {"total": jnp.sum(loss, axes), "count": jnp.sum(valid, axes)},
             "full": jax.vmap(task.sums)(task.activation(upsample(prediction, label)), label),
-            "strided": jax.vmap(task.sums)(task.activation(prediction), strided_label(label)),
         }
+        if label.ndim >= 3:
+            sums[task.name]["strided"] = jax.vmap(task.sums)(task.activation(prediction), strided_label(label))
     return sums
 
 
@@ -80,7 +86,7 @@ def _values(tasks, totals):
             values[f"{task.name}/loss"] = float(sums["loss"]["total"] / max(sums["loss"]["count"], 1))
         for name, value in task.values(sums["full"]).items():
             values[f"{task.name}/{name}"] = value
-        for name, value in task.values(sums["strided"]).items():
+        for name, value in task.values(sums["strided"]).items() if "strided" in sums else ():
             values[f"{task.name}/{name}{STRIDED}"] = value
     return values
 
@@ -92,17 +98,16 @@ def largest_difference(expected, actual) -> float:
 
 
 def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:
-    """The constant guess of each task, [outputs]: mean depth, mean normal, class frequencies."""
+    """The constant guess of each task: mean depth, mean normal, frequencies of classes or of an attribute."""
 
     @jax.jit
     def targets(batch):
         sums = {}
         for task in tasks:
             target, valid = task.target(strided_label(batch[task.label]))
-            sums[task.name] = {
-                "target": jnp.sum(jnp.where(valid[..., None], target, 0), (1, 2)),
-                "count": jnp.sum(valid, (1, 2)),
-            }
+            places = tuple(range(1, valid.ndim))
+            kept = valid.reshape(*valid.shape, *(1,) * (target.ndim - valid.ndim))
+            sums[task.name] = {"target": jnp.sum(jnp.where(kept, target, 0), places), "count": jnp.sum(valid, places)}
         return jax.tree.map(lambda x: x[None], sums)
 
     total = functools.reduce(
@@ -120,11 +125,11 @@ def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader
         for task in tasks:
 
             def of(label, task=task):
-                shape = (*label.shape[:3], task.outputs)
-                return jax.vmap(task.sums)(jnp.broadcast_to(constants[task.name], shape), label)
+                guess = jnp.broadcast_to(constants[task.name], task.target(label)[0].shape)
+                return jax.vmap(task.sums)(guess, label)
 
             label = batch[task.label]
-            result[task.name] = {"full": of(label), "strided": of(strided_label(label))}
+            result[task.name] = {"full": of(label)} | ({"strided": of(strided_label(label))} if label.ndim >= 3 else {})
         return jax.tree.map(lambda x: x[None], result)
 
     constants = jax.tree.map(np.float32, constants)

@@ -42,5 +42,15 @@ def binary_cross_entropy(logits, label):
     return _masked(optax.sigmoid_binary_cross_entropy(logits[..., 0], label), jnp.ones_like(label, bool))
 
 
+def attribute_cross_entropy(logits, label, pos_weight: float = 1.0):
+    """Sigmoid cross entropy of logits [...] against labels [...], 0 or 1, VOID is ignored.
+
+    Args:
+      pos_weight: counts an image that has the attribute this many times (PyTorch's `BCEWithLogitsLoss`).
+    """
+    weight = jnp.where(label == 1, pos_weight, 1.0)
+    return _masked(weight * optax.sigmoid_binary_cross_entropy(logits, label == 1), label != VOID)
+
+
 def _masked(loss, valid):
     return jnp.where(valid, loss, 0.0), valid.astype(jnp.float32)

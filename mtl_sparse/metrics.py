@@ -1,16 +1,18 @@
-"""Metrics as sums over the valid pixels of one image, and the values that follow from sums over many.
+"""Metrics as sums over one image, or its valid pixels, and the values that follow from sums over many.
 
 `*_sums` take one image's prediction [H, W, C], in the label's unit, and its label; the evaluator adds them up
 in float64 over a whole split. `*_values` divide once, at the end. So no figure depends on the batch size or
 on the number of devices.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline.transforms import VOID
 
 _BINS_PER_DEGREE = 10
+_LOGITS, _LOGIT_BINS = 16.2, 4050  # from -16.2 to 16.2, which is float32's, in bins of 0.008
 
 
 def segmentation_sums(probabilities, label):
@@ -132,6 +134,38 @@ def edge_sums(prediction, label):
 
 def edge_values(sums):
     return {"mae": _divide(sums["absolute"], sums["pixels"])}
+
+
+def attribute_sums(probability, label, *, threshold: float = 0.5):
+    """Hits and misses of one image's probability [] at `threshold` against its label [], 0 or 1; VOID counts nowhere.
+
+    And a histogram of the images with and without the attribute over the logit, for the ROC curve.
+    """
+    valid, positive = label != VOID, label == 1
+    limited = jnp.clip(probability, 1e-7, 1 - 1e-7)
+    logit = jnp.log(limited) - jnp.log1p(-limited)
+    cell = jnp.clip((logit + _LOGITS) / (2 * _LOGITS) * _LOGIT_BINS, 0, _LOGIT_BINS - 1).astype(jnp.int32)
+    histogram = jax.nn.one_hot(cell, _LOGIT_BINS, dtype=jnp.int32)
+    predicted = probability >= threshold
+    return {
+        "right": jnp.stack([valid & ~positive & ~predicted, valid & positive & predicted]).astype(jnp.int32),
+        "histogram": histogram * jnp.stack([valid & ~positive, valid & positive])[:, None],
+    }
+
+
+def attribute_values(sums):
+    """Accuracy, its mean over images with and without, F1 of those with; auroc: two images of a bin count as equal."""
+    images = sums["histogram"].sum(-1)  # without, with
+    right = sums["right"]
+    missed, false = images[1] - right[1], images[0] - right[0]
+    below = np.cumsum(sums["histogram"][0]) - sums["histogram"][0]
+    wins = np.sum(sums["histogram"][1] * (below + 0.5 * sums["histogram"][0]))
+    return {
+        "accuracy": _divide(right.sum(), images.sum()),
+        "balanced_accuracy": (_divide(right[0], images[0]) + _divide(right[1], images[1])) / 2,
+        "f1": _divide(2 * right[1], 2 * right[1] + missed + false),
+        "auroc": _divide(wins, images[0] * images[1]),
+    }
 
 
 def _divide(total, count):

@@ -89,6 +89,8 @@ def _save_samples(run, workdir, variables):
         names=[run.data.names["test"][index] for index in chosen],
         labels={task.name: batch[task.label] for task in run.tasks},
         predictions=jax.device_get(predict(variables, batch["image"])),
+        classes=run.data.classes,
+        threshold=run.config.loss.threshold,
     )
 
 

@@ -65,11 +65,13 @@ class Run:
     settled_step: int
 
     def train_transform(self) -> Transform:
-        data = self.config.data
-        return Transform(tuple(data.size), data.depth_target, data.flip, data.max_scale)
+        return dataclasses.replace(
+            self.eval_transform(), flip=self.config.data.flip, max_scale=self.config.data.max_scale
+        )
 
     def eval_transform(self) -> Transform:
-        return Transform(tuple(self.config.data.size), self.config.data.depth_target)
+        labels = tuple(dict.fromkeys(task.label for task in self.tasks))
+        return Transform(tuple(self.config.data.size), labels, self.config.data.depth_target)
 
     def train_batches(self, start_step: int):
         """Host batches from the one of step `start_step` on, without end."""
@@ -125,7 +127,7 @@ def setup(config) -> Run:
     check_config(config)
     tasks = tasks_lib.resolve(config)
     model = multitask.build(config.model, tasks, axis_name=AXIS)
-    data = datasets.load(config.data)
+    data = datasets.load(config.data, [task.label for task in tasks])
     steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
     total_steps = config.train.epochs * steps_per_epoch
     tx = optim.build(config, total_steps)
@@ -162,11 +164,13 @@ def check_config(config) -> None:
     """Raises UserError for settings that cannot work; what only the data can tell is checked with the data."""
     at_least = {
         "data.max_scale": 1,
-        "data.rooms.frames": 0,
+        "data.embedded.frames": 0,
         "loss.label_smoothing": 0,
         "model.bn_momentum": 0,
         "model.dropout": 0,
         "model.head_features": 1,
+        "loss.pos_weight": 0,
+        "loss.threshold": 0,
         "model.width": 1,
         "optimizer.weight_decay": 0,
         "optimizer.b1": 0,
@@ -183,9 +187,24 @@ def check_config(config) -> None:
         "train.epochs": 1,
         "train.eval_batch_size": 1,
     }
-    if config.data.rooms.frames > 0:
-        at_least |= {"data.rooms.test_frames": 1, "data.rooms.height": 8, "data.rooms.width": 8}
-    below_one = {"loss.label_smoothing", "model.bn_momentum", "model.dropout", "optimizer.b1", "optimizer.b2"}
+    if config.data.embedded.frames > 0:
+        at_least |= {"data.embedded.height": 8, "data.embedded.width": 8}
+        if config.data.embedded.frames < 12:
+            raise UserError(f"data.embedded.frames={config.data.embedded.frames}: it must be 0, or at least 12")
+    below_one = {
+        "loss.label_smoothing",
+        "loss.threshold",
+        "model.bn_momentum",
+        "model.dropout",
+        "optimizer.b1",
+        "optimizer.b2",
+    }
+    features, dropout = tuple(config.model.classifier_features), tuple(config.model.classifier_dropout)
+    if not (len(features) == len(dropout) == 2 and min(features) >= 1 and all(0 <= rate < 1 for rate in dropout)):
+        raise UserError(
+            f"model.classifier_features={features}, model.classifier_dropout={dropout}: of its two layers, at least 1 "
+            "channel each, and rates from 0 to below 1"
+        )
     for name, least in at_least.items():
         value = functools.reduce(getattr, name.split("."), config)
         if not value >= least:

@@ -1,6 +1,7 @@
 """The tasks, one row each: head, outputs, label, loss, activation, metrics.
 
-A task of your own is one more row: `TASKS["mine"] = lambda config: Task(...)`, and its name in config.tasks.
+A task of your own is one more row: `TASKS["mine"] = lambda config: Task(...)`, and its name in config.tasks. A name
+with an argument, `attribute:Smiling`, takes the row `attribute:`.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from input_pipeline.transforms import VOID
 from mtl_sparse import activations, losses, metrics
 from mtl_sparse.errors import UserError
 
@@ -20,14 +22,14 @@ class Task:
 
     Attributes:
       name: as in config.tasks and in the model's output dictionary.
-      label: key of its label in a batch.
+      label: key of its label in a frame and a batch.
       outputs: channels of the raw prediction.
-      loss: (raw [..., outputs], label) -> (loss [...], valid [...]), see `losses`.
+      loss: (raw, label) -> (loss, valid), both of the label's places, see `losses`.
       activation: raw -> prediction in the label's unit.
       sums: (prediction, label) of one image -> dict of sums, see `metrics`.
       values: sums over a split -> dict of floats.
-      target: (label) -> (the label in the prediction's form [..., outputs], valid [...]); its mean is the
-        constant guess that every trained model must beat.
+      target: (label) -> (the label in the prediction's form, valid); its mean is the constant guess that every trained
+        model must beat.
       headline: the one metric of short tables.
       higher_is_better: whether more of the headline is better.
       head: a key of `models.multitask.HEADS`.
@@ -109,7 +111,7 @@ def _edge(config):
         label="edge",
         outputs=1,
         loss=losses.binary_cross_entropy,
-        activation=activations.edge_probability,
+        activation=activations.probability,
         sums=metrics.edge_sums,
         values=metrics.edge_values,
         target=lambda label: (label[..., None], jnp.ones_like(label, bool)),
@@ -118,7 +120,30 @@ def _edge(config):
     )
 
 
-TASKS = {"segmentation": _segmentation, "depth": _depth, "normals": _normals, "edge": _edge}
+def _attribute(config):
+    """Whether an image has the attribute of the task's name."""
+    return Task(
+        name="attribute:",
+        label="attribute:",
+        outputs=1,
+        loss=functools.partial(losses.attribute_cross_entropy, pos_weight=config.loss.pos_weight),
+        activation=activations.probability,
+        sums=functools.partial(metrics.attribute_sums, threshold=config.loss.threshold),
+        values=metrics.attribute_values,
+        target=lambda label: (label == 1, label != VOID),
+        headline="accuracy",
+        higher_is_better=True,
+        head="classifier",
+    )
+
+
+TASKS = {
+    "segmentation": _segmentation,
+    "depth": _depth,
+    "normals": _normals,
+    "edge": _edge,
+    "attribute:": _attribute,
+}
 
 
 def resolve(config) -> tuple[Task, ...]:
@@ -131,8 +156,18 @@ def resolve(config) -> tuple[Task, ...]:
     if not names:
         raise UserError(f"config.tasks is empty; choose from {', '.join(TASKS)}")
     for name in names:
-        if name not in TASKS:
-            raise UserError(f"unknown task {name!r} in config.tasks; the tasks are {', '.join(TASKS)}")
+        if _key(name) not in TASKS or name.endswith(":"):
+            known = [f"{key}NAME" if key.endswith(":") else key for key in TASKS]
+            raise UserError(f"unknown task {name!r} in config.tasks; the tasks are {', '.join(known)}")
         if names.count(name) > 1:
             raise UserError(f"task {name!r} stands twice in config.tasks")
-    return tuple(TASKS[name](config) for name in names)
+    return tuple(_row(name, config) for name in names)
+
+
+def _key(name):
+    return name if name in TASKS else "".join(name.partition(":")[:2])
+
+
+def _row(name, config):
+    row = TASKS[_key(name)](config)
+    return dataclasses.replace(row, name=name, label=name) if _key(name) != name else row

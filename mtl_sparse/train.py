@@ -67,7 +67,7 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
             loss, valid = task.loss(raw[task.name], evaluate.strided_label(batch[task.label]))
             total, count = jax.lax.psum((jnp.sum(loss), jnp.sum(valid)), AXIS)
             losses[task.name] = total / jnp.maximum(count, 1)
-        combined = weighting.combine(loss_config.weighting, params["weighting"], losses, loss_config.weights)
+        combined = weighting.combine(loss_config.weighting, params["weighting"], losses, tuple(loss_config.weights))
         return combined, (losses, updates["batch_stats"])
 
     (loss, (losses, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)

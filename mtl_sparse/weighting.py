@@ -14,24 +14,25 @@ def init(kind: str, tasks: Sequence[str]) -> dict:
     return {task: jnp.ones([]) for task in tasks} if kind == "uncertainty" else {}
 
 
-def combine(kind: str, params: Mapping, losses: Mapping, weights: Mapping[str, float]):
+def combine(kind: str, params: Mapping, losses: Mapping, weights: Sequence[float]):
     """Combined loss.
 
     "uncertainty": sum_i exp(-s_i) L_i + s_i with learned s_i (Kendall et al. 2018, arXiv 1705.07115, in the
-    released code's form); "equal": sum_i L_i; "fixed": sum_i weights_i L_i.
+    released code's form); "equal": sum_i L_i; "fixed": sum_i weights_i L_i, in the order of the losses.
     """
     if kind == "uncertainty":
         return sum(jnp.exp(-params[task]) * loss + params[task] for task, loss in losses.items())
     if kind == "equal":
         return sum(losses.values())
-    return sum(weights[task] * loss for task, loss in losses.items())
+    return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
 
 
-def check(kind: str, weights: Mapping[str, float], tasks: Sequence[str]) -> None:
-    """Raises UserError for an unknown kind, or fixed weights that miss a task or are negative."""
+def check(kind: str, weights: Sequence[float], tasks: Sequence[str]) -> None:
+    """Raises UserError for an unknown kind, or fixed weights that are not one for each task, or negative."""
     if kind not in KINDS:
         raise UserError(f"unknown loss.weighting={kind!r}; the weightings are {', '.join(KINDS)}")
-    if kind == "fixed":
-        for task in tasks:
-            if not weights.get(task, -1.0) >= 0:
-                raise UserError(f"loss.weights needs a weight >= 0 for task {task!r} with loss.weighting='fixed'")
+    if kind == "fixed" and (len(weights) != len(tasks) or not all(weight >= 0 for weight in weights)):
+        raise UserError(
+            f"loss.weights={tuple(weights)}: loss.weighting='fixed' needs one weight >= 0 for each of config.tasks "
+            f"({', '.join(tasks)})"
+        )

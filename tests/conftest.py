@@ -19,14 +19,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
-from configs import demo
-from input_pipeline import datasets, synthetic
+from configs import demo, demo_faces
+from input_pipeline import datasets
+from input_pipeline.synthetic import faces as faces_lib
+from input_pipeline.synthetic import rooms as rooms_lib
 
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory) -> pathlib.Path:
     """An embedded NYUD_MT folder of 20 + 9 frames at 32x48, prepared; do not change it."""
-    folder = synthetic.render_folder(20, 9, 32, 48, seed=0, folder=str(tmp_path_factory.mktemp("data")))
+    folder = rooms_lib.render_folder(20, 9, 32, 48, seed=0, folder=str(tmp_path_factory.mktemp("data")))
     datasets.load(tiny(folder).data)
     return folder
 
@@ -37,13 +39,27 @@ def own_rooms(rooms, tmp_path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(rooms, tmp_path / "NYUD_MT"))
 
 
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> pathlib.Path:
+    """An embedded CelebAMask-HQ folder of 20 faces at 32x32; do not change it."""
+    return faces_lib.draw_folder(20, 32, 32, seed=0, folder=str(tmp_path_factory.mktemp("data")))
+
+
+def tiny_faces(folder):
+    """The faces' demo at a size that trains in seconds, on the CelebAMask-HQ folder given."""
+    return _tiny(demo_faces.get_config(), folder, (32, 32))
+
+
 def tiny(folder):
     """The demo's config at a size that trains in seconds, on the NYUD_MT folder given."""
-    config = demo.get_config()
-    config.data.rooms.update(frames=0, test_frames=0, height=0, width=0)
+    return _tiny(demo.get_config(), folder, (32, 48))
+
+
+def _tiny(config, folder, size):
+    config.data.embedded.frames = 0
     config.data.folder = str(folder)
-    config.data.size = (32, 48)
-    config.model.update(width=4, head_features=4)
+    config.data.size = size
+    config.model.update(width=4, head_features=4, classifier_features=(4, 3))
     config.sparsity.update(target=0.0, lambda_=2e-4)
     config.train.update(batch_size=8, eval_batch_size=8, epochs=2)
     config.run.update(log_every_steps=1, checkpoint_every_steps=1, sample_frames=2, summary_rounds=0)

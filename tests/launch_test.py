@@ -49,7 +49,7 @@ def test_training_from_the_command_line(rooms, tmp_path):
     done = launch(
         "--config=configs/demo.py",
         f"--workdir={workdir}",
-        "--config.data.rooms.frames=0",
+        "--config.data.embedded.frames=0",
         f"--config.data.folder={rooms}",
         "--config.data.size=(32, 48)",
         "--config.model.width=4",

@@ -57,19 +57,31 @@ LOSSES = {"a": jnp.array(2.0), "b": jnp.array(4.0)}
 def test_weightings_by_hand():
     params = weighting.init("uncertainty", ["a", "b"])
     assert params == {"a": 1.0, "b": 1.0}
-    got = weighting.combine("uncertainty", {"a": 0.0, "b": np.log(2)}, LOSSES, {})
+    got = weighting.combine("uncertainty", {"a": 0.0, "b": np.log(2)}, LOSSES, ())
     assert float(got) == pytest.approx(2 + 2 + np.log(2))
-    assert float(weighting.combine("equal", {}, LOSSES, {})) == 6
-    assert float(weighting.combine("fixed", {}, LOSSES, {"a": 0.5, "b": 0.25})) == 2
+    assert float(weighting.combine("equal", {}, LOSSES, ())) == 6
+    assert float(weighting.combine("fixed", {}, LOSSES, (0.5, 0.25))) == 2
 
 
 def test_uncertainty_is_least_at_the_log_of_the_loss():
-    grads = jax.grad(lambda s: weighting.combine("uncertainty", s, LOSSES, {}))({"a": jnp.log(2.0), "b": jnp.log(4.0)})
+    grads = jax.grad(lambda s: weighting.combine("uncertainty", s, LOSSES, ()))({"a": jnp.log(2.0), "b": jnp.log(4.0)})
     np.testing.assert_allclose([grads["a"], grads["b"]], 0, atol=1e-6)
 
 
 def test_bad_weightings_are_named():
     with pytest.raises(UserError, match="'gradnorm'.*uncertainty, equal, fixed"):
-        weighting.check("gradnorm", {}, ["a"])
-    with pytest.raises(UserError, match="'b'"):
-        weighting.check("fixed", {"a": 1.0}, ["a", "b"])
+        weighting.check("gradnorm", (), ["a"])
+    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan"))):
+        with pytest.raises(UserError, match=r"one weight >= 0 for each of config.tasks \(a, b\)"):
+            weighting.check("fixed", weights, ["a", "b"])
+
+
+def test_attribute_loss_by_hand():
+    """On logits, with one sigmoid: also where that is 0 or 1 in float32."""
+    logits, label = jnp.array([0.0, 2.0, -3.0, 40.0, -40.0]), jnp.array([1, 0, 1, 0, VOID])
+    loss, valid = losses.attribute_cross_entropy(logits, label, pos_weight=3.0)
+    want = [3 * np.log(2), np.log1p(np.exp(2)), 3 * np.log1p(np.exp(3)), 40, 0]
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_array_equal(valid, [1, 1, 1, 1, 0])
+    slope = jax.grad(lambda x: losses.attribute_cross_entropy(x, jnp.array(1))[0])(0.5)
+    assert float(slope) == pytest.approx(1 / (1 + np.exp(-0.5)) - 1, rel=1e-6)

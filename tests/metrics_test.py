@@ -1,7 +1,10 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from input_pipeline.transforms import VOID
 from mtl_sparse import metrics
@@ -83,3 +86,39 @@ def test_edges_by_hand():
 def test_nothing_to_count_is_nan_not_zero():
     sums = total(jax.vmap(metrics.depth_sums)(jnp.ones((1, 2, 2, 1)), jnp.zeros((1, 2, 2))))
     assert np.isnan(metrics.normalized_depth_values(sums)["mae_normalized"])
+
+
+def attribute_values(probability, label, **settings):
+    sums = functools.partial(metrics.attribute_sums, **settings)
+    return metrics.attribute_values(total(jax.vmap(sums)(jnp.asarray(probability), jnp.asarray(label))))
+
+
+def test_attributes_by_hand():
+    probability = [0.9, 0.6, 0.45, 0.2, 0.7, 0.1, 0.99]
+    label = [1, 1, 1, 0, 0, 0, VOID]
+    values = attribute_values(probability, label)
+    assert values["accuracy"] == pytest.approx(4 / 6)
+    assert values["balanced_accuracy"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert values["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert values["auroc"] == pytest.approx((3 + 2 + 2) / 9), "0.9 beats all three, 0.6 and 0.45 lose to 0.7"
+    lower = attribute_values(probability, label, threshold=0.45)
+    assert lower["accuracy"] == pytest.approx(5 / 6) and lower["f1"] == pytest.approx(6 / 7)
+    rare = attribute_values([0.1, 0.2, 0.3, 0.8], [0, 0, 1, 0])
+    assert rare["accuracy"] == 0.5 and rare["balanced_accuracy"] == pytest.approx((2 / 3 + 0) / 2) and rare["f1"] == 0
+
+
+def test_auroc_is_that_of_the_ranks():
+    """Against Mann-Whitney's U, also where probabilities are so near 0 and 1 that bins of them would be one."""
+    rng = np.random.default_rng(0)
+    label = rng.random(800) < 0.3
+    for shift, spread in ((0.0, 1.0), (9.0, 2.0), (-12.0, 1.0)):
+        logit = shift + spread * rng.normal(size=800) + 1.5 * label
+        probability = np.asarray(jax.nn.sigmoid(jnp.float32(logit)))
+        exact = stats.mannwhitneyu(probability[label], probability[~label]).statistic / (label.sum() * (~label).sum())
+        assert attribute_values(probability, label)["auroc"] == pytest.approx(exact, abs=3e-4)
+
+
+def test_one_constant_probability_has_no_rank():
+    assert attribute_values([0.3] * 4, [0, 1, 0, 0])["auroc"] == 0.5
+    only = attribute_values([0.3, 0.6], [1, 1])
+    assert only["accuracy"] == 0.5 and np.isnan(only["auroc"]) and np.isnan(only["balanced_accuracy"])

@@ -1,5 +1,6 @@
 """What the README shows is run as it stands there."""
 
+import json
 import pathlib
 import re
 import sys
@@ -11,7 +12,7 @@ from absl import flags
 from flax import jax_utils
 from ml_collections import config_flags
 
-from input_pipeline import loader
+from input_pipeline import datasets, loader
 from mtl_sparse import run as run_lib
 from mtl_sparse import tasks, train
 
@@ -42,6 +43,18 @@ def test_a_task_of_your_own(config, monkeypatch):
     assert 0 < float(scalars["depth_l1/loss"][0]) < 1
     assert state.params["model"]["head_depth_l1"]["out"]["kernel"].shape[-1] == 1
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), state.params))
+
+
+def test_a_data_set_of_your_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
+    monkeypatch.chdir(tmp_path)
+    text = snippet("DATASETS[")
+    assert "epochs = 10\n" in text
+    exec(text.replace("epochs = 10\n", "epochs = 2; config.run.summary_rounds = 0\n"), {})
+    results = json.loads((tmp_path / "runs" / "discs" / "results.json").read_text())
+    assert results["frames"] == {"train": 320, "validation": 32, "test": 64}
+    assert results["test"]["segmentation/miou"] > results["constant"]["segmentation/miou"] + 0.1
+    assert set(results["headlines"]) == {"segmentation", "attribute:Large"}
 
 
 SETTINGS = [line.split(" | ")[1] for line in README.splitlines() if line.startswith("|") and "--config." in line]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from input_pipeline import datasets
 from mtl_sparse import train
-from tests.conftest import tiny
+from tests.conftest import tiny, tiny_faces
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 pytestmark = [
@@ -20,11 +20,22 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def nyu(tmp_path_factory):
-    """An NYUD_MT folder of 20 real training and 6 test frames, as `expand.py` lays them out."""
+def expand():
     spec = importlib.util.spec_from_file_location("expand", SHARED / "expand.py")
-    expand = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(expand)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def celeb(expand, tmp_path_factory):
+    """The 133 real faces as a CelebAMask-HQ folder."""
+    return expand.expand_celeb(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def nyu(expand, tmp_path_factory):
+    """An NYUD_MT folder of 20 real training and 6 test frames, as `expand.py` lays them out."""
     root = tmp_path_factory.mktemp("real") / "NYUD_MT"
     for kind in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
         (root / kind).mkdir(parents=True)
@@ -62,3 +73,25 @@ def test_real_labels_are_in_the_documented_units(nyu):
     # floors face up (y points down) and walls are upright
     floor = frame["segmentation"][..., 0] == 2
     assert floor.sum() == 0 or frame["normals"][floor][:, 1].mean() < -0.5
+
+
+def test_real_faces_load_and_train(celeb, expand, tmp_path):
+    config = tiny_faces(celeb)
+    config.data.update(flip=True, max_scale=1.2)
+    config.train.update(batch_size=16, epochs=1)
+    results = train.train(config, tmp_path)
+    assert results["frames"] == {"train": 80, "validation": 26, "test": 27}
+    assert all(np.isfinite(value) for value in results["test"].values())
+    assert results["test"]["segmentation/miou"] > 0.1
+
+    data = datasets.load(config.data)
+    rows = {line.split()[0]: line.split()[1:] for line in (celeb / "CelebAMask-HQ-attribute-anno.txt").open()}
+    column = rows["5_o_Clock_Shadow"].index("Smiling") + 1  # the header's first name is its key here
+    with tarfile.open(SHARED / "celebamask_hq_133.tar") as archive:
+        for name, face in zip(data.names["test"], data.test, strict=True):
+            assert face["image"].shape == (512, 512, 3)
+            assert face["attribute:Smiling"] == (rows[f"{name}.jpg"][column] == "1")
+            whole = expand.read_png(archive, f"masks/{name}.png")
+            np.testing.assert_array_equal(face["segmentation"][..., 0] == 3, whole == expand.PARTS.index("hair"))
+            skin = [expand.PARTS.index(part) for part in dict(config.data.classes)["skin"]]
+            np.testing.assert_array_equal(face["segmentation"][..., 0] == 2, np.isin(whole, skin))

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mtl_sparse.errors import UserError
-from mtl_sparse.models import deeplab, resnet
+from mtl_sparse.models import classifier, deeplab, resnet
 from mtl_sparse.models import widths as widths_lib
 
-HEADS = {"deeplab": deeplab.DeepLabHead}
+HEADS = {"deeplab": deeplab.DeepLabHead, "classifier": classifier.Classifier}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -20,6 +20,7 @@ class MultiTaskModel(nn.Module):
       heads: (task name, head kind, outputs) of each task.
       depth, width: of the backbone, see `resnet.ResNet`.
       head_features, dropout: of the heads, see `deeplab.DeepLabHead`.
+      classifier_features, classifier_dropout: of the classification heads, see `classifier.Classifier`.
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
       bn_momentum: of every BatchNorm, see `resnet.ResNet`.
@@ -31,6 +32,8 @@ class MultiTaskModel(nn.Module):
     width: int = 64
     head_features: int = 256
     dropout: float = 0.3
+    classifier_features: tuple[int, int] = (64, 32)
+    classifier_dropout: tuple[float, float] = (0.6, 0.4)
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
@@ -38,9 +41,10 @@ class MultiTaskModel(nn.Module):
 
     @nn.compact
     def __call__(self, images, train: bool = False):
-        """Images [B, H, W, 3] float32, normalised -> {task: raw prediction [B, H/8, W/8, outputs]}.
+        """Images [B, H, W, 3] float32, normalised -> {task: raw prediction}.
 
-        Raw is before upsampling and the task's activation, see `mtl_sparse.activations`.
+        Raw is before upsampling and the task's activation, see `mtl_sparse.activations`: [B, H/8, W/8, outputs] of a
+        pixel task, logits [B] of an attribute.
         """
         shared = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
         layers = self.layers()
@@ -50,8 +54,12 @@ class MultiTaskModel(nn.Module):
         features = backbone(images, train)
         outputs = {}
         for (task, kind, channels), head in zip(self.heads, layers.heads, strict=True):
-            own = {"widths": head} if head else {}
-            module = HEADS[kind](channels, self.head_features, self.dropout, **shared, **own, name=f"head_{task}")
+            own = {"features": self.head_features, "dropout": self.dropout}
+            if kind == "classifier":
+                own = {"features": self.classifier_features, "dropout": self.classifier_dropout}
+            if head:
+                own["widths"] = head
+            module = HEADS[kind](channels, **own, **shared, name=f"head_{task}")
             raw = module(features, train)
             # What nothing of the images reaches is computed once for all of them.
             outputs[task] = jnp.broadcast_to(raw, (images.shape[0], *raw.shape[1:]))
@@ -61,7 +69,8 @@ class MultiTaskModel(nn.Module):
         """Widths of every layer, whether dense or compact."""
         if self.widths is not None:
             return self.widths
-        heads = tuple(deeplab.dense(self.head_features) if kind == "deeplab" else None for _, kind, _ in self.heads)
+        dense = {"deeplab": deeplab.dense(self.head_features), "classifier": widths_lib.Classifier()}
+        heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
         return widths_lib.Widths(*resnet.dense(self.depth, self.width), heads)
 
 
@@ -81,6 +90,8 @@ def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskMod
         width=config.width,
         head_features=config.head_features,
         dropout=config.dropout,
+        classifier_features=tuple(config.classifier_features),
+        classifier_dropout=tuple(config.classifier_dropout),
         dtype=DTYPES[config.dtype],
         axis_name=axis_name,
         bn_momentum=config.bn_momentum,

@@ -67,12 +67,25 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A classification head.
+
+    Attributes:
+      reads: features that its convolution takes, as one entry; None is all.
+      dead: whether nothing reaches it: it is a constant then.
+    """
+
+    reads: tuple[Ranges | None] = (None,)
+    dead: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Widths:
-    """Of a whole model; `heads` in its order, None for a head of another kind than DeepLab's."""
+    """Of a whole model; `heads` in its order, None for a head of a kind that is not the project's."""
 
     stem: Stem
     blocks: tuple[Block, ...]
-    heads: tuple[Head | None, ...]
+    heads: tuple[Head | Classifier | None, ...]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -85,7 +98,7 @@ class Widths:
             return cls(
                 Stem(**tree["stem"]),
                 tuple(Block(**block) for block in tree["blocks"]),
-                tuple(head and Head(**head) for head in tree["heads"]),
+                tuple(head and (Head if "branches" in head else Classifier)(**head) for head in tree["heads"]),
             )
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"not the widths of a model: {error}") from error

@@ -5,7 +5,6 @@ import pathlib
 
 import numpy as np
 
-from input_pipeline.nyud_mt import CLASSES
 from input_pipeline.transforms import VOID
 from mtl_sparse.report import records
 
@@ -170,17 +169,21 @@ def _short(path):
 
 
 def sample_sheet(samples):
-    """One row a test frame: the image, then label and prediction of each task."""
-    tasks = [key.removeprefix("label/") for key in samples if key.startswith("label/")]
+    """One row a test frame: the image, beside it its attributes, then label and prediction of each pixel task."""
+    every = [key.removeprefix("label/") for key in samples if key.startswith("label/")]
+    tasks = [task for task in every if samples[f"label/{task}"].ndim > 1]
+    attributes = [task for task in every if samples[f"label/{task}"].ndim == 1]
     images = samples["image"]
     count, height, width = images.shape[:3]
-    columns = 1 + 2 * len(tasks)
+    columns = 1 + 2 * len(tasks) + bool(attributes)
     figure = _figure(figsize=(2 * columns, 2 * count * height / width + 0.8))
     axes = figure.subplots(count, columns, squeeze=False)
     shown = set()
     for row in range(count):
         axes[row, 0].imshow(images[row])
         axes[row, 0].set_ylabel(str(samples["name"][row]), fontsize=7)
+        if attributes:
+            _write_attributes(axes[row, -1], samples, attributes, row)
         for i, task in enumerate(tasks):
             label, prediction = samples[f"label/{task}"][row], samples[f"prediction/{task}"][row]
             pictures = _pictures(label, prediction)
@@ -189,6 +192,7 @@ def sample_sheet(samples):
             if np.issubdtype(label.dtype, np.integer):
                 shown |= set(np.unique(label)) | set(np.unique(prediction))
     titles = ["image"] + [f"{task}: {kind}" for task in tasks for kind in ("label", "prediction")]
+    titles += ["attributes: prediction"] * bool(attributes)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=8)
     for axis in axes.flat:
@@ -197,17 +201,31 @@ def sample_sheet(samples):
     if shown:
         from matplotlib.patches import Patch
 
-        classes = sorted(int(index) for index in shown - {VOID})
-        handles = [Patch(color=class_colors()[index], label=CLASSES[index]) for index in classes]
+        names = dict(enumerate(samples.get("classes", ())))
+        handles = [
+            Patch(color=class_colors()[index], label=names.get(index, f"class {index}"))
+            for index in sorted(int(index) for index in shown - {VOID})
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=7, frameon=False)
     return figure
 
 
+def _write_attributes(axis, samples, attributes, row):
+    """The predicted probability of each attribute of a frame: green where that is right, red where it is not."""
+    axis.axis("off")
+    threshold = float(samples["threshold"])
+    for i, task in enumerate(attributes):
+        label, probability = samples[f"label/{task}"][row], float(samples[f"prediction/{task}"][row])
+        text = f"{task.removeprefix('attribute:').replace('_', ' ')}: {100 * probability:.0f} %"
+        color = "black" if label == VOID else "#2e7d32" if (probability >= threshold) == (label == 1) else "#b03a2e"
+        axis.text(0.02, 0.85 - 0.17 * i, text, color=color, fontsize=9, transform=axis.transAxes)
+
+
 def class_colors() -> np.ndarray:
-    """One RGB in [0, 1] for each class, [40, 3]: neighbours in the list differ in hue."""
+    """One RGB in [0, 1] for each class, [VOID, 3]: neighbours in the list differ in hue."""
     from matplotlib.colors import hsv_to_rgb
 
-    index = np.arange(len(CLASSES))
+    index = np.arange(VOID)
     hsv = np.stack([index * 0.618034 % 1, 0.45 + 0.25 * (index % 3) / 1, 0.95 - 0.25 * (index // 3 % 2)], -1)
     return hsv_to_rgb(np.clip(hsv, 0, 1))
 

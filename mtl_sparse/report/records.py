@@ -9,7 +9,7 @@ from input_pipeline.transforms import unnormalize_image
 from mtl_sparse.errors import UserError
 
 # Settings that change how a run goes or where its data lie, not what comes out of it.
-_FREE = ("run.", "compact.", "benchmark.", "export.", "data.folder", "data.prepared", "data.rooms.folder")
+_FREE = ("run.", "compact.", "benchmark.", "export.", "data.folder", "data.prepared", "data.embedded.folder")
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -81,15 +81,19 @@ def read_metrics(workdir: pathlib.Path) -> dict[str, dict[str, tuple[np.ndarray,
     }
 
 
-def write_samples(workdir, *, images, names, labels, predictions) -> None:
+def write_samples(workdir, *, images, names, labels, predictions, classes=(), threshold=0.5) -> None:
     """samples.npz: uint8 `image`, `name`, and `label/<task>`, `prediction/<task>` of some test frames.
 
-    Predictions of class probabilities are stored as classes.
+    Predictions of class probabilities are stored as classes; `classes` has the names of those that have one. An
+    attribute's prediction is its probability, and `threshold` says from where on that means yes.
     """
     arrays = {"image": unnormalize_image(images), "name": np.array(names)}
+    arrays |= {"classes": np.array(classes, dtype=str), "threshold": np.array(threshold)}
     for task, label in labels.items():
         prediction = predictions[task]
-        if np.issubdtype(label.dtype, np.integer):
+        if label.ndim == 1:  # one value an image
+            pass
+        elif np.issubdtype(label.dtype, np.integer):
             prediction = prediction.argmax(-1).astype(np.int32)
         elif prediction.shape[-1] == 1:
             prediction = prediction[..., 0]

@@ -30,7 +30,7 @@ def compact(
     """The physically smaller model with the same outputs, and its variables.
 
     Args:
-      model: dense or compact already. Heads of another kind than DeepLab's stay as they are.
+      model: dense or compact already. Heads of a kind that is not the project's stay as they are.
       variables: {"params", "batch_stats"} of the model.
       size: (height, width) of the images; where given, the atrous taps that would meet only padding at this size (and
         at any smaller one) go, too.
@@ -114,10 +114,15 @@ class _Compactor:
         return liveness.Conv(f"{prefix}/{name}", path, kernel, values, relu)
 
     def _trace_head(self, task, head):
-        """(chain of the trunk, chains of the branches), None for a head of another kind."""
+        """(chain of the trunk, chains of what reads the features), None for a head of another kind."""
         if head is None:
             return None
         prefix = f"head_{task}"
+        if isinstance(head, widths_lib.Classifier):
+            if head.dead:
+                return None, [None]
+            conv = self._conv(prefix, "conv", None, True)
+            return None, [liveness.trace([conv], 0, np.ones(conv.kernel.shape[-1], bool))]
         names = [("project", "project_bn", True), ("conv", "conv_bn", True), ("out", None, False)][head.dead :]
         convs = [self._conv(prefix, *name) for name in names]
         constant = self.params.get(f"{prefix}/constant")
@@ -290,10 +295,10 @@ class _Compactor:
 
     def _build_head(self, task, head, traced):
         prefix = f"head_{task}"
-        if traced is None:
+        if traced is None or isinstance(head, widths_lib.Classifier):
             self.new_params |= {path: value for path, value in self.params.items() if path.startswith(f"{prefix}/")}
             self.new_stats |= {path: value for path, value in self.stats.items() if path.startswith(f"{prefix}/")}
-            return None
+            return head and self._build_classifier(prefix, head, traced[1][0])
         trunk, branches = traced
         count, order = len(head.branches), self.order[-1]
         widths, reads, taps, rows = [0] * count, [None] * count, list(head.taps), []
@@ -314,6 +319,23 @@ class _Compactor:
         if not trunk.convs:
             self._write_constant(prefix, trunk.constant)
         return widths_lib.Head(tuple(widths), features[:2], trunk.dead, tuple(reads), tuple(taps))
+
+    def _build_classifier(self, prefix, head, chain):
+        """The classification head without the inputs that it ignores; its parameters have been taken over."""
+        if head.dead:
+            return head
+        if chain.convs:
+            wanted = _spread(chain.wanted, head.reads[0], len(self.needs[-1]))
+            every = np.arange(chain.convs[0].kernel.shape[-1])
+            reads, rows = self._reads(chain, wanted, self.order[-1], head.reads[0], every)
+            self._write(chain.convs[0], rows, every)
+            return widths_lib.Classifier((reads,))
+        dense = {}
+        for path in [path for path in self.new_params if path.startswith(f"{prefix}/")]:
+            dense[path.removeprefix(f"{prefix}/")] = self.new_params.pop(path).astype(np.float64)
+        hidden = np.maximum(chain.constant @ dense["fc1/kernel"] + dense["fc1/bias"], 0)
+        self._write_constant(prefix, hidden @ dense["fc2/kernel"] + dense["fc2/bias"])
+        return widths_lib.Classifier(dead=True)
 
     def _taps(self, kernel, rate):
         """Height and width of an atrous kernel without the taps that would meet only padding."""

@@ -156,8 +156,8 @@ def test_unknown_data_set_and_no_folder_are_named(rooms):
     with pytest.raises(UserError, match="cityscapes.*nyud_mt"):
         datasets.load(config.data)
     config = tiny(rooms)
-    config.data.rooms.frames = 10
-    with pytest.raises(UserError, match="renders embedded rooms, but config.data.folder.*rooms.frames=0"):
+    config.data.embedded.frames = 10
+    with pytest.raises(UserError, match="draws its own data, but config.data.folder.*embedded.frames=0"):
         datasets.load(config.data)
     config = tiny("")
     with pytest.raises(UserError, match="config.data.folder is not set"):

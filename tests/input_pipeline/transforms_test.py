@@ -22,7 +22,7 @@ def frame():
 
 
 def test_masks_are_kept_and_classes_begin_at_zero(frame):
-    example = Transform((16, 24), "metres")(frame)
+    example = Transform((16, 24), depth_target="metres")(frame)
     assert (example["segmentation"][:4] == VOID).all()
     np.testing.assert_array_equal(example["segmentation"][4:] == VOID, frame["segmentation"][4:, :, 0] == 0)
     present = example["segmentation"] != VOID
@@ -48,7 +48,7 @@ def test_depth_normalisation_by_hand():
 
 
 def test_resizing_keeps_label_values(frame):
-    example = Transform((8, 16), "metres")(frame)
+    example = Transform((8, 16), depth_target="metres")(frame)
     assert {value.shape for key, value in example.items() if key != "mask"} == {(8, 16), (8, 16, 3)}
     assert set(np.unique(example["depth"])) <= set(np.unique(frame["depth"]))
     assert set(np.unique(example["segmentation"])) <= {VOID, *range(40)}
@@ -67,18 +67,18 @@ class Always:
 
 
 def test_flip_mirrors_everything_and_the_normals_x(frame):
-    plain = Transform((16, 24), "metres")(frame)
-    flipped = Transform((16, 24), "metres", flip=True)(frame, Always())
+    plain = Transform((16, 24), depth_target="metres")(frame)
+    flipped = Transform((16, 24), depth_target="metres", flip=True)(frame, Always())
     for key in ("image", "segmentation", "depth", "edge"):
         np.testing.assert_array_equal(flipped[key], plain[key][:, ::-1])
     np.testing.assert_allclose(flipped["normals"], plain["normals"][:, ::-1] * [-1, 1, 1])
-    kept = Transform((16, 24), "metres", flip=True)(frame, Always(random=0.9))
+    kept = Transform((16, 24), depth_target="metres", flip=True)(frame, Always(random=0.9))
     np.testing.assert_array_equal(kept["depth"], plain["depth"])
 
 
 def test_zoom_crops_jointly_and_divides_depth(frame):
     frame["segmentation"][4:, :, 0] = np.arange(24) % 40 + 1
-    zoomed = Transform((8, 12), "metres", max_scale=2.0)(frame, Always(uniform=2.0, integer=5))
+    zoomed = Transform((8, 12), depth_target="metres", max_scale=2.0)(frame, Always(uniform=2.0, integer=5))
     window = np.s_[5:13, 5:17]
     np.testing.assert_allclose(zoomed["depth"], frame["depth"][window] / 2)
     np.testing.assert_allclose(zoomed["normals"], frame["normals"][window], rtol=1e-5, atol=1e-6)
@@ -87,5 +87,5 @@ def test_zoom_crops_jointly_and_divides_depth(frame):
 
 
 def test_without_a_generator_nothing_is_augmented(frame):
-    example = Transform((16, 24), "metres", flip=True, max_scale=2.0)(frame)
+    example = Transform((16, 24), depth_target="metres", flip=True, max_scale=2.0)(frame)
     np.testing.assert_array_equal(example["depth"], frame["depth"])

@@ -97,6 +97,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
             "segmentation": np.eye(3)[[[[0, 1], [1, 2]]]],
             "depth": np.full((1, 2, 2, 1), 0.5, np.float32),
         },
+        classes=("wall", "floor"),
     )
     samples = records.read_samples(tmp_path)
     np.testing.assert_array_equal(samples["prediction/segmentation"], [[[0, 1], [1, 2]]])
@@ -110,11 +111,40 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     np.testing.assert_allclose(shown[1][0, 1], colors[1])
     np.testing.assert_allclose(shown[1][1, 0], 0, err_msg="void is black")
     np.testing.assert_allclose(shown[2][1, 0], colors[1])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wall", "floor", "cabinet"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wall", "floor", "class 2"]
+
+
+def test_attributes_are_written_beside_their_image(tmp_path):
+    """Green where the prediction at the threshold is right, red where it is wrong, black without a label."""
+    records.write_samples(
+        tmp_path,
+        images=np.zeros((2, 8, 8, 3), np.float32),
+        names=["17", "65"],
+        labels={
+            "segmentation": np.zeros((2, 8, 8), np.int32),
+            "attribute:Smiling": np.array([1, 0], np.uint8),
+            "attribute:Wearing_Hat": np.array([0, VOID], np.uint8),
+        },
+        predictions={
+            "segmentation": np.zeros((2, 8, 8, 3)),
+            "attribute:Smiling": np.array([0.62, 0.8]),
+            "attribute:Wearing_Hat": np.array([0.65, 0.1]),
+        },
+        threshold=0.6,
+    )
+    figure = plots.sample_sheet(records.read_samples(tmp_path))
+    assert len(figure.axes) == 2 * (1 + 2 + 1)
+    texts = [[(text.get_text(), text.get_color()) for text in axis.texts] for axis in figure.axes[3::4]]
+    green, red = "#2e7d32", "#b03a2e"
+    assert texts == [
+        [("Smiling: 62 %", green), ("Wearing Hat: 65 %", red)],
+        [("Smiling: 80 %", red), ("Wearing Hat: 10 %", "black")],
+    ]
+    assert figure.axes[3].get_title() == "attributes: prediction"
 
 
 def test_class_colors_can_be_told_apart():
-    colors = plots.class_colors()
+    colors = plots.class_colors()[:40]
     distance = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + np.eye(40)
     assert distance.min() > 0.05
 

@@ -17,7 +17,7 @@ from mtl_sparse.sparsity.compact import compact
 from mtl_sparse.sparsity.liveness import Costs, choose_ranges
 
 SIZE = (32, 48)
-HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1))
+HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1), ("attribute:Male", "classifier", 1))
 
 
 @functools.cache

@@ -4,15 +4,16 @@ import cv2
 import numpy as np
 import pytest
 
-from input_pipeline import nyud_mt, synthetic
+from input_pipeline import nyud_mt
+from input_pipeline.synthetic import rooms
 
 HEIGHT, WIDTH = 48, 64
 
 
 @pytest.fixture(params=range(4))
 def scene(request):
-    room = synthetic.random_room(np.random.default_rng((5, request.param)))
-    return room, synthetic.render(room, HEIGHT, WIDTH, np.random.default_rng(0))
+    room = rooms.random_room(np.random.default_rng((5, request.param)))
+    return room, rooms.render(room, HEIGHT, WIDTH, np.random.default_rng(0))
 
 
 def points(room, depth):
@@ -40,7 +41,7 @@ def test_normals_are_unit_and_face_the_camera(scene):
 
 def test_everything_is_inside_the_room(scene):
     room, frame = scene
-    _, rotation = synthetic._rays(room, HEIGHT, WIDTH)
+    _, rotation = rooms._rays(room, HEIGHT, WIDTH)
     world = points(room, frame["depth"].astype(np.float64)) @ rotation.T
     assert (world > room.low - 1e-4).all() and (world < room.high + 1e-4).all()
     floor = world[frame["segmentation"] == 2]
@@ -58,7 +59,7 @@ def test_edges_are_where_the_surface_changes(scene):
 
 
 def test_folder_has_the_published_layout_and_is_rendered_once(tmp_path):
-    folder = synthetic.render_folder(6, 2, 16, 24, seed=3, folder=str(tmp_path))
+    folder = rooms.render_folder(6, 2, 16, 24, seed=3, folder=str(tmp_path))
     splits = nyud_mt.read_splits(folder)
     assert {split: len(names) for split, names in splits.items()} == {"train": 5, "validation": 1, "test": 2}
     frame = nyud_mt.read_frame(folder, splits["train"][0])
@@ -66,13 +67,13 @@ def test_folder_has_the_published_layout_and_is_rendered_once(tmp_path):
     image = cv2.imread(frame["image"])
     assert image.shape == (16, 24, 3) and image.std() > 10
     before = (folder / "images" / "00000.jpg").stat().st_mtime_ns
-    assert synthetic.render_folder(6, 2, 16, 24, seed=3, folder=str(tmp_path)) == folder
+    assert rooms.render_folder(6, 2, 16, 24, seed=3, folder=str(tmp_path)) == folder
     assert (folder / "images" / "00000.jpg").stat().st_mtime_ns == before
 
 
 def test_the_seed_decides_everything(tmp_path):
     a, b, c = (
-        synthetic.render_folder(2, 1, 16, 24, seed, str(tmp_path / name))
+        rooms.render_folder(2, 1, 16, 24, seed, str(tmp_path / name))
         for seed, name in ((1, "a"), (1, "b"), (2, "c"))
     )
     read = lambda folder: (folder / "images" / "00001.jpg").read_bytes()  # noqa: E731

@@ -1,0 +1,52 @@
+"""Head of an image-level task: one convolution, two dense layers, one logit."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mtl_sparse.models import atrous
+from mtl_sparse.models import widths as widths_lib
+from mtl_sparse.models.dropout import Dropout
+
+
+class Classifier(nn.Module):
+    """3x3 convolution, ReLU, 2x2 max-pooling, mean over the map, dropout, dense, ReLU, dropout, dense.
+
+    Attributes:
+      outputs: logits of an image.
+      features: of the convolution and of the first dense layer ((64, 32) in the paper's code).
+      dropout: rate before each dense layer ((0.6, 0.4) in the paper's code).
+      widths: of a compact head; None is dense.
+    """
+
+    outputs: int = 1
+    features: tuple[int, int] = (64, 32)
+    dropout: tuple[float, float] = (0.6, 0.4)
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+    bn_momentum: float = 0.9  # as every head's; there is no BatchNorm here
+    widths: widths_lib.Classifier | None = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """[B, h, w, C] -> logits [B], or [B, outputs] of several; float32 (float64 where that is the dtype).
+
+        A compact head that nothing of x reaches gives [1] or [1, outputs].
+        """
+        layers = self.widths or widths_lib.Classifier()
+        raw_dtype = jnp.promote_types(jnp.float32, self.dtype)
+        if layers.dead:
+            constant = self.param("constant", nn.initializers.zeros_init(), (self.outputs,), jnp.float32)
+            return self._squeezed(constant[None].astype(raw_dtype))
+        x = widths_lib.select(x, layers.reads[0])
+        # Kernels by Flax's default, which is by fan-in: no BatchNorm takes the scale out again.
+        settings = {"padding": 1, "conv_general_dilated": atrous.conv, "dtype": self.dtype}
+        y = nn.relu(nn.Conv(self.features[0], (3, 3), **settings, name="conv")(x))
+        window = tuple(min(2, side) for side in y.shape[1:3])
+        y = jnp.mean(nn.max_pool(y, window, strides=window), (1, 2), dtype=raw_dtype).astype(self.dtype)
+        y = Dropout(self.dropout[0], self.axis_name, name="drop1")(y, train)
+        y = nn.relu(nn.Dense(self.features[1], dtype=self.dtype, name="fc1")(y))
+        y = Dropout(self.dropout[1], self.axis_name, name="drop2")(y, train)
+        return self._squeezed(nn.Dense(self.outputs, dtype=self.dtype, name="fc2")(y).astype(raw_dtype))
+
+    def _squeezed(self, logits):
+        return logits[:, 0] if self.outputs == 1 else logits

@@ -1,0 +1,53 @@
+"""Data sets of one's own: what is opened is checked before anything is trained on it."""
+
+import numpy as np
+import pytest
+
+from input_pipeline import datasets
+from input_pipeline.datasets import Data
+from mtl_sparse.errors import UserError
+from tests.conftest import tiny
+
+
+def frame(**changes):
+    image = np.zeros((16, 24, 3), np.uint8)
+    return {"image": image, "segmentation": np.ones((16, 24), np.uint8), "attribute:Large": np.uint8(1)} | changes
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """load(labels, data, num_classes=2): opens `data`, a list of frames of each split or a Data, as the set "mine"."""
+    monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
+
+    def load(labels, data, num_classes=2):
+        config = tiny("").data
+        config.update(name="mine", num_classes=num_classes)
+        datasets.DATASETS["mine"] = lambda config: data if isinstance(data, Data) else Data(data, data[:1], data[:1])
+        return datasets.load(config, labels)
+
+    return load
+
+
+def test_lists_of_frames_are_sources(load):
+    data = load(["segmentation", "attribute:Large"], [frame(), frame()])
+    assert data.names == {"train": ["0", "1"], "validation": ["0"], "test": ["0"]}
+    named = Data([frame()], [frame()], [frame()], names={"train": ["a"], "validation": ["b"], "test": ["c"]})
+    assert load([], named).names["test"] == ["c"]
+
+
+def test_what_cannot_be_trained_on_is_named(load):
+    with pytest.raises(UserError, match="train split of config.data.name='mine' has no frames"):
+        load([], [])
+    with pytest.raises(UserError, match="'depth', which config.data.name='mine' does not have.*attribute:Large, segm"):
+        load(["depth"], [frame()])
+    with pytest.raises(UserError, match="'attribute:Larg'.*nearest: attribute:Large"):
+        load(["attribute:Larg"], [frame()])
+    with pytest.raises(UserError, match=r"'image' of uint8 \[H, W, 3\], not float32 \[16, 24, 3\]"):
+        load([], [frame(image=np.zeros((16, 24, 3), np.float32))])
+    with pytest.raises(UserError, match="num_classes=2.*have 3 classes"):
+        load([], Data([frame()], [frame()], [frame()], classes=("a", "b", "c")))
+    with pytest.raises(UserError, match="unknown data set.*nyud_mt, celebamask_hq, mine"):
+        config = tiny("").data
+        config.name = "yours"
+        load([], [frame()])
+        datasets.load(config)
