@@ -29,8 +29,12 @@ def _evaluate(config, workdir):
 
 
 def _report(config, workdir):
-    from mtl_sparse.report import plots, records, tables
+    from mtl_sparse.report import page, plots, records, tables
 
+    folders = [folder for folder in _RUNS.value if folder]
+    if folders or (pathlib.Path(workdir) / "sweep.json").exists():
+        page.write(folders or [workdir], pathlib.Path(workdir) / "report")
+        return
     print(tables.run_table(records.read_json(pathlib.Path(workdir) / "results.json")))
     for path in plots.draw(workdir):
         print(path)
@@ -61,19 +65,59 @@ def _export(config, workdir):
     export.run_job(config, workdir)
 
 
+def _sweep(config, workdir):
+    from mtl_sparse import sweep
+
+    stem, argument = _config_file()
+    if stem == "sweeps":
+        from configs import sweeps
+
+        settings = sweeps.trials(argument)
+    else:
+        settings = sweep.parse_grid(_GRID.value)
+    from mtl_sparse.report import page
+
+    sweep.run_job(
+        config,
+        workdir,
+        settings,
+        sweep.Options(
+            max_parallel=_MAX_PARALLEL.value,
+            shard=sweep.parse_shard(_SHARD.value),
+            retry_failed=_RETRY_FAILED.value,
+            cluster=_CLUSTER.value,
+            cluster_settings=sweep.parse_settings(_CLUSTER_SETTINGS.value),
+        ),
+    )
+    page.write([workdir], pathlib.Path(workdir) / "report")
+
+
 JOBS = {
     "train": (_train, "train, evaluate the best checkpoint, write the report; goes on where the folder left off"),
     "evaluate": (_evaluate, "evaluate the best checkpoint of a run and write its report again"),
-    "report": (_report, "draw a run's table and pictures again from its records"),
+    "report": (_report, "a run's table and pictures again from its records, or those of a sweep, or of --runs"),
     "compact": (_compact, "take the zero channels out of a run's model: a smaller run in <workdir>/compact"),
     "benchmark": (_benchmark, "time a run's model: dense, with its zeros, and compact"),
     "export": (_export, "write a run's model as a file that runs without this package: StableHLO or ONNX"),
+    "sweep": (
+        _sweep,
+        "train the runs of configs/sweeps.py:NAME, or of --grid, that have not finished, and report them",
+    ),
     "prepare": (_prepare, "only prepare the data, so that machines without TensorFlow can train on it"),
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run, a file of configs/.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; by default runs/<name of the config>, or FOLDER of configs/run.py:FOLDER."
+)
+_RUNS = flags.DEFINE_list("runs", [], "Folders of the runs and sweeps of --job=report, in place of the workdir's.")
+_GRID = flags.DEFINE_string("grid", "", "Trials of --job=sweep: 'sparsity.lambda_=0.0,1e-5; seed=0,1', each with each.")
+_MAX_PARALLEL = flags.DEFINE_integer("max_parallel", 1, "Runs of a sweep at a time.")
+_SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run of a sweep from the i-th on, i from 0.")
+_RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run those of a sweep again that failed before.")
+_CLUSTER = flags.DEFINE_string("cluster", "", "'slurm' runs a sweep there, 'local' as there but here; extra 'slurm'.")
+_CLUSTER_SETTINGS = flags.DEFINE_string(
+    "cluster_settings", "", "Of submitit's executor: 'slurm_partition=gpu,timeout_min=600,gpus_per_node=1'."
 )
 _JOB = flags.DEFINE_string("job", "train", "; ".join(f"{name}: {text}" for name, (_, text) in JOBS.items()))
 
@@ -83,11 +127,9 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.FIELD=VALUE")
     if _JOB.value not in JOBS:
         raise UserError(f"unknown job {_JOB.value!r}; the jobs are {', '.join(JOBS)}")
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
-    stem = pathlib.Path(path).stem
-    named = argument if stem == "run" else os.path.join("runs", "_".join(filter(None, (stem, argument))))
+    stem, argument = _config_file()
+    named = os.path.join("runs", "_".join(filter(None, (stem, *argument.split(":")))))
+    named = argument if stem == "run" else named
     workdir = _WORKDIR.value or named
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
@@ -95,6 +137,14 @@ def main(argv):
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
     config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
     JOBS[_JOB.value][0](config, workdir)
+
+
+def _config_file():
+    """(name, argument) of --config=configs/<name>.py:<argument>."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
+    return pathlib.Path(path).stem, argument
 
 
 def _worth_reading(record):
@@ -105,6 +155,12 @@ def _worth_reading(record):
 
 def _parse(argv):
     """absl's flags, with what is wrong told in one sentence."""
+    # A tuple's flag takes Python or names with commas between, but trips over a colon there, as in attribute:Smiling.
+    for arguments in (argv, sys.argv):  # config_flags looks for overrides in the second
+        for i, argument in enumerate(arguments):
+            flag, _, value = argument.partition("=")
+            if flag == "--config.tasks" and value[:1] not in tuple("([\"'"):
+                arguments[i] = f"{flag}={tuple(name.strip() for name in value.split(','))}"
     try:
         return flags.FLAGS(argv)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:

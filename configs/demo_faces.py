@@ -5,11 +5,14 @@ from configs import celebamask_hq
 
 def get_config(tasks: str = "seg+male+smile"):
     config = celebamask_hq.get_config(tasks)
-    config.data.embedded.update(frames=1000, height=64, width=64)
-    config.data.size = (64, 64)
-    config.model.update(depth=18, width=32, head_features=64, bn_momentum=0.97)
-    config.optimizer.update(learning_rate=2e-3, schedule="cosine", weight_decay=0.0)
-    config.sparsity.target = 0.7
-    config.train.update(batch_size=16, epochs=25, early_stop_epochs=0)
+    config.data.embedded.update(frames=2400, height=80, width=80)
+    config.data.update(size=(80, 80), flip=True)
+    config.model.update(depth=18, width=32, head_features=64, bn_momentum=0.97, classifier_dropout=(0.2, 0.2))
+    # A smile is a few pixels of a face: with an equal say it would be learned long after the rest.
+    weights = {"segmentation": 1.0, "attribute:Male": 1.0, "attribute:Smiling": 2.0}
+    config.loss.update(weighting="fixed", weights=tuple(weights[task] for task in config.tasks))
+    config.optimizer.update(learning_rate=5e-4, schedule="cosine", weight_decay=0.0)
+    config.sparsity.update(target=0.6, start_step=270)
+    config.train.update(batch_size=16, epochs=13, early_stop_epochs=0)
     config.run.update(num_workers=0, log_every_steps=10, progress_every_secs=10.0)
     return config

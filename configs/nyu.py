@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
         # Any of these, "edge", and "attribute:NAME" where the data have it, see configs/celebamask_hq.py.
         tasks=("segmentation", "depth", "normals"),
         data=create(
-            name="nyud_mt",  # or "celebamask_hq", or one of your own (README, "Your own data set")
+            name="nyud_mt",  # or "celebamask_hq", or one of your own (README, "A data set of your own")
             folder="",  # the published NYUD_MT folder
             prepared="",  # where its array_record form is kept; "" is <folder>.tfds beside it
             size=(256, 256),  # height, width; plain resize
@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
             b2=0.999,
             eps=1e-8,
             weight_decay=0.1,  # decoupled, on kernels
+            l2=0.0,  # in the gradient, on all of the model, as in the paper's dense baselines (0.01, weight_decay=0)
             schedule="plateau",  # or "constant", "cosine"
             plateau_epochs=5,  # stale epochs before the learning rate is multiplied by ...
             plateau_factor=0.1,

@@ -6,6 +6,8 @@ python launch.py --config=configs/run.py:runs/demo --job=evaluate
 import json
 import pathlib
 
+from ml_collections import ConfigDict
+
 from configs import nyu
 from mtl_sparse.errors import UserError
 
@@ -22,6 +24,10 @@ def get_config(folder: str = ""):
 def _update(config, values):
     """Takes over the values; settings that the run does not know keep their default."""
     for name, value in values.items():
+        if name not in config or isinstance(value, dict) != isinstance(config[name], ConfigDict):
+            raise UserError(
+                f"config.json of that run has the setting {name!r} of another version of mtl-sparse: use that one"
+            )
         if isinstance(value, dict):
             _update(config[name], value)
         else:

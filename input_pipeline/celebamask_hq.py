@@ -1,11 +1,12 @@
 """TFDS builder of CelebAMask-HQ, from its official folder.
 
-    CelebA-HQ-img/<id>.jpg                                        RGB, 1024x1024
-    CelebAMask-HQ-mask-anno/<id // 2000>/<id, 5 digits>_<part>.png    512x512, 255 where the part is; absent: no such part
+    CelebA-HQ-img/<id>.jpg              RGB, 1024x1024
+    CelebAMask-HQ-mask-anno/<id // 2000>/<id, 5 digits>_<part>.png    512x512, 255 where the part is
     CelebAMask-HQ-attribute-anno.txt    number of faces; names of the attributes; a line a face: <id>.jpg, then -1 or 1
 
-The parts are stored as one map, painted over one another in the official order, and become classes only when they are
-read (config.data.classes). The faces are divided at random, 60 % train, 20 % validation, 20 % test, by a fixed seed.
+A face without some part has no file for it. The parts are stored as one map, painted over one another in the official
+order, and become classes only when they are read (config.data.classes). The faces are divided at random, 60 % train,
+20 % validation, 20 % test, by a fixed seed, or as config.data.split says.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ ATTRIBUTE_FILE = "CelebAMask-HQ-attribute-anno.txt"
 
 
 class CelebamaskHq(tfds.core.GeneratorBasedBuilder):
-    """CelebAMask-HQ. `manual_dir` is the official folder; `split`, a JSON file of lists, see `published.read_splits`."""
+    """CelebAMask-HQ. `manual_dir` is the official folder; `split`, see `published.read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the official CelebAMask-HQ folder (CelebA-HQ-img, ...)."
@@ -65,6 +66,7 @@ class CelebamaskHq(tfds.core.GeneratorBasedBuilder):
         folder = pathlib.Path(dl_manager.manual_dir)
         lists = read_splits(folder, self._split)
         self.info.metadata["splits"] = lists
+        self.info.metadata["given_split"] = bool(self._split)
         self.info.metadata["fingerprint"] = fingerprint(folder, self._split)
         attributes = read_attributes(folder)
         return {split: self._generate_examples(folder, names, attributes) for split, names in lists.items()}
@@ -112,10 +114,15 @@ def classes(config) -> tuple[str, ...]:
     if not config.classes:
         raise UserError("config.data.classes is empty; configs/celebamask_hq.py has the paper's three")
     place = {}
+    for pair in config.classes:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], tuple | list)):
+            raise UserError(f"config.data.classes holds {pair!r}; it takes pairs (class, (part, part, ...))")
     for name, parts in config.classes:
         for part in parts:
             if part not in PARTS:
-                raise UserError(f"config.data.classes: unknown part {part!r} of {name}; the parts are {' '.join(PARTS)}")
+                raise UserError(
+                    f"config.data.classes: unknown part {part!r} of {name}; the parts are {' '.join(PARTS)}"
+                )
             if part in place:
                 raise UserError(f"config.data.classes: part {part!r} stands in {place[part]} and in {name}")
             place[part] = name
@@ -137,7 +144,7 @@ def read_attributes(folder: pathlib.Path) -> dict[str, np.ndarray]:
     path = folder / ATTRIBUTE_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing; an official CelebAMask-HQ folder has it")
-    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     if len(lines) < 2 or len(lines[0]) != 1 or not lines[0][0].isdecimal() or set(lines[1]) != set(ATTRIBUTES):
         raise UserError(f"{path} must begin with the number of faces and a line of the 40 attributes' names")
     count, header, rows = int(lines[0][0]), lines[1], lines[2:]

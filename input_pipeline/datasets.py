@@ -84,12 +84,7 @@ def load(config, labels: Collection[str] = ()) -> Data:
         if not len(frames):
             raise UserError(f"the {split} split of config.data.name={config.name!r} has no frames")
         _check_labels(config, labels, frames[0].keys() - {"image", "name"})
-        image = np.asarray(frames[0].get("image"))
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise UserError(
-                f"the {split} frames of config.data.name={config.name!r} need an 'image' of uint8 [H, W, 3], "
-                f"not {image.dtype} {list(image.shape)}"
-            )
+        _check_frame(config, labels, frames[0], f"the first {split} frame of config.data.name={config.name!r}")
     _check_classes(config, data.classes)
     numbers = {split: [str(i) for i in range(len(getattr(data, split)))] for split in published.SPLITS}
     return dataclasses.replace(data, names=data.names or numbers)
@@ -102,7 +97,29 @@ def _check_labels(config, labels, known):
             others = f"nearest: {', '.join(near)}" if near else f"its labels: {', '.join(sorted(known)[:6])}"
             others += ", ..." if not near and len(known) > 6 else ""
             raise UserError(
-                f"config.tasks needs the label {label!r}, which config.data.name={config.name!r} does not have; {others}"
+                f"config.tasks needs the label {label!r}, which config.data.name={config.name!r} does not have; "
+                f"{others}"
+            )
+
+
+def _check_frame(config, labels, frame, which):
+    """Raises UserError where an image, or a label that a task is given, has another form than `Transform` takes."""
+    image = np.asarray(frame.get("image"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(f"{which} needs an 'image' of uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    for label in labels:
+        value = np.asarray(frame[label])
+        if label.startswith("attribute:") and value.shape != ():
+            raise UserError(f"{which} has {label!r} of shape {list(value.shape)}; it must be one number, 1, 0 or 255")
+        if value.ndim >= 2 and value.shape[0] * image.shape[1] != value.shape[1] * image.shape[0]:
+            raise UserError(
+                f"{which} has {label!r} of {value.shape[0]}x{value.shape[1]}, its image is "
+                f"{image.shape[0]}x{image.shape[1]}: their sides must have the same ratio"
+            )
+        if label == "segmentation" and value.max() > config.num_classes:
+            raise UserError(
+                f"{which} has a segmentation of {value.max()}; with config.data.num_classes={config.num_classes} it is "
+                f"0 (void) to {config.num_classes}"
             )
 
 
@@ -115,10 +132,10 @@ def _check_classes(config, classes):
 
 def _open_published(dataset: Published, config) -> Data:
     module = dataset.module
-    if config.embedded.frames > 0 and (config.folder or config.prepared):
+    if config.embedded.frames > 0 and config.folder:
         raise UserError(
-            f"this config draws its own data, but config.data.folder={config.folder!r} and config.data.prepared="
-            f"{config.prepared!r} name data, too; to use those, add --config.data.embedded.frames=0"
+            f"this config draws its own data, but config.data.folder={config.folder!r} names data, too; to use those, "
+            "add --config.data.embedded.frames=0"
         )
     if config.embedded.frames > 0:
         folder = dataset.draw(**config.embedded)
@@ -153,7 +170,9 @@ def _open_published(dataset: Published, config) -> Data:
                 f"{folder}{f' or {config.split}' if config.split else ''} has changed since {prepared} was prepared "
                 f"from it; delete {prepared} to prepare it again, or name another config.data.prepared"
             )
-    elif config.split and published.read_splits(config.split) != metadata["splits"]:
+    elif bool(config.split) != metadata.get("given_split", False) or (
+        config.split and published.read_splits(config.split) != metadata["splits"]
+    ):
         raise UserError(f"{prepared} was prepared with other lists than those of config.data.split={config.split!r}")
     sources = {split: module.frames(builder.as_data_source(split=split), config) for split in published.SPLITS}
     return Data(

@@ -73,6 +73,7 @@ class NyudMt(tfds.core.GeneratorBasedBuilder):
         folder = pathlib.Path(dl_manager.manual_dir)
         lists = read_splits(folder, self._split)
         self.info.metadata["splits"] = lists
+        self.info.metadata["given_split"] = bool(self._split)
         self.info.metadata["fingerprint"] = fingerprint(folder, self._split)
         return {split: self._generate_examples(folder, names) for split, names in lists.items()}
 

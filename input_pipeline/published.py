@@ -26,6 +26,8 @@ def read_splits(path: str, known: Collection[str] | None = None) -> dict[str, li
         lists = json.loads(pathlib.Path(path).expanduser().read_text())
     except FileNotFoundError:
         raise UserError(f"config.data.split={path!r} does not exist") from None
+    except OSError as error:
+        raise UserError(f"config.data.split={path!r} cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config.data.split={path!r} is not JSON ({error})") from error
     whole = isinstance(lists, dict) and all(isinstance(lists.get(split), list) for split in SPLITS)

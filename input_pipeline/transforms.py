@@ -38,6 +38,12 @@ def normalize_depth(depth: np.ndarray) -> np.ndarray:
     return np.where(valid, np.clip(relative, 0.1, max(top, 0.1)), 0).astype(np.float32)
 
 
+def _scaled(start: int, count: int, factor: float) -> slice:
+    """The pixels of a map `factor` times as large that lie under `count` pixels from `start` on; at least one."""
+    first = round(start * factor)
+    return slice(first, max(round((start + count) * factor), first + 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """Stored frame -> example of the given size.
@@ -50,7 +56,7 @@ class Transform:
       normals: float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none.
       edge: float32 [H, W] in [0, 1].
 
-    A label may be smaller than its image, where their sides have the same ratio.
+    A label may have another size than its image, where their sides have the same ratio.
 
     Attributes:
       size: (height, width) of the example, reached by plain resizing.
@@ -83,8 +89,8 @@ class Transform:
             crop_h, crop_w = round(height / scale), round(width / scale)
             top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
             for key in maps:
-                finer = height // arrays[key].shape[0]  # how often the image's side is the label's
-                rows, columns = (slice(at // finer, -(-(at + n) // finer)) for at, n in ((top, crop_h), (left, crop_w)))
+                rows = _scaled(top, crop_h, arrays[key].shape[0] / height)
+                columns = _scaled(left, crop_w, arrays[key].shape[1] / width)
                 arrays[key] = arrays[key][rows, columns]
             if "depth" in arrays:
                 arrays["depth"] = arrays["depth"] / scale

@@ -19,11 +19,13 @@ def strided_label(label):
 
     Those of an image-level task, [B], are what they are.
     """
-    return label if label.ndim < 3 else label[:, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE]
+    return (
+        label if label.ndim < 3 else label[:, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE, OUTPUT_STRIDE // 2 :: OUTPUT_STRIDE]
+    )
 
 
 def upsample(raw, label):
-    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]; image-level ones as they are."""
+    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]; others as they are."""
     if raw.ndim < 4:
         return raw
     return jax.image.resize(raw, (*label.shape[:3], raw.shape[-1]), "bilinear")
@@ -83,7 +85,8 @@ def _values(tasks, totals):
     for task in tasks:
         sums = total[task.name]
         if "loss" in sums:
-            values[f"{task.name}/loss"] = float(sums["loss"]["total"] / max(sums["loss"]["count"], 1))
+            count = sums["loss"]["count"]
+            values[f"{task.name}/loss"] = float(sums["loss"]["total"] / count) if count else float("nan")
         for name, value in task.values(sums["full"]).items():
             values[f"{task.name}/{name}"] = value
         for name, value in task.values(sums["strided"]).items() if "strided" in sums else ():
@@ -92,9 +95,15 @@ def _values(tasks, totals):
 
 
 def largest_difference(expected, actual) -> float:
-    """Largest difference of two {task: raw prediction}, over the largest value of each task; NaN if one has any."""
+    """Largest difference of two {task: raw prediction}, over the largest value of each task; NaN if one has any.
+
+    An image's few logits count as at least 1: that one of them is near 0 by chance makes its rounding no larger.
+    """
     pairs = [(np.asarray(raw, np.float64), np.asarray(actual[task], np.float64)) for task, raw in expected.items()]
-    return float(np.max([np.max(np.abs(b - a)) / max(np.max(np.abs(a)), 1e-30) for a, b in pairs]))
+    least = [1.0 if a.ndim < 3 else 1e-30 for a, _ in pairs]
+    return float(
+        np.max([np.max(np.abs(b - a)) / max(np.max(np.abs(a)), x) for (a, b), x in zip(pairs, least, strict=True)])
+    )
 
 
 def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:

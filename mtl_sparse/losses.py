@@ -1,8 +1,8 @@
 """Losses of the tasks, element by element.
 
-Each takes a raw prediction [..., C] and its label, and returns (loss [...], valid [...]): `valid` is 1 where
-there is a label and 0 elsewhere, and the loss is 0 there. The trainer divides the sum of one by the sum of
-the other over the whole global batch.
+Each takes a raw prediction, [..., C] or logits [...], and its label, and returns (loss [...], valid [...]): `valid` is
+1 where there is a label and 0 elsewhere, and the loss is 0 there. The trainer divides the sum of one by the sum of the
+other over the whole global batch.
 """
 
 import jax
@@ -47,7 +47,12 @@ def attribute_cross_entropy(logits, label, pos_weight: float = 1.0):
 
     Args:
       pos_weight: counts an image that has the attribute this many times (PyTorch's `BCEWithLogitsLoss`).
+
+    Raises:
+      ValueError: other shapes than the logits' own: they would be broadcast.
     """
+    if jnp.shape(logits) != jnp.shape(label):
+        raise ValueError(f"logits of shape {jnp.shape(logits)} against labels of shape {jnp.shape(label)}")
     weight = jnp.where(label == 1, pos_weight, 1.0)
     return _masked(weight * optax.sigmoid_binary_cross_entropy(logits, label == 1), label != VOID)
 

@@ -63,6 +63,8 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
             "eps": config.optimizer.eps,
             "weight_decay": config.optimizer.weight_decay,
             "weight_decay_mask": _kernels,
+            "l2": config.optimizer.l2,
+            "l2_mask": _model,
             "metric": sparsity.metric,
             "bias_correction": sparsity.bias_correction,
             "fixed_norm": sparsity.fixed_norm,
@@ -113,6 +115,11 @@ def _check_steps(config, total_steps):
 def _kernels(params):
     """Mask of the parameters that weight decay acts on: kernels, not biases, BatchNorm or loss weights."""
     return jax.tree_util.tree_map_with_path(lambda path, _: groups.path_name(path).endswith("kernel"), params)
+
+
+def _model(params):
+    """Mask of the model's parameters, all but the loss weights."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not groups.path_name(path).startswith("weighting/"), params)
 
 
 def learning_rate(opt_state):

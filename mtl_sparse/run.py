@@ -165,6 +165,7 @@ def check_config(config) -> None:
     at_least = {
         "data.max_scale": 1,
         "data.embedded.frames": 0,
+        "data.embedded.seed": 0,
         "loss.label_smoothing": 0,
         "model.bn_momentum": 0,
         "model.dropout": 0,
@@ -200,7 +201,10 @@ def check_config(config) -> None:
         "optimizer.b2",
     }
     features, dropout = tuple(config.model.classifier_features), tuple(config.model.classifier_dropout)
-    if not (len(features) == len(dropout) == 2 and min(features) >= 1 and all(0 <= rate < 1 for rate in dropout)):
+    numbers = all(isinstance(x, int) for x in features) and all(isinstance(x, int | float) for x in dropout)
+    if not (
+        numbers and len(features) == len(dropout) == 2 and min(features) >= 1 and all(0 <= rate < 1 for rate in dropout)
+    ):
         raise UserError(
             f"model.classifier_features={features}, model.classifier_dropout={dropout}: of its two layers, at least 1 "
             "channel each, and rates from 0 to below 1"

@@ -31,8 +31,12 @@ def check(kind: str, weights: Sequence[float], tasks: Sequence[str]) -> None:
     """Raises UserError for an unknown kind, or fixed weights that are not one for each task, or negative."""
     if kind not in KINDS:
         raise UserError(f"unknown loss.weighting={kind!r}; the weightings are {', '.join(KINDS)}")
-    if kind == "fixed" and (len(weights) != len(tasks) or not all(weight >= 0 for weight in weights)):
+    if kind == "fixed" and (len(weights) != len(tasks) or not all(_is_weight(weight) for weight in weights)):
         raise UserError(
             f"loss.weights={tuple(weights)}: loss.weighting='fixed' needs one weight >= 0 for each of config.tasks "
             f"({', '.join(tasks)})"
         )
+
+
+def _is_weight(value):
+    return isinstance(value, int | float) and value >= 0

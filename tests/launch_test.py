@@ -10,9 +10,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def launch(*arguments):
+def launch(*arguments, cwd=ROOT):
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 BAD = {
@@ -21,6 +21,18 @@ BAD = {
     "no config": (["--workdir=x"], ["--config"]),
     "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),
     "missing run": (["--config=configs/run.py:/nowhere/run"], ["error: /nowhere/run/config.json does not exist"]),
+    "unknown task set": (
+        ["--config=configs/celebamask_hq.py:seg+smile"],
+        ["'seg+smile'; those of Table 2 are seg, male"],
+    ),
+    "unknown attribute": (
+        ["--config=configs/demo_faces.py", "--config.tasks=attribute:Smile", "--config.loss.weighting=equal"],
+        ["attribute:Smile", "nearest: attribute:Smiling"],
+    ),
+    "weights of other tasks": (
+        ["--config=configs/demo_faces.py", "--config.tasks=attribute:Young"],
+        ["loss.weights=(1.0, 1.0, 2.0)", "(attribute:Young)"],
+    ),
     "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate"]),
     "stray argument": (["--config=configs/demo.py", "train"], ["unexpected argument 'train'"]),
     "no data folder": (
@@ -71,3 +83,21 @@ def test_training_from_the_command_line(rooms, tmp_path):
 
     empty = launch("--config=configs/demo.py", f"--workdir={tmp_path / 'none'}", "--job=report")
     assert empty.returncode == 2 and "results.json is missing" in empty.stderr
+
+
+def test_attributes_are_named_with_commas_between(faces, tmp_path):
+    """A colon in a tuple of names is no Python, which the config's flag would try to read."""
+    prepared = launch(
+        "--config=configs/demo_faces.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.embedded.frames=0",
+        f"--config.data.folder={faces}",
+        "--config.tasks=segmentation,attribute:Eyeglasses,attribute:Yung",
+    )
+    assert "config.tasks needs the label 'attribute:Yung'" in prepared.stderr
+    assert "nearest: attribute:Young" in prepared.stderr
+
+
+def test_each_task_set_has_a_folder_of_its_own(tmp_path):
+    done = launch(f"--config={ROOT}/configs/celebamask_hq.py:seg+male", "--job=report", cwd=tmp_path)
+    assert "error: runs/celebamask_hq_seg+male/results.json is missing" in done.stderr

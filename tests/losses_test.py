@@ -71,7 +71,7 @@ def test_uncertainty_is_least_at_the_log_of_the_loss():
 def test_bad_weightings_are_named():
     with pytest.raises(UserError, match="'gradnorm'.*uncertainty, equal, fixed"):
         weighting.check("gradnorm", (), ["a"])
-    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan"))):
+    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, "2")):
         with pytest.raises(UserError, match=r"one weight >= 0 for each of config.tasks \(a, b\)"):
             weighting.check("fixed", weights, ["a", "b"])
 
@@ -83,5 +83,7 @@ def test_attribute_loss_by_hand():
     want = [3 * np.log(2), np.log1p(np.exp(2)), 3 * np.log1p(np.exp(3)), 40, 0]
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_array_equal(valid, [1, 1, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"shape \(5,\) against labels of shape \(5, 1\)"):
+        losses.attribute_cross_entropy(logits, label[:, None])
     slope = jax.grad(lambda x: losses.attribute_cross_entropy(x, jnp.array(1))[0])(0.5)
     assert float(slope) == pytest.approx(1 / (1 + np.exp(-0.5)) - 1, rel=1e-6)

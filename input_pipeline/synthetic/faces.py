@@ -2,8 +2,9 @@
 
 A face is made of layers, each a shape in the plane with a colour and, where it is one, a part of `celebamask_hq.PARTS`.
 Coordinates are the head's: origin between the cheeks, x right, y down, the head about 1.2 high. An attribute is true
-where what it names is drawn; those that are not (`Young`, `Attractive`, ...) are never true. `Male` stands for a square
-jaw, with short hair more often and beards only then: a label to learn, and nothing more.
+where what it names is drawn, though hair or a hat may cover it; those that are not drawn (`Young`, `Attractive`, ...)
+are never true. `Male` stands for a square jaw, with short hair more often and beards only then: a label to learn, and
+nothing more.
 """
 
 import dataclasses

@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         settings = {"padding": 1, "conv_general_dilated": atrous.conv, "dtype": self.dtype}
         y = nn.relu(nn.Conv(self.features[0], (3, 3), **settings, name="conv")(x))
         window = tuple(min(2, side) for side in y.shape[1:3])
-        y = jnp.mean(nn.max_pool(y, window, strides=window), (1, 2), dtype=raw_dtype).astype(self.dtype)
+        y = jnp.mean(nn.max_pool(y, window_shape=window, strides=window), (1, 2), dtype=raw_dtype).astype(self.dtype)
         y = Dropout(self.dropout[0], self.axis_name, name="drop1")(y, train)
         y = nn.relu(nn.Dense(self.features[1], dtype=self.dtype, name="fc1")(y))
         y = Dropout(self.dropout[1], self.axis_name, name="drop2")(y, train)

@@ -8,6 +8,7 @@ import numpy as np
 from input_pipeline.transforms import VOID
 from mtl_sparse.report import records
 
+_TEXT_LINES = 8  # attributes beside a test frame, before the next column
 _DENSE, _LEFT = "#d5dbe3", "#20639b"
 _BATCHES = ("#20639b", "#e67e22", "#5d8a3a", "#8e44ad")
 
@@ -32,7 +33,7 @@ def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     ]
 
 
-def _figure(*args, **kwargs):
+def new_figure(*args, **kwargs):
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(*args, layout="constrained", **kwargs)
@@ -47,7 +48,7 @@ def save(figure, path: pathlib.Path) -> pathlib.Path:
 def curves(metrics, results):
     """A column a task: training and validation loss above, the task's main validation metric below."""
     tasks = results["headlines"]
-    figure = _figure(figsize=(4.2 * len(tasks), 6))
+    figure = new_figure(figsize=(4.2 * len(tasks), 6))
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
     for column, (task, headline) in enumerate(tasks.items()):
         above, below = axes[:, column]
@@ -65,12 +66,12 @@ def curves(metrics, results):
         below.set_ylabel(name.split("/")[1] + (" ↑" if headline["higher_is_better"] else " ↓"))
         below.set_xlabel("step")
         below.legend(frameon=False, fontsize=8)
-    return _plain(figure)
+    return plain(figure)
 
 
 def sparsity_over_steps(metrics, results):
     """Percentage of zero groups and of the parameters in them at every validation (l1: of weights); below, lambda."""
-    figure = _figure(figsize=(6, 4.8))
+    figure = new_figure(figsize=(6, 4.8))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     shown = [("sparsity/group", "groups", _LEFT), ("sparsity/parameter", "parameters in them", "#7fb3d5")]
     if results["sparsity"]["penalty"] == "l1":
@@ -91,16 +92,16 @@ def sparsity_over_steps(metrics, results):
     above.set(ylabel="% zero", ylim=(-2, 102), title="Exactly zero")
     below.set(xlabel="step", ylabel="lambda")
     above.legend(frameon=False)
-    return _plain(figure)
+    return plain(figure)
 
 
 def groups_per_layer(results):
     """Groups of each conv layer and how many of them are left (as Fig. 3 of the paper)."""
-    layers = sorted(results["sparsity"]["layers"], key=lambda layer: _network_order(layer["path"]))
-    names = [_short(layer["path"]) for layer in layers]
+    layers = sorted(results["sparsity"]["layers"], key=lambda layer: network_order(layer["path"]))
+    names = [short(layer["path"]) for layer in layers]
     total = np.array([layer["groups"] for layer in layers])
     left = total - np.array([layer["zero_groups"] for layer in layers])
-    figure = _figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
+    figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
     axis = figure.subplots()
     place = np.arange(len(layers))
     axis.bar(place, total, color=_DENSE, label="groups (input channels)")
@@ -109,28 +110,28 @@ def groups_per_layer(results):
     axis.set(ylabel="groups", xlim=(-0.8, len(layers) - 0.2))
     axis.set_title(f"{100 * results['sparsity']['group']:.1f} % of {total.sum()} groups are zero")
     axis.legend(frameon=False)
-    return _plain(figure)
+    return plain(figure)
 
 
 def compact_layers(rows):
     """MACs of each conv layer before and after compaction, from compact.json."""
-    rows = sorted(rows, key=lambda row: _network_order(row["layer"]))
-    figure = _figure(figsize=(max(6, 0.24 * len(rows) + 1.5), 4))
+    rows = sorted(rows, key=lambda row: network_order(row["layer"]))
+    figure = new_figure(figsize=(max(6, 0.24 * len(rows) + 1.5), 4))
     axis = figure.subplots()
     place = np.arange(len(rows))
     before, after = (np.array([row[key] for row in rows]) / 1e6 for key in ("macs", "macs_after"))
     axis.bar(place, before, color=_DENSE, label="dense")
     axis.bar(place, after, color=_LEFT, label="compact")
-    axis.set_xticks(place, [_short(row["layer"]) for row in rows], rotation=90, fontsize=7)
+    axis.set_xticks(place, [short(row["layer"]) for row in rows], rotation=90, fontsize=7)
     axis.set(ylabel="million MACs an image", xlim=(-0.8, len(rows) - 0.2))
     axis.set_title(f"{before.sum() / max(after.sum(), 1e-9):.1f} times fewer MACs")
     axis.legend(frameon=False)
-    return _plain(figure)
+    return plain(figure)
 
 
 def latency(found):
     """Median latency of an image against its MACs, from benchmark.json: a panel for backbone and whole model."""
-    figure = _figure(figsize=(9, 4))
+    figure = new_figure(figsize=(9, 4))
     parts = list(dict.fromkeys(row["part"] for row in found["rows"]))
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         batches = sorted({row["batch"] for row in found["rows"]})
@@ -151,12 +152,12 @@ def latency(found):
         axis.set_ylim(0)
         axis.legend(frameon=False)
     figure.suptitle(f"{found['device']}, {100 * found['group_sparsity']:.0f} % of groups zero", fontsize=10)
-    return _plain(figure)
+    return plain(figure)
 
 
-def _network_order(path):
+def network_order(path):
     """Sorts the stem first, then stages and blocks by number, a block's layers by name, and heads last."""
-    name = _short(path)
+    name = short(path)
     if name.startswith("head_"):
         return (2, 0, 0, name)
     block, _, layer = name.partition("/")
@@ -164,20 +165,21 @@ def _network_order(path):
     return (1, int(stage), int(index), layer) if block.startswith("layer") else (0, 0, 0, name)
 
 
-def _short(path):
+def short(path):
     return path.removeprefix("backbone/").removesuffix("/kernel")
 
 
 def sample_sheet(samples):
-    """One row a test frame: the image, beside it its attributes, then label and prediction of each pixel task."""
+    """One row a test frame: the image, label and prediction of each pixel task, and the predicted attributes."""
     every = [key.removeprefix("label/") for key in samples if key.startswith("label/")]
     tasks = [task for task in every if samples[f"label/{task}"].ndim > 1]
-    attributes = [task for task in every if samples[f"label/{task}"].ndim == 1]
+    attributes = [task for task in every if task.startswith("attribute:")]
     images = samples["image"]
     count, height, width = images.shape[:3]
     columns = 1 + 2 * len(tasks) + bool(attributes)
-    figure = _figure(figsize=(2 * columns, 2 * count * height / width + 0.8))
-    axes = figure.subplots(count, columns, squeeze=False)
+    widths = [1] * (1 + 2 * len(tasks)) + [-(-len(attributes) // _TEXT_LINES)] * bool(attributes)
+    figure = new_figure(figsize=(2 * sum(widths), 2 * count * height / width + 0.8))
+    axes = figure.subplots(count, columns, squeeze=False, width_ratios=widths)
     shown = set()
     for row in range(count):
         axes[row, 0].imshow(images[row])
@@ -192,7 +194,7 @@ def sample_sheet(samples):
             if np.issubdtype(label.dtype, np.integer):
                 shown |= set(np.unique(label)) | set(np.unique(prediction))
     titles = ["image"] + [f"{task}: {kind}" for task in tasks for kind in ("label", "prediction")]
-    titles += ["attributes: prediction"] * bool(attributes)
+    titles += ["attributes (red: wrong)"] * bool(attributes)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=8)
     for axis in axes.flat:
@@ -214,11 +216,14 @@ def _write_attributes(axis, samples, attributes, row):
     """The predicted probability of each attribute of a frame: green where that is right, red where it is not."""
     axis.axis("off")
     threshold = float(samples["threshold"])
+    columns = -(-len(attributes) // _TEXT_LINES)
     for i, task in enumerate(attributes):
+        column, line = divmod(i, _TEXT_LINES)
         label, probability = samples[f"label/{task}"][row], float(samples[f"prediction/{task}"][row])
         text = f"{task.removeprefix('attribute:').replace('_', ' ')}: {100 * probability:.0f} %"
         color = "black" if label == VOID else "#2e7d32" if (probability >= threshold) == (label == 1) else "#b03a2e"
-        axis.text(0.02, 0.85 - 0.17 * i, text, color=color, fontsize=9, transform=axis.transAxes)
+        place = (0.02 + column) / columns, 0.88 - line / (_TEXT_LINES + 0.5)
+        axis.text(*place, text, color=color, fontsize=8, transform=axis.transAxes)
 
 
 def class_colors() -> np.ndarray:
@@ -262,7 +267,7 @@ def _scalar_pictures(label, prediction):
     return tuple(colormaps["viridis"](np.clip((x - low) / (high - low), 0, 1))[..., :3] for x in (label, prediction))
 
 
-def _plain(figure):
+def plain(figure):
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -31,18 +31,24 @@ def read_json(path: pathlib.Path):
 
 def claim(workdir: pathlib.Path, config, data) -> None:
     """Writes config.json and splits.json into a new run's folder; an old one is checked instead (`check`)."""
-    if (workdir / "config.json").exists():
+    if (workdir / "splits.json").exists():
         check(workdir, config, data)
+    elif (workdir / "config.json").exists():  # a sweep writes it before the run starts
+        check_settings(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
     write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
 def check(workdir: pathlib.Path, config, data) -> None:
-    """Raises UserError where the run in `workdir` has other settings or other data than these.
+    """Raises UserError where the run in `workdir` has other settings (`check_settings`) or other data than these."""
+    check_settings(workdir, config)
+    if read_json(workdir / "splits.json")["fingerprint"] != data.fingerprint:
+        raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
 
-    How the run goes (config.run) and where the data lie may differ.
-    """
+
+def check_settings(workdir: pathlib.Path, config) -> None:
+    """Raises UserError where the run in `workdir` has other settings; how it goes and where its data lie may differ."""
     theirs, ours = _flat(read_json(workdir / "config.json")), _flat(json.loads(config.to_json()))
     differing = [
         f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
@@ -55,8 +61,11 @@ def check(workdir: pathlib.Path, config, data) -> None:
             f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
             f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
         )
-    if read_json(workdir / "splits.json")["fingerprint"] != data.fingerprint:
-        raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
+
+
+def settings(config: dict) -> dict:
+    """The settings of a config.json that change what comes out of a run, by dotted path."""
+    return {name: value for name, value in _flat(config).items() if not name.startswith(_FREE)}
 
 
 def _flat(tree, prefix=""):

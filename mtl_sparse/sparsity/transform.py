@@ -43,6 +43,8 @@ def proximal_adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    l2: float = 0.0,
+    l2_mask: Any | Callable[[optax.Params], Any] | None = None,
     metric: str = "adaptive",
     bias_correction: bool = True,
     fixed_norm: bool | str = True,
@@ -74,6 +76,9 @@ def proximal_adam(
       eps: Adam's epsilon, outside the square root.
       weight_decay: decoupled weight decay.
       weight_decay_mask: as in `optax.adamw`.
+      l2: strength of l2 / 2 |p|^2 in the objective: l2 * p is added to the gradient and goes through Adam's moments, as
+        by PyTorch's `Adam(weight_decay=l2)`, with which the paper trains its dense baselines.
+      l2_mask: which parameters `l2` acts on, as weight_decay_mask; None is all.
       metric: "adaptive" takes the prox in Adam's metric D = sqrt(v) + eps (Deleu & Bengio 2021); "plain"
         takes the closed-form Euclidean one (eq. 5 of "Less is More").
       bias_correction: whether v in D is the bias-corrected one. False is the published form, which prunes
@@ -99,7 +104,10 @@ def proximal_adam(
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
     penalizes = target is not None or callable(lambda_) or lambda_ > 0
+    if not l2 >= 0:
+        raise ValueError(f"l2 must be >= 0, got {l2}")
     adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask)
+    shrink = optax.add_decayed_weights(l2, l2_mask)  # stateless, or with an empty state where it is masked
 
     def init_fn(params):
         norms, controller = {}, ()
@@ -131,6 +139,8 @@ def proximal_adam(
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
+        if l2:
+            updates, _ = shrink.update(updates, shrink.init(params), params)
         updates, adam_state = adam.update(updates, state.adam, params)
         count = optax.safe_increment(state.count)
         if not penalizes:

@@ -1,4 +1,5 @@
 import importlib
+import json
 import pathlib
 
 import jax
@@ -6,10 +7,11 @@ import pytest
 
 from mtl_sparse import optim, tasks
 from mtl_sparse import run as run_lib
+from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
 
 FILES = (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py")
-CONFIGS = sorted({path.stem for path in FILES} - {"run"})  # it has none of its own
+CONFIGS = sorted({path.stem for path in FILES} - {"run", "sweeps"})  # they have none of their own
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -22,7 +24,7 @@ def test_every_config_is_valid_and_initialises(name):
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     outputs = jax.eval_shape(model.apply, variables, images)
     assert sorted(outputs) == sorted(config.tasks)
-    state = jax.eval_shape(optim.build(config, 10).init, {"model": variables["params"], "weighting": {}})
+    state = jax.eval_shape(optim.build(config, 10**4).init, {"model": variables["params"], "weighting": {}})
     assert optim.learning_rate(state).shape == ()
     with pytest.raises(AttributeError, match="lamda"):
         config.sparsity.lamda = 1.0
@@ -42,3 +44,31 @@ def test_nyu_has_the_papers_settings():
     assert (config.model.depth, config.model.width, config.model.head_features) == (50, 64, 256)
     assert not config.data.flip and config.data.max_scale == 1.0
     assert config.loss.label_smoothing == 0.1 and config.loss.weighting == "uncertainty"
+
+
+def test_celebamask_hq_has_the_papers_settings_and_every_task_set_of_table_2():
+    from configs import celebamask_hq
+
+    config = celebamask_hq.get_config()
+    assert (config.train.batch_size, config.train.early_stop_epochs, config.sparsity.lambda_) == (32, 10, 1e-5)
+    assert (config.data.size, config.data.num_classes) == ((256, 256), 3)
+    assert (config.model.classifier_features, config.model.classifier_dropout) == ((64, 32), (0.6, 0.4))
+    sets = {frozenset(celebamask_hq.get_config(name).tasks) for name in celebamask_hq.TABLE2}
+    seg, male, smile = "segmentation", "attribute:Male", "attribute:Smiling"
+    assert sets == {frozenset(names) for names in
+                    ([seg], [male], [smile], [seg, male], [male, smile], [seg, male, smile])}  # fmt: skip
+    with pytest.raises(UserError, match="'seg\\+smile'; those of Table 2 are seg, male, "):
+        celebamask_hq.get_config("seg+smile")
+
+
+def test_a_run_of_another_version_is_named(tmp_path):
+    from configs import run
+
+    config = importlib.import_module("configs.nyu").get_config()
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert run.get_config(str(tmp_path)).to_json() == config.to_json()
+    for changed in ({"data": {"rooms": {"frames": 3}}}, {"loss": {"weights": {"depth": 1.0}}}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        name = next(iter(next(iter(changed.values()))))
+        with pytest.raises(UserError, match=f"setting '{name}' of another version"):
+            run.get_config(str(tmp_path))

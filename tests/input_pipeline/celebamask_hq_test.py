@@ -57,8 +57,10 @@ def test_lists_of_ones_own(faces, tmp_path):
         load(faces, prepared=str(tmp_path / "prepared"))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"train": [3, 1], "validation": ["7"], "test": [11, 5]}))
-    with pytest.raises(UserError, match="prepared with other lists than those of config.data.split"):
-        load("", split=str(other), prepared=str(tmp_path / "prepared"))
+    for split in ("", str(other)):
+        with pytest.raises(UserError, match=f"prepared with other lists than those of config.data.split='{split}'"):
+            load("", split=split, prepared=str(tmp_path / "prepared"))
+    assert load("", split=str(path), prepared=str(tmp_path / "prepared")).names == data.names
 
 
 def test_faces_are_the_folders(faces):
@@ -146,7 +148,10 @@ BAD_FOLDERS = {
         lambda folder: rewrite(folder, lambda lines: [*lines[:-1], lines[-1][:-9]]),
         r"the row of 19.jpg has \d+ of 40 values",
     ),
-    "no header": (lambda folder: rewrite(folder, lambda lines: lines[:1] + lines[2:]), "names"),
+    "no header": (
+        lambda folder: rewrite(folder, lambda lines: lines[:1] + lines[2:]),
+        "must begin with the number of faces and a line of the 40 attributes' names",
+    ),
     "strange value": (
         lambda folder: rewrite(folder, lambda lines: [*lines[:-1], lines[-1].replace("-1", "0", 1)]),
         "row of 19.jpg has values other than -1 and 1",
@@ -195,6 +200,7 @@ def test_a_folder_that_changed_since_it_was_prepared_is_refused(own_faces):
 BAD_LISTS = {
     "does not exist": None,
     "is not JSON": "train: 1",
+    "cannot be read .Is a directory": "",
     "three lists train, validation, test": '{"train": [1], "val": [2], "test": [3]}',
     "list test is empty": '{"train": [1], "validation": [2], "test": []}',
     "frame 1 stands in it twice": '{"train": [1], "validation": [1], "test": [3]}',
@@ -205,13 +211,16 @@ BAD_LISTS = {
 @pytest.mark.parametrize("message", BAD_LISTS)
 def test_bad_lists_are_named(faces, tmp_path, message):
     path = tmp_path / "lists.json"
-    if BAD_LISTS[message] is not None:
+    if BAD_LISTS[message]:
         path.write_text(BAD_LISTS[message])
+    elif BAD_LISTS[message] == "":
+        path.mkdir()
     with pytest.raises(UserError, match=message):
         load(faces, split=str(path))
 
 
 BAD_CLASSES = {
+    "holds 'skin'; it takes pairs": dict(classes=("skin", "hair")),
     "unknown part 'nase' of skin": dict(classes=(("rest", ()), ("skin", ("nase",)))),
     "'nose' stands in skin and in hair": dict(classes=(("rest", ()), ("skin", ("nose",)), ("hair", ("nose",)))),
     "classes is empty": dict(classes=()),

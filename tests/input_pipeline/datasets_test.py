@@ -44,6 +44,13 @@ def test_what_cannot_be_trained_on_is_named(load):
         load(["attribute:Larg"], [frame()])
     with pytest.raises(UserError, match=r"'image' of uint8 \[H, W, 3\], not float32 \[16, 24, 3\]"):
         load([], [frame(image=np.zeros((16, 24, 3), np.float32))])
+    with pytest.raises(UserError, match=r"'attribute:Large' of shape \[1\]; it must be one number"):
+        load(["attribute:Large"], [frame(**{"attribute:Large": np.ones(1, np.uint8)})])
+    with pytest.raises(UserError, match="'segmentation' of 16x16, its image is 16x24: their sides"):
+        load(["segmentation"], [frame(segmentation=np.ones((16, 16), np.uint8))])
+    with pytest.raises(UserError, match="segmentation of 8; with config.data.num_classes=2 it is 0 .void. to 2"):
+        load(["segmentation"], [frame(segmentation=np.full((16, 24), 8, np.uint8))])
+    load(["segmentation"], [frame(segmentation=np.ones((8, 12), np.uint8))])
     with pytest.raises(UserError, match="num_classes=2.*have 3 classes"):
         load([], Data([frame()], [frame()], [frame()], classes=("a", "b", "c")))
     with pytest.raises(UserError, match="unknown data set.*nyud_mt, celebamask_hq, mine"):

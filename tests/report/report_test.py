@@ -140,7 +140,27 @@ def test_attributes_are_written_beside_their_image(tmp_path):
         [("Smiling: 62 %", green), ("Wearing Hat: 65 %", red)],
         [("Smiling: 80 %", red), ("Wearing Hat: 10 %", "black")],
     ]
-    assert figure.axes[3].get_title() == "attributes: prediction"
+    assert figure.axes[3].get_title() == "attributes (red: wrong)"
+
+
+def test_the_sheet_has_room_for_all_forty_attributes(tmp_path):
+    names = [f"attribute:Of_This_Name_{i}" for i in range(40)]
+    records.write_samples(
+        tmp_path,
+        images=np.zeros((2, 64, 64, 3), np.float32),
+        names=["17", "65"],
+        labels={name: np.array([1, 0], np.uint8) for name in names} | {"age": np.array([20.0, 30.0])},
+        predictions={name: np.array([0.62, 0.8]) for name in names} | {"age": np.array([21.0, 31.0])},
+    )
+    figure = plots.sample_sheet(records.read_samples(tmp_path))
+    figure.draw_without_rendering()
+    image, texts = figure.axes[0].get_window_extent(), figure.axes[1]
+    assert len(texts.texts) == 40 and image.width > 100
+    boxes = [text.get_window_extent() for text in texts.texts]
+    overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert not overlaps
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    assert min(box.y0 for box in boxes) > image.y0 - 2, "nothing runs into the next row"
 
 
 def test_class_colors_can_be_told_apart():

@@ -78,7 +78,8 @@ DEAD = st.lists(
     st.sampled_from(
         ["stem_conv1", "stem_conv2", "stem_conv3", "layer1_0/", "layer2_0/conv1", "layer2_0/downsample", "layer3"]
         + ["layer3_1/conv2", "layer4", "layer4_0/downsample", "layer4_1/conv1", "head_depth/aspp", "head_depth/pool"]
-        + ["head_depth/project", "head_depth/conv", "head_depth/out", "aspp2", "layer", "backbone", "head", ""]
+        + ["head_depth/project", "head_depth/conv", "head_depth/out", "aspp2", "Male/conv", "layer", "backbone", "head"]
+        + [""]
     ),
     max_size=3,
 )
@@ -187,9 +188,27 @@ def test_what_is_left_is_what_an_independent_count_says(depth, share):
 def test_a_dead_network_is_its_constants():
     model, variables = with_zeros(50, 0, 1.0, "all")
     small, small_variables = compact(model, variables)
-    assert count(small_variables) == 5 + 1, "one number for each output"
-    assert set(small_variables["params"]) == {"head_segmentation", "head_depth"}
+    assert count(small_variables) == 5 + 1 + 1, "one number for each output"
+    assert set(small_variables["params"]) == {"head_segmentation", "head_depth", "head_attribute:Male"}
     assert_same_outputs(model, variables, small, small_variables, 1e-6)
+
+
+def test_a_classification_head_takes_only_the_features_that_it_wants():
+    """Of eight features, the pixel heads' kernels ignore some, and the classification head's others."""
+    model, params, statistics = dense(18)
+    params, features = dict(params), params["head_depth/aspp0/kernel"].shape[2]
+    wanted = np.arange(features) < features // 2
+    for path, kernel in params.items():
+        if path.startswith("head_") and kernel.ndim == 4 and kernel.shape[2] == features:
+            ignored = wanted if "attribute" in path else ~wanted & (np.arange(features) % 4 > 0)
+            params[path] = np.where(ignored[:, None], 0, kernel)
+    nest = functools.partial(traverse_util.unflatten_dict, sep="/")
+    variables = {"params": nest(params), "batch_stats": nest(statistics)}
+    small, small_variables = compact(model, variables, costs=Costs(mac=1.0, copy=0.0, split=0.0))
+    new = small_variables["params"]
+    assert new["head_attribute:Male"]["conv"]["kernel"].shape[2] == features - features // 2
+    assert new["head_depth"]["aspp0"]["kernel"].shape[2] == features // 2 + features // 8
+    assert_same_outputs(model, variables, small, small_variables, 1e-5)
 
 
 def test_dead_blocks_and_branches_go():
@@ -263,11 +282,9 @@ def with_a_mean_head():
     model = model.clone(heads=(HEADS[0], ("mine", "mean", 2)))
     features = variables["params"]["head_depth"]["aspp0"]["kernel"].shape[2]
     dense_layer = {"kernel": np.random.default_rng(0).normal(size=(features, 2)).astype(np.float32), "bias": np.ones(2)}
-    params = {name: tree for name, tree in variables["params"].items() if name != "head_depth"}
-    given = {
-        "params": {**params, "head_mine": {"Dense_0": dense_layer}},
-        "batch_stats": {name: tree for name, tree in variables["batch_stats"].items() if name != "head_depth"},
-    }
+    kept = ("backbone", "head_segmentation")
+    given = {part: {name: tree for name, tree in variables[part].items() if name in kept} for part in variables}
+    given["params"]["head_mine"] = {"Dense_0": dense_layer}
     return model, given
 
 

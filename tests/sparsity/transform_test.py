@@ -27,6 +27,17 @@ def run(tx, params, steps=5, scale=1.0):
     return params, state
 
 
+def test_l2_goes_through_adams_moments():
+    params = random_tree(0)
+    mask = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: "bn" not in str(path), tree)  # noqa: E731
+    for l2_mask in (None, mask):
+        ours, _ = run(transform.proximal_adam(1e-2, 0.0, l2=0.3, l2_mask=l2_mask), params)
+        theirs, _ = run(optax.chain(optax.add_decayed_weights(0.3, l2_mask), optax.adam(1e-2)), params)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(ValueError, match="l2 must be >= 0, got -0.1"):
+        transform.proximal_adam(1e-2, 0.0, l2=-0.1)
+
+
 def test_without_penalty_it_is_adamw_bit_for_bit():
     params = random_tree(0)
     rate = optax.cosine_decay_schedule(1e-2, 10)

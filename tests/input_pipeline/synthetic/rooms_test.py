@@ -73,8 +73,7 @@ def test_folder_has_the_published_layout_and_is_rendered_once(tmp_path):
 
 def test_the_seed_decides_everything(tmp_path):
     a, b, c = (
-        rooms.render_folder(2, 1, 16, 24, seed, str(tmp_path / name))
-        for seed, name in ((1, "a"), (1, "b"), (2, "c"))
+        rooms.render_folder(2, 1, 16, 24, seed, str(tmp_path / name)) for seed, name in ((1, "a"), (1, "b"), (2, "c"))
     )
     read = lambda folder: (folder / "images" / "00001.jpg").read_bytes()  # noqa: E731
     assert read(a) == read(b) != read(c)

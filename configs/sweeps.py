@@ -1,0 +1,120 @@
+"""Named sweeps: the base config and the trials of each, as a list of settings.
+
+    python launch.py --config=configs/sweeps.py:table1 --job=sweep --config.data.folder=/data/NYUD_MT
+    python launch.py --config=configs/sweeps.py:table1:demo --job=sweep
+
+`NAME:demo` is the same list at a size that two cores finish: embedded data, small models, two seeds, and penalties that
+act in so short a run.
+"""
+
+import itertools
+
+from configs import celebamask_hq, demo, demo_faces, nyu
+from mtl_sparse.errors import UserError
+
+SEEDS, DEMO_SEEDS = range(5), range(2)
+LAMBDAS, DEMO_LAMBDAS = (0.0, 1e-6, 1e-5), (0.0, 1e-4, 3e-4)
+# As the paper's tables list them.
+TABLE1 = (
+    ("segmentation",),
+    ("depth",),
+    ("normals",),
+    ("segmentation", "depth"),
+    ("segmentation", "normals"),
+    ("normals", "depth"),
+    ("segmentation", "normals", "depth"),
+)
+ALL = TABLE1[-1]
+
+
+def _product(**choices):
+    """Every combination of settings; "__" in a name stands for ".", the first varies slowest."""
+    names = [name.replace("__", ".") for name in choices]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def table1(small):
+    """NYU-v2: seven task sets, three penalties."""
+    return _product(tasks=TABLE1, sparsity__lambda_=DEMO_LAMBDAS if small else LAMBDAS, seed=_seeds(small))
+
+
+def table2(small):
+    """CelebAMask-HQ: six task sets, dense and sparse."""
+    lambdas = (DEMO_LAMBDAS if small else LAMBDAS)[::2]
+    return _product(tasks=tuple(celebamask_hq.TABLE2.values()), sparsity__lambda_=lambdas, seed=_seeds(small))
+
+
+def table3(small):
+    """Unstructured l1 on single weights."""
+    tasks = (("segmentation", "normals"), ("normals", "depth"), ALL)
+    lambda_ = (1e-3 if small else 1e-5,)
+    return _product(tasks=tasks, sparsity__penalty=("l1",), sparsity__lambda_=lambda_, seed=_seeds(small))
+
+
+def lambda_path(small):
+    """Dense and seven penalties, a factor of ten apart from 1e-7 (the demo's: a factor of about three)."""
+    lambdas = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3) if small else (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    return _product(sparsity__lambda_=(0.0, *lambdas), seed=_seeds(small))
+
+
+def target_path(small):
+    """Dense and five target sparsities."""
+    return [
+        {"sparsity.target": target, "sparsity.lambda_": (1e-4 if small else 1e-5) if target else 0.0, "seed": seed}
+        for target in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
+        for seed in _seeds(small)
+    ]
+
+
+def fair_baseline(small):
+    """Table 1's task sets without a penalty, by the optimizer of the sparse runs."""
+    return _product(tasks=TABLE1, sparsity__lambda_=(0.0,), seed=_seeds(small))
+
+
+def paper_baseline(small):
+    """Table 1's task sets as the paper trains its dense rows: Adam with L2 0.01 in the gradient."""
+    return [{**settings, "optimizer.weight_decay": 0.0, "optimizer.l2": 0.01} for settings in fair_baseline(small)]
+
+
+SWEEPS = {
+    # name: (trials, base config, that of the demo)
+    "table1": (table1, nyu, demo),
+    "table2": (table2, celebamask_hq, demo_faces),
+    "table3": (table3, nyu, demo),
+    "lambda_path": (lambda_path, nyu, demo),
+    "target_path": (target_path, nyu, demo),
+    "fair_baseline": (fair_baseline, nyu, demo),
+    "paper_baseline": (paper_baseline, nyu, demo),
+}
+
+
+def _seeds(small):
+    return tuple(DEMO_SEEDS if small else SEEDS)
+
+
+def _lookup(name):
+    sweep, _, size = name.partition(":")
+    if sweep not in SWEEPS or size not in ("", "demo"):
+        raise UserError(f"unknown sweep {name!r}; the sweeps are {', '.join(SWEEPS)}, each also as NAME:demo")
+    return SWEEPS[sweep], size == "demo"
+
+
+def trials(name: str) -> list[dict]:
+    """The settings of each trial of a sweep, by their path in the config; the seed varies fastest."""
+    (make, *_), small = _lookup(name)
+    return make(small)
+
+
+def get_config(name: str = ""):
+    (_, full, small_config), small = _lookup(name)
+    if not small:
+        return full.get_config()
+    config = small_config.get_config()
+    config.sparsity.update(target=0.0, start_step=0)
+    config.loss.weighting = "uncertainty"
+    config.data.embedded.update(frames=192, height=32, width=48)
+    config.data.size = (32, 48)
+    config.model.update(width=16, head_features=32)
+    config.train.epochs = 8
+    config.run.update(summary_rounds=0, checkpoint_every_steps=10**6)
+    return config

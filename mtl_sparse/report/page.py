@@ -1,0 +1,79 @@
+"""A study written out: tables in three formats, pictures, and one HTML page that holds it all."""
+
+import base64
+import html
+import pathlib
+from collections.abc import Sequence
+
+from absl import logging
+
+from mtl_sparse.report import study as study_lib
+from mtl_sparse.report import study_plots, study_tables
+
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 75em }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums } img { max-width: 100% }
+td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } tr.published td { color: #777 }"""
+
+
+def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
+    """Writes the report of some runs and sweeps into `out`: index.html, summary.* and against_dense.*, plots/.
+
+    Returns:
+      The path of index.html, which is readable offline.
+
+    Raises:
+      UserError: as `study.read`.
+    """
+    study = study_lib.read(folders)
+    out = pathlib.Path(out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    if study.unfinished:
+        logging.warning("%d runs have not finished and are left out: %s", len(study.unfinished), study.unfinished[:3])
+    tables = {"summary": study_tables.summary(study), "against_dense": study_tables.against_dense(study)}
+    formats = {"md": study_tables.to_markdown, "csv": study_tables.to_csv, "tex": study_tables.to_latex}
+    for name, rows in tables.items():
+        for suffix, write_as in formats.items():
+            (out / f"{name}.{suffix}").write_text(write_as(rows) + ("\n" if suffix == "md" else ""))
+    pictures = study_plots.draw(study, out / "plots")
+    page = out / "index.html"
+    page.write_text(_html(study, tables, pictures))
+    print(study_tables.to_markdown(tables["summary"]))
+    if len(tables["against_dense"]) > 1:
+        print("\n" + study_tables.to_markdown(tables["against_dense"]))
+    print(f"\ntables, pictures and the page with all of them: {page}")
+    return page
+
+
+def _html(study, tables, pictures):
+    config = study.rows[0].config
+    count = sum(len(row.runs) for row in study.rows)
+    left_out = f", {len(study.unfinished)} not finished and left out" if study.unfinished else ""
+    embedded = config["data"]["embedded"]["frames"]
+    data = f"{config['data']['name']}{f', {embedded} embedded frames' if embedded else ''}"
+    parts = [
+        f"<p>{count} runs{left_out}; data: {html.escape(data)}. Mean ± standard deviation over seeds, test split.</p>"
+    ]
+    parts.append(_table(tables["summary"]))
+    parts.append(
+        "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the prediction's "
+        "resolution, as the paper's.</p>"
+    )
+    if len(tables["against_dense"]) > 1:
+        parts += ["<h2>Sparse against dense, paired over seeds</h2>", _table(tables["against_dense"])]
+    for title, path in pictures.items():
+        image = base64.b64encode(path.read_bytes()).decode()
+        parts.append(
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>mtl-sparse: {count} runs</title>'
+        f"<style>{_STYLE}</style><h1>{count} runs</h1>{''.join(parts)}</html>\n"
+    )
+
+
+def _table(rows):
+    def line(cells, tag):
+        kind = ' class="published"' if cells[0] == "published" else ""
+        return f"<tr{kind}>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{line(rows[0], 'th')}{''.join(line(cells, 'td') for cells in rows[1:])}</table>"

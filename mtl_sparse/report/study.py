@@ -1,0 +1,205 @@
+"""Several runs as one study: grouped over seeds, with mean and spread, the gain over single-task runs, paired tests."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from mtl_sparse.errors import UserError
+from mtl_sparse.report import published, records
+
+# Metric of a task in the paper's tables, its name there, and whether more is better.
+PAPER = {
+    "segmentation": ("image_iou_stride8", "IoU", True),
+    "normals": ("cosine_stride8", "CS", True),
+    "depth": ("mae_normalized_stride8", "MAE", False),
+    "edge": ("mae_stride8", "MAE", False),
+}
+_DENSE = {"sparsity.lambda_": 0.0, "sparsity.target": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Mean and sample standard deviation (NaN of one value) over n seeds."""
+
+    mean: float
+    std: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Figure":
+        values = np.asarray(values, np.float64)
+        return cls(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"), len(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Mean of a - b over the n seeds that both have, its 95 % interval and p of the paired t test (NaN below 2)."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      settings: what tells this row from the others: dotted path -> value.
+      tasks: of its runs.
+      runs: seed -> contents of its results.json.
+      folders: seed -> the run's folder.
+    """
+
+    settings: dict
+    tasks: tuple[str, ...]
+    runs: dict[int, dict]
+    folders: dict[int, pathlib.Path]
+
+    @property
+    def config(self) -> dict:
+        return next(iter(self.runs.values()))["config"]
+
+    @property
+    def is_dense(self) -> bool:
+        sparsity = self.config["sparsity"]
+        return sparsity["lambda_"] == 0 and sparsity["target"] == 0
+
+    def values(self, task: str) -> dict[int, float]:
+        """The task's metric on the test split by seed."""
+        return {seed: run["test"][f"{task}/{metric(task, run)[0]}"] for seed, run in self.runs.items()}
+
+    def figure(self, task: str) -> Figure:
+        return Figure.of(list(self.values(task).values()))
+
+    def sparsity(self, kind: str) -> Figure:
+        """ "group" or "parameter", as a fraction."""
+        return Figure.of([run["sparsity"][kind] for run in self.runs.values()])
+
+    @property
+    def published(self) -> dict | None:
+        return published.lookup(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Rows of one data set, and the folders of a sweep that have no results yet."""
+
+    rows: tuple[Row, ...]
+    unfinished: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(task for row in self.rows for task in row.tasks))
+
+    def gain(self, row: Row) -> Figure | None:
+        """Delta_m in percent over the row's seeds: the mean over tasks of the relative gain on the single-task runs.
+
+        Sum_i s_i (M_i - S_i) / S_i over the number of tasks, S_i the mean of the dense single-task runs and s_i = -1
+        where less is better (Maninis et al. 2019, arXiv 1904.08918). None for one task, or without such runs.
+        """
+        if len(row.tasks) < 2:
+            return None
+        gains = collections.defaultdict(list)
+        for task in row.tasks:
+            base = self._single(row, task)
+            if base is None:
+                return None
+            sign = 1 if metric(task, next(iter(row.runs.values())))[2] else -1
+            for seed, value in row.values(task).items():
+                gains[seed].append(sign * (value - base.figure(task).mean) / base.figure(task).mean)
+        return Figure.of([100 * float(np.mean(values)) for values in gains.values()])
+
+    def _single(self, row, task):
+        rows = [one for one in self.rows if one.tasks == (task,) and one.is_dense]
+        return next((one for one in rows if _alike(one, row, {"tasks", *_DENSE, "sparsity.penalty"})), None)
+
+    def dense(self, row: Row) -> Row | None:
+        """The row without a penalty that has the same settings otherwise."""
+        rows = [one for one in self.rows if one.is_dense and one is not row]
+        return next((one for one in rows if _alike(one, row, {*_DENSE, "sparsity.penalty"})), None)
+
+
+def _alike(a, b, free):
+    return all(a.settings.get(key) == b.settings.get(key) for key in (a.settings | b.settings).keys() - free)
+
+
+def metric(task: str, run: dict) -> tuple[str, str, bool]:
+    """(name in results.json, name in the paper, whether more is better) of the metric that tables show of a task."""
+    if task in PAPER:
+        return PAPER[task]
+    headline = run["headlines"][task]
+    name = headline["metric"].removeprefix(f"{task}/")
+    return name, name, headline["higher_is_better"]
+
+
+def compare(row: Row, base: Row, task: str) -> Difference:
+    """`row` minus `base` in a task's metric, paired over their common seeds."""
+    ours, theirs = row.values(task), base.values(task)
+    pairs = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    if len(pairs) == 0:
+        return Difference(*[float("nan")] * 4, 0)
+    mean = float(pairs.mean())
+    if len(pairs) < 2 or np.ptp(pairs) == 0:
+        return Difference(mean, *[float("nan")] * 3, len(pairs))
+    half = stats.t.ppf(0.975, len(pairs) - 1) * pairs.std(ddof=1) / np.sqrt(len(pairs))
+    return Difference(mean, mean - half, mean + half, float(stats.ttest_1samp(pairs, 0).pvalue), len(pairs))
+
+
+def read(folders: Sequence[str | pathlib.Path]) -> Study:
+    """The study of some runs and sweeps.
+
+    Args:
+      folders: of runs, or of sweeps, whose unfinished runs are left out and named.
+
+    Raises:
+      UserError: a folder that is neither, or of a run that has not finished; no finished run; several data sets; two
+        runs of the same settings and seed.
+    """
+    found, unfinished = {}, []
+    for folder in map(pathlib.Path, folders):
+        folder = folder.expanduser()
+        if (folder / "sweep.json").exists():
+            for name in records.read_json(folder / "sweep.json")["trials"]:
+                if (folder / name / "results.json").exists():
+                    found[folder / name] = records.read_json(folder / name / "results.json")
+                else:
+                    unfinished.append(name)
+        elif (folder / "results.json").exists():
+            found[folder] = records.read_json(folder / "results.json")
+        else:
+            kind = "a run that has not finished" if (folder / "config.json").exists() else "neither a run nor a sweep"
+            raise UserError(f"{folder} holds {kind}; leave it out, or give its command again")
+    if not found:
+        raise UserError(f"none of the {len(unfinished)} runs has finished; give the sweep's command again")
+    names = sorted({run["config"]["data"]["name"] for run in found.values()})
+    if len(names) > 1:
+        raise UserError(f"these runs are of several data sets ({', '.join(names)}): make one table of each")
+    return Study(_rows(found), tuple(unfinished))
+
+
+def _rows(found):
+    flat = {folder: _settings(run["config"]) for folder, run in found.items()}
+    keys = sorted({key for settings in flat.values() for key in settings})
+    differing = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
+    rows = {}
+    for folder, run in found.items():
+        settings = {key: flat[folder].get(key) for key in differing}
+        tasks = tuple(run["config"]["tasks"])
+        row = rows.setdefault(json.dumps(settings), Row(settings, tasks, {}, {}))
+        if run["seed"] in row.runs:
+            raise UserError(f"{folder} and {row.folders[run['seed']]} are the same run twice: leave one out")
+        row.runs[run["seed"]], row.folders[run["seed"]] = run, folder
+    return tuple(rows.values())
+
+
+def _settings(config):
+    """The settings that tell one row from another: all that change results, but the seed."""
+    return {name: value for name, value in records.settings(config).items() if name != "seed"}

@@ -1,0 +1,184 @@
+"""A study's pictures: metrics and sparsity against lambda, sparsity over the run, layers, Pareto plot, latency."""
+
+import numpy as np
+from matplotlib import colormaps
+
+from mtl_sparse.report import plots, records
+from mtl_sparse.report import study as study_lib
+from mtl_sparse.report.study_tables import setting, settings_names, short
+
+
+def draw(study: study_lib.Study, folder) -> dict[str, object]:
+    """Draws the pictures that the study has the runs for into `folder`; returns {title: path}."""
+    folder.mkdir(exist_ok=True)
+    found = {}
+    makers = {
+        "Metrics against lambda": metrics_over_lambda,
+        "Zero groups against lambda": sparsity_over_lambda,
+        "Metrics against sparsity": pareto,
+        "Zero groups over the run": sparsity_over_steps,
+        "Groups left by layer": groups_per_layer,
+        "Latency against sparsity": latency,
+    }
+    for title, make in makers.items():
+        figure = make(study)
+        if figure is not None:
+            found[title] = plots.save(figure, folder / f"{make.__name__}.png")
+    return found
+
+
+def label(study, row, without=()) -> str:
+    """The tasks of a row and its settings that are not in `without`."""
+    names = [name for name in settings_names(study) if name not in without]
+    return ", ".join(setting(row, name) if name == "tasks" else f"{short(name)} {setting(row, name)}" for name in names)
+
+
+def _color(index, count):
+    return colormaps["viridis"](0.9 * index / max(count - 1, 1))
+
+
+def _lambda_lines(study):
+    """Rows that differ in lambda alone, as {label: rows by rising lambda}; empty where lambda never varies."""
+    lines = {}
+    for row in study.rows:
+        lines.setdefault(label(study, row, ("sparsity.lambda_",)), []).append(row)
+    lines = {name: sorted(rows, key=_lambda) for name, rows in lines.items()}
+    return lines if any(len({_lambda(row) for row in rows}) > 1 for rows in lines.values()) else {}
+
+
+def _lambda(row):
+    return row.config["sparsity"]["lambda_"]
+
+
+def _places(rows, smallest):
+    """Lambdas on a logarithmic axis, 0 a decade below the smallest."""
+    return np.array([_lambda(row) or smallest / 10 for row in rows])
+
+
+def _over_lambda(study, panels):
+    """One panel each of {y label: row -> Figure or None}, a line for each set of rows."""
+    lines = _lambda_lines(study)
+    if not lines:
+        return None
+    smallest = min(_lambda(row) for rows in lines.values() for row in rows if _lambda(row) > 0)
+    figure = plots.new_figure(figsize=(4.2 * len(panels), 3.6))
+    for axis, (name, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, (line, rows) in enumerate(lines.items()):
+            shown = [(place, of(row)) for place, row in zip(_places(rows, smallest), rows, strict=True) if of(row)]
+            if shown:
+                x, y = [place for place, _ in shown], [value.mean for _, value in shown]
+                error = np.nan_to_num([value.std for _, value in shown])
+                axis.errorbar(x, y, error, marker="o", capsize=2, color=_color(i, len(lines)), label=line)
+        axis.set(xscale="log", xlabel="lambda (leftmost: 0)", ylabel=name)
+    axis.legend(frameon=False, fontsize=7)
+    return plots.plain(figure)
+
+
+def metrics_over_lambda(study):
+    """Each task's metric against lambda (the paper's Fig. 3a)."""
+    panels = {}
+    for task in study.tasks:
+        run = next(next(iter(row.runs.values())) for row in study.rows if task in row.tasks)
+        _, name, higher = study_lib.metric(task, run)
+        panels[f"{task} {name} {'↑' if higher else '↓'}"] = lambda row, task=task: (
+            row.figure(task) if task in row.tasks else None
+        )
+    return _over_lambda(study, panels)
+
+
+def sparsity_over_lambda(study):
+    """% zero groups, and % of the parameters in them, against lambda (the paper's Fig. 3b)."""
+
+    def percent(kind):
+        def of(row):
+            found = row.sparsity(kind)
+            return study_lib.Figure(100 * found.mean, 100 * found.std, found.n)
+
+        return of
+
+    return _over_lambda(study, {"% groups zero": percent("group"), "% parameters in them": percent("parameter")})
+
+
+def pareto(study):
+    """Each task's metric against % zero groups: a point a row, with the spread over its seeds both ways."""
+    tasks = study.tasks
+    figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8))
+    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        rows = [row for row in study.rows if task in row.tasks]
+        for i, row in enumerate(rows):
+            x, y = row.sparsity("group"), row.figure(task)
+            errors = {"xerr": 100 * np.nan_to_num(x.std), "yerr": np.nan_to_num(y.std)}
+            axis.errorbar(100 * x.mean, y.mean, **errors, fmt="o", color=_color(i, len(rows)), label=label(study, row))
+        _, name, higher = study_lib.metric(task, next(iter(rows[0].runs.values())))
+        axis.set(xlabel="% groups zero", ylabel=f"{task} {name} {'↑' if higher else '↓'}")
+        if len(rows) <= 10:
+            axis.legend(frameon=False, fontsize=6)
+    return plots.plain(figure)
+
+
+def sparsity_over_steps(study):
+    """% zero groups at every validation, the mean over seeds (the paper's Fig. 3c)."""
+    figure = plots.new_figure(figsize=(7, 4))
+    axis = figure.subplots()
+    rows = [row for row in study.rows if not row.is_dense]
+    if not rows:
+        return None
+    for i, row in enumerate(rows):
+        series = [records.read_metrics(folder)["validation"]["sparsity/group"] for folder in row.folders.values()]
+        length = min(len(steps) for steps, _ in series)
+        mean = 100 * np.mean([values[:length] for _, values in series], 0)
+        axis.plot(series[0][0][:length], mean, color=_color(i, len(rows)), label=label(study, row))
+    axis.set(xlabel="step", ylabel="% groups zero", ylim=(-2, 102))
+    axis.legend(frameon=False, fontsize=6, ncols=2 if len(rows) > 8 else 1)
+    return plots.plain(figure)
+
+
+def groups_per_layer(study):
+    """% of each layer's groups that are left, a line a sparse row, the mean over seeds (the paper's Fig. 3)."""
+    rows = [row for row in study.rows if not row.is_dense]
+    layers = [entry["path"] for entry in next(iter(study.rows[0].runs.values()))["sparsity"]["layers"]]
+    layers.sort(key=plots.network_order)
+    same = [row for row in rows if _paths(row) == set(layers)]
+    if not same:
+        return None
+    left = np.array([np.mean([_left(run, layers) for run in row.runs.values()], 0) for row in same])
+    figure = plots.new_figure(figsize=(max(6, 0.24 * len(layers) + 3), 0.28 * len(same) + 2.2))
+    axis = figure.subplots()
+    image = axis.imshow(100 * left, aspect="auto", cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(len(layers)), [plots.short(path) for path in layers], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(same)), [label(study, row) for row in same], fontsize=7)
+    figure.colorbar(image, label="% of groups left")
+    return figure
+
+
+def _paths(row):
+    return {entry["path"] for entry in next(iter(row.runs.values()))["sparsity"]["layers"]}
+
+
+def _left(run, layers):
+    by_path = {entry["path"]: 1 - entry["zero_groups"] / entry["groups"] for entry in run["sparsity"]["layers"]}
+    return [by_path[path] for path in layers]
+
+
+def latency(study):
+    """Median latency of the compact backbone against % zero groups, of the runs that --job=benchmark has timed."""
+    points = {}
+    for row in study.rows:
+        for folder in row.folders.values():
+            if (folder / "benchmark.json").exists():
+                found = records.read_json(folder / "benchmark.json")
+                for entry in found["rows"]:
+                    if (entry["part"], entry["model"]) == ("backbone", "compact"):
+                        points.setdefault(entry["batch"], []).append(
+                            (100 * found["group_sparsity"], entry["median_ms"])
+                        )
+    if not points:
+        return None
+    figure = plots.new_figure(figsize=(6, 4))
+    axis = figure.subplots()
+    for i, (batch, pairs) in enumerate(sorted(points.items())):
+        x, y = np.array(sorted(pairs)).T
+        axis.plot(x, y / batch, "o-", color=_color(i, len(points)), label=f"batch {batch}")
+    axis.set(xlabel="% groups zero", ylabel="ms an image, compact backbone", ylim=(0, None))
+    axis.legend(frameon=False)
+    return plots.plain(figure)

@@ -1,0 +1,269 @@
+"""Many runs of one config with other settings each: ordinary run folders below one, side by side and resumable."""
+
+import ast
+import concurrent.futures
+import dataclasses
+import fcntl
+import importlib.util
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from mtl_sparse import run as run_lib
+from mtl_sparse.errors import UserError
+from mtl_sparse.report import records
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder.
+      config: its whole config.
+    """
+
+    name: str
+    config: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a sweep goes.
+
+    Attributes:
+      max_parallel: runs at a time.
+      shard: (i, n), every n-th trial from the i-th on, i from 0: one of n jobs of an array.
+      retry_failed: run those again that failed before.
+      cluster: "" runs in processes of this machine; "slurm", or "local" to try it, through submitit.
+      cluster_settings: of submitit's executor, such as {"slurm_partition": "gpu", "timeout_min": 600}.
+    """
+
+    max_parallel: int = 1
+    shard: tuple[int, int] = (0, 1)
+    retry_failed: bool = False
+    cluster: str = ""
+    cluster_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse_grid(text: str) -> list[dict[str, Any]]:
+    """ "sparsity.lambda_=0.0,1e-5; seed=0,1" -> the settings of each combination; the last name varies fastest.
+
+    Raises:
+      UserError: not of that form.
+    """
+    choices = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, values = part.partition("=")
+        if not equals or not values.strip() or name.strip() in choices:
+            raise UserError(f"--grid: {part!r} is not NAME=VALUE,VALUE,... of a name that stands once")
+        try:
+            parsed = ast.literal_eval(f"({values},)")
+        except (ValueError, SyntaxError):
+            parsed = tuple(value.strip() for value in values.split(","))
+        choices[name.strip()] = parsed
+    if not choices:
+        raise UserError("--job=sweep needs --config=configs/sweeps.py:NAME, or --grid='NAME=VALUE,VALUE; ...'")
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "i/n" -> (i, n)."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--shard={text!r}: i/n, i from 0 to n - 1")
+    return int(index), int(count)
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """ "timeout_min=600,slurm_partition=gpu" -> {"timeout_min": 600, "slurm_partition": "gpu"}."""
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"--cluster_settings: {part!r} is not NAME=VALUE")
+        found[name] = int(value) if value.isdecimal() else value
+    return found
+
+
+def make_trials(config, settings: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """The base config with each of the settings, by their dotted path.
+
+    Raises:
+      UserError: a setting that the config does not have, or a value of another type, or a trial twice.
+    """
+    trials = {}
+    for values in settings:
+        one = config.copy_and_resolve_references()
+        for path, value in values.items():
+            *parents, name = path.split(".")
+            try:
+                node = one
+                for parent in parents:
+                    node = node[parent]
+                if name not in node:
+                    raise KeyError(name)
+                node[name] = (value,) if path == "tasks" and isinstance(value, str) else value
+            except (KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"a sweep cannot set config.{path}={value!r}: {error}") from error
+        name = ",".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in values.items())
+        if name in trials:
+            raise UserError(f"the trial {name} stands twice in this sweep")
+        trials[name] = Trial(name, one)
+    return list(trials.values())
+
+
+def _short(value):
+    """A value as a part of a folder's name."""
+    text = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return text.replace("attribute:", "").replace("/", "_")
+
+
+def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str, Any]], options: Options) -> list[str]:
+    """`--job=sweep`: runs the trials that have not finished, each in its folder of `workdir`.
+
+    Returns:
+      Names of the trials of this shard that have finished.
+
+    Raises:
+      UserError: settings that cannot be, a folder of another sweep, or runs that failed; the others are done first.
+    """
+    index, count = options.shard
+    if options.max_parallel < 1:
+        raise UserError(f"--max_parallel={options.max_parallel}: it must be at least 1")
+    trials = make_trials(config, settings)
+    opened = set()
+    for trial in trials:  # bad settings are told, and data prepared, before any run starts
+        run_lib.check_config(trial.config)
+        data = trial.config.data.to_json(), tuple(trial.config.tasks)
+        if data not in opened:
+            run_lib.setup(trial.config)
+            opened.add(data)
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    _claim(workdir, settings, trials)
+    mine = trials[index::count]
+    waiting, failed = [], []
+    for trial in mine:
+        folder = workdir / trial.name
+        if (folder / "results.json").exists():
+            records.check_settings(folder, trial.config)
+        elif (folder / "failed.txt").exists() and not options.retry_failed:
+            failed.append(trial.name)
+        else:
+            waiting.append(trial)
+    logging.info(
+        "Sweep of %d runs in %s: %d finished before, %d failed before%s, %d to run",
+        len(mine), workdir, len(mine) - len(waiting) - len(failed), len(failed),
+        " (--retry_failed runs them again)" if failed else "", len(waiting),
+    )  # fmt: skip
+    failed += _run_all(waiting, workdir, options)
+    if failed:
+        reasons = [f"{name} ({(workdir / name / 'failed.txt').read_text().strip()})" for name in failed]
+        raise UserError(
+            f"{len(failed)} of {len(mine)} runs failed: {'; '.join(reasons[:3])}{'; ...' if len(failed) > 3 else ''}; "
+            f"each has a log.txt in its folder of {workdir}, and --retry_failed runs them again"
+        )
+    return [trial.name for trial in mine]
+
+
+def _claim(workdir, settings, trials):
+    """Writes sweep.json; raises UserError where the folder holds another sweep."""
+    path = workdir / "sweep.json"
+    value = json.loads(json.dumps({"trials": {t.name: dict(s) for t, s in zip(trials, settings, strict=True)}}))
+    if path.exists() and records.read_json(path) != value:
+        raise UserError(f"{workdir} holds another sweep; give another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    records.write_json(path, value)
+
+
+def _run_all(trials, workdir, options) -> list[str]:
+    """Runs the trials; returns the names of those that failed."""
+    progress = _Progress(len(trials), options.max_parallel)
+    for trial in trials:
+        folder = workdir / trial.name
+        folder.mkdir(exist_ok=True)
+        if (folder / "config.json").exists():
+            records.check_settings(folder, trial.config)
+        records.write_json(folder / "config.json", json.loads(trial.config.to_json()))
+    folders = {trial.name: str(workdir / trial.name) for trial in trials}
+    if options.cluster:
+        return _submit(folders, workdir, options, progress)
+    with concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
+        running = {pool.submit(run_trial, folder): name for name, folder in folders.items()}
+        try:
+            return [running[done] for done in concurrent.futures.as_completed(running)
+                    if not progress.tell(running[done], done.result())]  # fmt: skip
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _submit(folders, workdir, options, progress) -> list[str]:
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("--cluster needs submitit: pip install -e '.[slurm]'")
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=options.cluster)
+    settings = dict(options.cluster_settings)
+    if options.cluster == "slurm":
+        settings["slurm_array_parallelism"] = options.max_parallel
+    executor.update_parameters(**settings)
+    jobs = dict(zip(folders, executor.map_array(run_trial, list(folders.values())), strict=True))
+    failed = []
+    for name, job in jobs.items():
+        if not progress.tell(name, job.result()):
+            failed.append(name)
+    return failed
+
+
+def run_trial(folder: str) -> bool:
+    """Trains the run of `folder`, whose config.json is there, in a process of its own; returns whether it finished.
+
+    What it prints goes to log.txt; the reason of a failure to failed.txt. A run that another process is at, such as one
+    left by a sweep that was killed, is waited for.
+    """
+    folder = pathlib.Path(folder)
+    config = importlib.util.find_spec("configs.run").origin
+    command = [sys.executable, importlib.util.find_spec("launch").origin, f"--config={config}:{folder}"]
+    with (folder / "lock").open("w") as lock, (folder / "log.txt").open("a") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "results.json").exists():
+            return True
+        (folder / "failed.txt").unlink(missing_ok=True)
+        # The child holds the lock, too: it stays locked for as long as either lives.
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),), check=False)
+    if done.returncode == 0:
+        return True
+    lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+    (folder / "failed.txt").write_text(f"exit code {done.returncode}: {reason.removeprefix('error: ')}\n")
+    return False
+
+
+class _Progress:
+    """Tells, run by run, how far a sweep is and how long it will take."""
+
+    def __init__(self, total, parallel):
+        self._total, self._parallel, self._done, self._failed = total, parallel, 0, 0
+        self._start, self._lock = time.monotonic(), threading.Lock()
+
+    def tell(self, name, finished) -> bool:
+        with self._lock:
+            self._done += 1
+            self._failed += not finished
+            seconds = (time.monotonic() - self._start) / self._done
+            left = seconds * (self._total - self._done)
+            logging.info(
+                "%s %s; %d of %d runs, %d failed, %.0f s a run, %s left",
+                name, "finished" if finished else "failed", self._done, self._total, self._failed, seconds,
+                f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min",
+            )  # fmt: skip
+        return finished

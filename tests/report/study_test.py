@@ -1,0 +1,182 @@
+"""The statistics of the tables against figures worked out by hand, and against scipy's own tests."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import nyu
+from mtl_sparse.errors import UserError
+from mtl_sparse.report import page, published, study, study_tables
+
+LAYERS = [
+    {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 1, "group_size": 9},
+    {"path": "backbone/layer1_0/conv1/kernel", "groups": 4, "zero_groups": 2, "group_size": 9},
+]
+
+
+def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", **values):
+    """A finished run's folder with these test metrics: iou, cs, mae."""
+    config = nyu.get_config()
+    config.tasks, config.seed, config.sparsity.lambda_, config.data.name = tasks, seed, lambda_, name
+    names = {"iou": "segmentation/image_iou_stride8", "cs": "normals/cosine_stride8"}
+    names["mae"] = "depth/mae_normalized_stride8"
+    results = {
+        "test": {names[key]: value for key, value in values.items()},
+        "headlines": {task: {"metric": f"{task}/x", "higher_is_better": True} for task in tasks},
+        "sparsity": {"group": group, "parameter": group + 0.1, "layers": LAYERS, "penalty": "group_lasso"},
+        "config": json.loads(config.to_json()),
+        "seed": seed,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json())
+    (folder / "results.json").write_text(json.dumps(results))
+    rows = [{"step": step, "split": "validation", "sparsity/group": group * step / 2} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+BOTH = ("segmentation", "depth")
+SPARSE_IOU, DENSE_IOU = [0.33, 0.36, 0.35], [0.30, 0.34, 0.31]
+SPARSE_MAE, DENSE_MAE = [0.130, 0.128, 0.135], [0.140, 0.131, 0.150]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Dense and sparse on two tasks, three seeds each, and their dense single-task runs, two seeds each."""
+    made = []
+    for seed in range(3):
+        sparse = {"iou": SPARSE_IOU[seed], "mae": SPARSE_MAE[seed], "group": 0.66}
+        made.append(write_run(tmp_path / f"sparse{seed}", BOTH, 1e-5, seed, **sparse))
+        dense = {"iou": DENSE_IOU[seed], "mae": DENSE_MAE[seed]}
+        made.append(write_run(tmp_path / f"dense{seed}", BOTH, 0.0, seed, **dense))
+    for seed in range(2):
+        made.append(write_run(tmp_path / f"seg{seed}", ("segmentation",), 0.0, seed, iou=[0.30, 0.34][seed]))
+        made.append(write_run(tmp_path / f"depth{seed}", ("depth",), 0.0, seed, mae=[0.15, 0.17][seed]))
+    return made
+
+
+def row(found, tasks, lambda_):
+    (one,) = [row for row in found.rows if row.tasks == tasks and row.config["sparsity"]["lambda_"] == lambda_]
+    return one
+
+
+def test_rows_are_runs_that_differ_in_their_seed_alone(folders):
+    found = study.read(folders)
+    assert len(found.rows) == 4 and sorted(len(row.runs) for row in found.rows) == [2, 2, 3, 3]
+    assert set(found.rows[0].settings) == {"tasks", "sparsity.lambda_"}
+
+
+def test_mean_and_spread_by_hand(folders):
+    figure = row(study.read(folders), BOTH, 1e-5).figure("segmentation")
+    mean = (0.33 + 0.36 + 0.35) / 3
+    assert figure.mean == pytest.approx(mean)
+    assert figure.std == pytest.approx((((0.33 - mean) ** 2 + (0.36 - mean) ** 2 + (0.35 - mean) ** 2) / 2) ** 0.5)
+    assert study_tables.spread(figure) == "0.3467 ± 0.0153"
+    assert study_tables.spread(study.Figure.of([0.5])) == "0.5000", "one seed has no spread"
+
+
+def test_gain_over_single_tasks_by_hand(folders):
+    """Singles: IoU 0.32, MAE 0.16. The gain of each seed is the mean of both relative gains; less MAE is better."""
+    found = study.read(folders)
+    by_seed = [
+        100 * ((iou - 0.32) / 0.32 - (mae - 0.16) / 0.16) / 2 for iou, mae in zip(SPARSE_IOU, SPARSE_MAE, strict=True)
+    ]
+    gain = found.gain(row(found, BOTH, 1e-5))
+    assert gain.mean == pytest.approx(np.mean(by_seed)) and gain.std == pytest.approx(np.std(by_seed, ddof=1))
+    assert gain.mean > 10
+    assert found.gain(row(found, ("depth",), 0.0)) is None, "a single task is its own measure"
+    assert study.read(folders[:6]).gain(study.read(folders[:6]).rows[0]) is None, "no single-task runs"
+
+
+def test_sparse_is_paired_with_dense_by_seed(folders):
+    found = study.read(folders)
+    sparse, dense = row(found, BOTH, 1e-5), row(found, BOTH, 0.0)
+    assert found.dense(sparse) is dense and found.dense(dense) is None
+    difference = study.compare(sparse, dense, "segmentation")
+    exact = stats.ttest_rel(SPARSE_IOU, DENSE_IOU)
+    interval = exact.confidence_interval(0.95)
+    assert difference.mean == pytest.approx((0.03 + 0.02 + 0.04) / 3)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
+    assert difference.p == pytest.approx(exact.pvalue) and difference.n == 3
+    unpaired = stats.ttest_ind(SPARSE_IOU, DENSE_IOU).pvalue
+    assert difference.p < unpaired / 2, "pairing takes the seeds' own spread out"
+
+
+def test_only_common_seeds_are_paired(folders):
+    fewer = study.read([folder for folder in folders if folder.name not in ("dense1", "dense2")])
+    difference = study.compare(row(fewer, BOTH, 1e-5), row(fewer, BOTH, 0.0), "depth")
+    assert difference.n == 1 and difference.mean == pytest.approx(0.130 - 0.140) and np.isnan(difference.p)
+
+
+def test_the_table_has_the_papers_form_and_figures(folders):
+    rows = study_tables.summary(study.read(folders))
+    assert rows[0] == ("tasks", "lambda", "segmentation IoU ↑", "depth MAE ↓", "% groups zero", "% parameters", "Δm %",
+                       "seeds")  # fmt: skip
+    ours, theirs = rows[1:3]
+    assert ours[:4] == ("segmentation + depth", "1e-05", "0.3467 ± 0.0153", "0.1310 ± 0.0036")
+    assert ours[4:6] == ("66.00 ± 0.00", "76.00 ± 0.00")
+    assert theirs == ("published", "", "0.3345 ± 0.0073", "0.1389 ± 0.0027", "66.06", "73.58", "", "5")
+    better = {cells[2]: cells[-1] for cells in study_tables.against_dense(study.read(folders))[1:]}
+    assert better == {"segmentation IoU": "sparse", "depth MAE": "sparse"}
+
+
+def test_formats_hold_the_same_cells(folders):
+    rows = study_tables.summary(study.read(folders))
+    assert [tuple(line) for line in csv.reader(io.StringIO(study_tables.to_csv(rows)))] == rows
+    latex = study_tables.to_latex(rows)
+    assert r"segmentation + depth & 1e-05 & 0.3467 $\pm$ 0.0153 & 0.1310 $\pm$ 0.0036 & 66.00" in latex
+    assert r"\% groups zero" in latex and r"$\Delta_m$" in latex
+
+
+def test_the_page_holds_everything_and_is_readable_offline(folders, tmp_path, capsys):
+    text = page.write(folders, tmp_path / "report").read_text()
+    assert "0.3467 ± 0.0153" in text and "0.3345 ± 0.0073" in text
+    assert text.count("data:image/png;base64,") == 5 and "http" not in text
+    assert "10 runs" in text and "0.3467 ± 0.0153" in capsys.readouterr().out
+    tables = {f"{name}.{kind}" for name in ("summary", "against_dense") for kind in ("md", "csv", "tex")}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "plots"} | tables
+
+
+def test_published_figures_are_the_papers():
+    """Spot checks of each table, and that they are for runs on the real data at a fixed lambda alone."""
+    assert len(published.TABLES) == 21 + 3 + 12
+    config = json.loads(nyu.get_config().to_json())
+    found = published.lookup(config)
+    assert found["tasks"] == {"segmentation": (0.3394, 0.0107), "normals": (0.7857, 0.0076), "depth": (0.1336, 0.0029)}
+    assert (found["group"], found["parameter"]) == pytest.approx((0.6972, 0.7672))
+    config["sparsity"]["target"] = 0.7
+    assert published.lookup(config) is None
+    smile = published.TABLES["celebamask_hq", frozenset(["attribute:Smiling"]), "group_lasso", 1e-5]
+    assert smile["tasks"] == {"attribute:Smiling": (0.5238, 0.0004)} and smile["group"] == 1.0
+
+
+def test_bad_folders_are_named(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds neither a run nor a sweep"):
+        study.read([*folders, tmp_path / "empty"])
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="empty holds a run that has not finished"):
+        study.read([*folders, tmp_path / "empty"])
+    with pytest.raises(UserError, match="sparse0 are the same run twice"):
+        twice = write_run(tmp_path / "again", BOTH, 1e-5, 0, iou=0.3, mae=0.1)
+        study.read([*folders, twice])
+    with pytest.raises(UserError, match=r"several data sets \(celebamask_hq, nyud_mt\)"):
+        study.read([*folders, write_run(tmp_path / "faces", BOTH, 0.0, 0, iou=0.3, mae=0.1, name="celebamask_hq")])
+    (folders[0] / "results.json").write_text('{"test":')
+    with pytest.raises(UserError, match="results.json is damaged"):
+        study.read(folders)
+
+
+def test_a_sweep_leaves_out_what_has_not_finished(folders, tmp_path):
+    names = [*(folder.name for folder in folders), "sparse9"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"trials": {name: {} for name in names}}))
+    found = study.read([tmp_path])
+    assert found.unfinished == ("sparse9",) and len(found.rows) == 4
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "sweep.json").write_text(json.dumps({"trials": {"a": {}, "b": {}}}))
+    with pytest.raises(UserError, match="none of the 2 runs has finished"):
+        study.read([tmp_path / "none"])

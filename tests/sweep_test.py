@@ -1,0 +1,169 @@
+import json
+import pathlib
+import threading
+
+import pytest
+
+from configs import sweeps
+from mtl_sparse import run as run_lib
+from mtl_sparse import sweep
+from mtl_sparse.errors import UserError
+from tests.conftest import tiny
+
+LAMBDAS = [{"sparsity.lambda_": value, "seed": seed} for value in (0.0, 1e-4) for seed in (0, 1)]
+NAMES = ["lambda_=0.0,seed=0", "lambda_=0.0,seed=1", "lambda_=0.0001,seed=0", "lambda_=0.0001,seed=1"]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the trials that were run; in place of training, results.json is written, or failed.txt for `fails`."""
+    names, fails = [], set()
+    lock = threading.Lock()
+
+    def run_trial(folder):
+        folder = pathlib.Path(folder)
+        with lock:
+            names.append(folder.name)
+        if folder.name in fails:
+            (folder / "failed.txt").write_text("exit code 2: training is not finite\n")
+            return False
+        (folder / "results.json").write_text("{}")
+        return True
+
+    monkeypatch.setattr(sweep, "run_trial", run_trial)
+    run_trial.names, run_trial.fails = names, fails
+    return run_trial
+
+
+def run(config, folder, settings=LAMBDAS, **options):
+    return sweep.run_job(config, folder, settings, sweep.Options(**options))
+
+
+def test_every_trial_is_a_run_folder_with_its_settings(config, tmp_path, trained):
+    assert run(config, tmp_path, max_parallel=2) == NAMES
+    assert sorted(trained.names) == sorted(NAMES)
+    for name, settings in zip(NAMES, LAMBDAS, strict=True):
+        stored = json.loads((tmp_path / name / "config.json").read_text())
+        assert stored["sparsity"]["lambda_"] == settings["sparsity.lambda_"] and stored["seed"] == settings["seed"]
+        assert stored["data"]["folder"] == config.data.folder
+
+
+def test_finished_runs_are_skipped(config, tmp_path, trained):
+    run(config, tmp_path)
+    trained.names.clear()
+    (tmp_path / NAMES[2] / "results.json").unlink()
+    assert run(config, tmp_path) == NAMES
+    assert trained.names == [NAMES[2]]
+
+
+def test_failed_runs_are_told_and_run_again_on_request(config, tmp_path, trained):
+    trained.fails.add(NAMES[1])
+    with pytest.raises(UserError, match="1 of 4 runs failed: lambda_=0.0,seed=1 .*not finite.*--retry_failed"):
+        run(config, tmp_path)
+    assert len(trained.names) == 4, "the others are done all the same"
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        run(config, tmp_path)
+    assert len(trained.names) == 4
+    trained.fails.clear()
+    assert run(config, tmp_path, retry_failed=True) == NAMES
+    assert trained.names[4:] == [NAMES[1]]
+
+
+def test_shards_divide_the_trials(config, tmp_path, trained):
+    parts = [run(config, tmp_path, shard=(i, 3)) for i in range(3)]
+    assert parts == [[NAMES[0], NAMES[3]], [NAMES[1]], [NAMES[2]]]
+    assert sorted(trained.names) == sorted(NAMES)
+
+
+def test_a_folder_of_another_sweep_is_refused(config, tmp_path, trained):
+    run(config, tmp_path)
+    with pytest.raises(UserError, match="holds another sweep"):
+        run(config, tmp_path, LAMBDAS[:2])
+    config.model.width = 8
+    with pytest.raises(UserError, match="other settings .model.width=4 there, 8 now"):
+        run(config, tmp_path)
+
+
+def test_a_trial_is_trained_in_a_process_of_its_own(rooms, tmp_path):
+    config = tiny(rooms)
+    config.train.epochs, config.tasks = 1, ("depth",)
+    with pytest.raises(UserError, match="1 of 2 runs failed: learning_rate=1e\\+30 .*not finite at step"):
+        run(config, tmp_path, [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e30)])
+    done = tmp_path / "learning_rate=0.001"
+    assert json.loads((done / "results.json").read_text())["config"]["optimizer"]["learning_rate"] == 1e-3
+    assert (done / "plots" / "samples.png").exists() and "first step compiles" in (done / "log.txt").read_text()
+
+
+def test_grids_are_every_combination():
+    assert sweep.parse_grid("sparsity.lambda_=0.0,1e-5; seed=0,1") == [
+        {"sparsity.lambda_": 0.0, "seed": 0},
+        {"sparsity.lambda_": 0.0, "seed": 1},
+        {"sparsity.lambda_": 1e-5, "seed": 0},
+        {"sparsity.lambda_": 1e-5, "seed": 1},
+    ]
+    assert sweep.parse_grid("sparsity.penalty=l1,group_mcp") == [
+        {"sparsity.penalty": "l1"},
+        {"sparsity.penalty": "group_mcp"},
+    ]
+    assert sweep.parse_grid("tasks=('depth',),('depth','edge')") == [
+        {"tasks": ("depth",)},
+        {"tasks": ("depth", "edge")},
+    ]
+    assert sweep.parse_settings("timeout_min=600,slurm_partition=gpu") == {"timeout_min": 600, "slurm_partition": "gpu"}
+
+
+BAD = {
+    "": "needs --config=configs/sweeps.py:NAME, or --grid",
+    "seed": "'seed' is not NAME=VALUE",
+    "seed=0; seed=1": "'seed=1' is not NAME=VALUE,VALUE,... of a name that stands once",
+    "sparsity.lamda=0": "cannot set config.sparsity.lamda=0",
+    "seed=one": "cannot set config.seed='one'",
+    "seed=0,0": "the trial seed=0 stands twice",
+    "sparsity.lambda_=-1.0": "lambda_.*-1",
+    "tasks=albedo": "'albedo'",
+}
+
+
+@pytest.mark.parametrize("grid", BAD)
+def test_bad_grids_are_named_before_anything_is_written(config, tmp_path, trained, grid):
+    with pytest.raises(UserError, match=BAD[grid]):
+        run(config, tmp_path / "sweep", sweep.parse_grid(grid))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_bad_options_are_named(config, tmp_path):
+    for shard in ("3/3", "1", "-1/2", "a/b"):
+        with pytest.raises(UserError, match="--shard='.*': i/n"):
+            sweep.parse_shard(shard)
+    assert sweep.parse_shard("2/3") == (2, 3)
+    with pytest.raises(UserError, match="--max_parallel=0"):
+        run(config, tmp_path, max_parallel=0)
+    with pytest.raises(UserError, match="'gpu' is not NAME=VALUE"):
+        sweep.parse_settings("gpu")
+
+
+COUNTS = {
+    "table1": 7 * 3,
+    "table2": 6 * 2,
+    "table3": 3,
+    "lambda_path": 7,
+    "target_path": 6,
+    "fair_baseline": 7,
+    "paper_baseline": 7,
+}
+
+
+@pytest.mark.parametrize("name", sweeps.SWEEPS)
+def test_named_sweeps_hold_valid_runs(name):
+    for size, seeds in (("", 5), (":demo", 2)):
+        trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
+        assert len(trials) == COUNTS[name] * seeds
+        for trial in trials:
+            run_lib.check_config(trial.config)
+        assert len({trial.config.to_json() for trial in trials}) == len(trials)
+
+
+def test_unknown_sweeps_are_named():
+    for name in ("", "table9", "table1:small"):
+        with pytest.raises(UserError, match=f"unknown sweep '{name}'; the sweeps are table1, .*NAME:demo"):
+            sweeps.trials(name)
