@@ -27,6 +27,7 @@ def finished(faces, tmp_path_factory):
     config = tiny_faces(faces)
     config.model.update(width=8)
     config.sparsity.update(lambda_=3e-1, warmup_steps=0)
+    config.optimizer.learning_rate = 2e-3
     folder = tmp_path_factory.mktemp("runs") / "faces"
     return config, folder, train.train(config, folder)
 

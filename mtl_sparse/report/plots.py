@@ -222,7 +222,7 @@ def _write_attributes(axis, samples, attributes, row):
         label, probability = samples[f"label/{task}"][row], float(samples[f"prediction/{task}"][row])
         text = f"{task.removeprefix('attribute:').replace('_', ' ')}: {100 * probability:.0f} %"
         color = "black" if label == VOID else "#2e7d32" if (probability >= threshold) == (label == 1) else "#b03a2e"
-        place = (0.02 + column) / columns, 0.88 - line / (_TEXT_LINES + 0.5)
+        place = (0.02 + column) / columns, 0.88 - line / (_TEXT_LINES + 1.5)
         axis.text(*place, text, color=color, fontsize=8, transform=axis.transAxes)
 
 

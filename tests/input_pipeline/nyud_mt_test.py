@@ -59,6 +59,7 @@ from tests.conftest import tiny
 config = tiny("nowhere")
 config.data.prepared = {str(rooms) + ".tfds"!r}
 config.train.epochs = 1
+config.tasks = ("depth",)
 train.train(config, {str(tmp_path)!r})
 assert "tensorflow" not in sys.modules
 """

@@ -109,7 +109,7 @@ def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, tap
     assert widths.Widths.from_json(small.widths.to_json()) == small.widths
 
 
-@settings(max_examples=10, **UNHURRIED)
+@settings(max_examples=6, **UNHURRIED)
 @given(**CASES)
 def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
     check_outputs_and_idempotence(**case)
@@ -296,7 +296,7 @@ def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
     assert_same_outputs(model, given, small, small_variables, 1e-5)
 
 
-@settings(max_examples=5, **UNHURRIED)
+@settings(max_examples=3, **UNHURRIED)
 @given(first=st.sampled_from([1, 4]), second=st.sampled_from([1, 4, 8]), seed=st.integers(0, 2**16), **DEPTH)
 def test_a_compact_model_that_lost_more_groups_is_compacted_further(depth, first, second, seed):
     model, variables = with_zeros(depth, seed, 0.5)
