@@ -1,6 +1,11 @@
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -92,6 +97,40 @@ def test_a_trial_is_trained_in_a_process_of_its_own(rooms, tmp_path):
     done = tmp_path / "init_from="
     assert json.loads((done / "results.json").read_text())["config"]["tasks"] == ["depth"]
     assert (done / "plots" / "samples.png").exists() and "first step compiles" in (done / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_table_of_an_uninterrupted_one(rooms, tmp_path):
+    root = pathlib.Path(sweep.__file__).parents[1]
+    settings = [
+        "data.embedded.frames=0",
+        f"data.folder={rooms}",
+        "data.size=(32,48)",
+        "model.width=4",
+        "sparsity.target=0",
+    ]
+    settings += ["model.head_features=4", "train.batch_size=8", "train.epochs=3", "run.checkpoint_every_steps=1"]
+    command = [sys.executable, str(root / "launch.py"), f"--config={root}/configs/demo.py", "--job=sweep"]
+    command += ["--grid=seed=0,1", *(f"--config.{setting}" for setting in settings)]
+
+    def start(workdir):
+        log = (tmp_path / "log.txt").open("a")
+        return subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log, start_new_session=True)
+
+    killed = start(tmp_path / "killed")
+    second = tmp_path / "killed" / "seed=1" / "metrics.jsonl"
+    while not (second.exists() and second.read_text().count('"validation"') >= 1):
+        assert killed.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)  # the sweep and the run that it was at
+    killed.wait()
+    assert (tmp_path / "killed" / "seed=0" / "results.json").exists()
+    assert not (tmp_path / "killed" / "seed=1" / "results.json").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    assert "Going on from step" in (tmp_path / "killed" / "seed=1" / "log.txt").read_text()
+    assert start(tmp_path / "whole").wait() == 0
+    ours, theirs = ((tmp_path / name / "report" / "summary.csv").read_text() for name in ("killed", "whole"))
+    assert ours == theirs and ours.count("\n") == 2
 
 
 def test_grids_are_every_combination():

@@ -68,9 +68,11 @@ TABLES = {
 def lookup(config: dict) -> dict | None:
     """The published figures of a run's settings (config.json), or None: {"tasks": {task: (mean, std)}, "group", ...}.
 
-    Only a run on the whole published data at the paper's lambda has one.
+    Only a run of the paper's backbone on published data in the paper's size, at its lambda, has one.
     """
-    if config["data"]["embedded"]["frames"] or config["sparsity"]["target"]:
+    data, model = config["data"], config["model"]
+    papers = (list(data["size"]), model["depth"], model["width"]) == ([256, 256], 50, 64)
+    if not papers or data["embedded"]["frames"] or config["sparsity"]["target"]:
         return None
     sparsity = config["sparsity"]
     return TABLES.get((config["data"]["name"], frozenset(config["tasks"]), sparsity["penalty"], sparsity["lambda_"]))

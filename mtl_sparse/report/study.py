@@ -80,7 +80,9 @@ class Row:
         return Figure.of(list(self.values(task).values()))
 
     def sparsity(self, kind: str) -> Figure:
-        """ "group" or "parameter", as a fraction."""
+        """Zero fraction by kind: "group", or "parameter", those in zero groups (under l1, all that are zero)."""
+        if kind == "parameter" and self.config["sparsity"]["penalty"] == "l1":
+            kind = "weight"
         return Figure.of([run["sparsity"][kind] for run in self.runs.values()])
 
     @property

@@ -105,12 +105,13 @@ def pareto(study):
     figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8))
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         rows = [row for row in study.rows if task in row.tasks]
-        for i, row in enumerate(rows):
+        for row in rows:
             x, y = row.sparsity("group"), row.figure(task)
             errors = {"xerr": 100 * np.nan_to_num(x.std), "yerr": np.nan_to_num(y.std)}
-            axis.errorbar(100 * x.mean, y.mean, **errors, fmt="o", color=_color(i, len(rows)), label=label(study, row))
+            color = _color(study.rows.index(row), len(study.rows))  # the same in every panel
+            axis.errorbar(100 * x.mean, y.mean, **errors, fmt="o", color=color, label=label(study, row))
         _, name, higher = study_lib.metric(task, next(iter(rows[0].runs.values())))
-        axis.set(xlabel="% groups zero", ylabel=f"{task} {name} {'↑' if higher else '↓'}")
+        axis.set(xlim=(-3, 103), xlabel="% groups zero", ylabel=f"{task} {name} {'↑' if higher else '↓'}")
         if len(rows) <= 10:
             axis.legend(frameon=False, fontsize=6)
     return plots.plain(figure)
