@@ -21,6 +21,8 @@ from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.report import records
 
+CLUSTERS = ("slurm", "local")  # of submitit
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -137,6 +139,8 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
       UserError: settings that cannot be, a folder of another sweep, or runs that failed; the others are done first.
     """
     index, count = options.shard
+    if options.cluster not in ("", *CLUSTERS):
+        raise UserError(f"--cluster={options.cluster!r}: it is empty for this machine, or one of {', '.join(CLUSTERS)}")
     if options.max_parallel < 1:
         raise UserError(f"--max_parallel={options.max_parallel}: it must be at least 1")
     trials = make_trials(config, settings)
@@ -211,11 +215,14 @@ def _submit(folders, workdir, options, progress) -> list[str]:
         raise UserError("--cluster needs submitit: pip install -e '.[slurm]'")
     import submitit
 
-    executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=options.cluster)
     settings = dict(options.cluster_settings)
     if options.cluster == "slurm":
         settings["slurm_array_parallelism"] = options.max_parallel
-    executor.update_parameters(**settings)
+    try:
+        executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=options.cluster)
+        executor.update_parameters(**settings)
+    except (NameError, TypeError, ValueError, RuntimeError) as error:  # an unknown setting is a NameError there
+        raise UserError(f"--cluster_settings: submitit refuses {settings} ({error})") from error
     jobs = dict(zip(folders, executor.map_array(run_trial, list(folders.values())), strict=True))
     failed = []
     for name, job in jobs.items():

@@ -99,6 +99,20 @@ def test_a_trial_is_trained_in_a_process_of_its_own(rooms, tmp_path):
     assert (done / "plots" / "samples.png").exists() and "first step compiles" in (done / "log.txt").read_text()
 
 
+def test_a_cluster_runs_the_trials_through_submitit(config, tmp_path):
+    """submitit's local executor takes the way of its SLURM one; the trial fails early, which is quick, and is told."""
+    with pytest.raises(UserError, match="1 of 1 runs failed: init_from=gone .*no best checkpoint in .*gone"):
+        run(config, tmp_path, [{"train.init_from": "gone"}], cluster="local", cluster_settings={"timeout_min": 5})
+    assert list((tmp_path / "submitit").glob("*_submitted.pkl")) and (tmp_path / "init_from=gone" / "log.txt").exists()
+
+
+def test_a_cluster_that_is_not_known_is_named(config, tmp_path, trained):
+    with pytest.raises(UserError, match="--cluster='pbs'.*slurm, local"):
+        run(config, tmp_path, cluster="pbs")
+    with pytest.raises(UserError, match="--cluster_settings: .*colour"):
+        run(config, tmp_path, cluster="local", cluster_settings={"colour": "red"})
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_table_of_an_uninterrupted_one(rooms, tmp_path):
     root = pathlib.Path(sweep.__file__).parents[1]
