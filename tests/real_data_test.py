@@ -58,6 +58,7 @@ def nyu(expand, tmp_path_factory):
 
 def test_real_frames_load_and_train(nyu, tmp_path):
     config = tiny(nyu)
+    config.tasks = ("segmentation", "normals")
     config.data.flip, config.data.max_scale = True, 1.5
     results = train.train(config, tmp_path)
     assert results["frames"] == {"train": 18, "validation": 2, "test": 6}
@@ -77,6 +78,7 @@ def test_real_labels_are_in_the_documented_units(nyu):
 
 def test_real_faces_load_and_train(celeb, expand, tmp_path):
     config = tiny_faces(celeb)
+    config.tasks = ("segmentation", "attribute:Smiling")
     config.data.update(flip=True, max_scale=1.2)
     config.train.update(batch_size=16, epochs=1)
     results = train.train(config, tmp_path)

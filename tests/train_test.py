@@ -142,6 +142,7 @@ train.train(tiny({str(rooms)!r}), {str(tmp_path)!r})
     assert lines(tmp_path) == lines(finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_a_target_and_a_last_phase_goes_on_the_same(rooms, tmp_path, monkeypatch):
     """The controller is part of the checkpoint: stopped at any step, lambda goes on as it would have."""
     config = tiny(rooms)
