@@ -52,7 +52,7 @@ def table3(small):
 
 
 def lambda_path(small):
-    """Dense and seven penalties, a factor of ten apart from 1e-7 (the demo's: a factor of about three)."""
+    """Dense and six penalties, a factor of ten apart from 1e-7 (the demo's: about three, from 1e-5)."""
     lambdas = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3) if small else (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
     return _product(sparsity__lambda_=(0.0, *lambdas), seed=_seeds(small))
 

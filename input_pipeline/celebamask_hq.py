@@ -37,15 +37,11 @@ SPLIT_SEED = 0
 ATTRIBUTE_FILE = "CelebAMask-HQ-attribute-anno.txt"
 
 
-class CelebamaskHq(tfds.core.GeneratorBasedBuilder):
+class CelebamaskHq(published.FolderBuilder):
     """CelebAMask-HQ. `manual_dir` is the official folder; `split`, see `published.read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the official CelebAMask-HQ folder (CelebA-HQ-img, ...)."
-
-    def __init__(self, *, split: str = "", **settings):
-        self._split = split
-        super().__init__(**settings)
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -65,9 +61,7 @@ class CelebamaskHq(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         folder = pathlib.Path(dl_manager.manual_dir)
         lists = read_splits(folder, self._split)
-        self.info.metadata["splits"] = lists
-        self.info.metadata["given_split"] = bool(self._split)
-        self.info.metadata["fingerprint"] = fingerprint(folder, self._split)
+        self.record(lists, fingerprint(folder, self._split))
         attributes = read_attributes(folder)
         return {split: self._generate_examples(folder, names, attributes) for split, names in lists.items()}
 

@@ -39,15 +39,11 @@ _FILES = {
 }
 
 
-class NyudMt(tfds.core.GeneratorBasedBuilder):
+class NyudMt(published.FolderBuilder):
     """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder; `split`, see `published.read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the published NYUD_MT folder (images, ..., gt_sets)."
-
-    def __init__(self, *, split: str = "", **settings):
-        self._split = split
-        super().__init__(**settings)
 
     def _info(self):
         def array(*shape):
@@ -72,9 +68,7 @@ class NyudMt(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         folder = pathlib.Path(dl_manager.manual_dir)
         lists = read_splits(folder, self._split)
-        self.info.metadata["splits"] = lists
-        self.info.metadata["given_split"] = bool(self._split)
-        self.info.metadata["fingerprint"] = fingerprint(folder, self._split)
+        self.record(lists, fingerprint(folder, self._split))
         return {split: self._generate_examples(folder, names) for split, names in lists.items()}
 
     def _generate_examples(self, folder, names):

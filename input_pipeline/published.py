@@ -6,10 +6,23 @@ from collections.abc import Collection, Sequence
 
 import cv2
 import numpy as np
+import tensorflow_datasets as tfds
 
 from mtl_sparse.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+
+
+class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of the builders: `manual_dir` is the published folder itself; `split`, see `read_splits`."""
+
+    def __init__(self, *, split: str = "", **settings):
+        self._split = split
+        super().__init__(**settings)
+
+    def record(self, lists: dict[str, list[str]], fingerprint: str) -> None:
+        """Keeps in the metadata which frames are in which split, and of which state of the folder."""
+        self.info.metadata.update(splits=lists, given_split=bool(self._split), fingerprint=fingerprint)
 
 
 def read_splits(path: str, known: Collection[str] | None = None) -> dict[str, list[str]]:

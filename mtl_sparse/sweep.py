@@ -57,7 +57,7 @@ class Options:
 
 
 def parse_grid(text: str) -> list[dict[str, Any]]:
-    """ "sparsity.lambda_=0.0,1e-5; seed=0,1" -> the settings of each combination; the last name varies fastest.
+    """Settings of each combination of "sparsity.lambda_=0.0,1e-5; seed=0,1"; the last name varies fastest.
 
     Raises:
       UserError: not of that form.
@@ -78,7 +78,7 @@ def parse_grid(text: str) -> list[dict[str, Any]]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "i/n" -> (i, n)."""
+    """(i, n) of "i/n"."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError(f"--shard={text!r}: i/n, i from 0 to n - 1")
@@ -86,7 +86,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """ "timeout_min=600,slurm_partition=gpu" -> {"timeout_min": 600, "slurm_partition": "gpu"}."""
+    """{"timeout_min": 600, "slurm_partition": "gpu"} of "timeout_min=600,slurm_partition=gpu"."""
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
@@ -182,10 +182,11 @@ def _claim(workdir, settings, trials):
     """Writes sweep.json; raises UserError where the folder holds another sweep."""
     path = workdir / "sweep.json"
     value = json.loads(json.dumps({"trials": {t.name: dict(s) for t, s in zip(trials, settings, strict=True)}}))
-    if path.exists() and records.read_json(path) != value:
+    if not path.exists():  # other shards write the same
+        workdir.mkdir(parents=True, exist_ok=True)
+        records.write_json(path, value)
+    elif records.read_json(path) != value:
         raise UserError(f"{workdir} holds another sweep; give another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    records.write_json(path, value)
 
 
 def _run_all(trials, workdir, options) -> list[str]:

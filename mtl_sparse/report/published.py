@@ -1,7 +1,7 @@
 """The paper's tables: test figures with their standard deviation over five runs, for comparison with ours.
 
-Source: Upadhyay et al., "Less is More", CPAL 2024, Tables 1 to 3. Tables 1 and 2 do not name lambda: it is from the
-released configs. IoU, CS and MAE are `image_iou`, `cosine` and `mae_normalized` here, at the prediction's resolution.
+Source: Upadhyay et al., "Less is More", CPAL 2024, Tables 1 to 3. Their lambdas are inferred from the released configs.
+IoU, CS and MAE are `image_iou`, `cosine` and `mae_normalized` here, at the prediction's resolution.
 """
 
 # (data set, tasks in the paper's order, penalty, lambda) -> (task -> (mean, std)), % zero groups, % parameters in them.

@@ -82,7 +82,7 @@ def show(value) -> str:
 
 
 def spread(figure: study_lib.Figure, scale: float = 1.0, digits: int = 4) -> str:
-    """ "mean ± std", or the value alone of one seed."""
+    """Text "mean ± std", or the value alone of one seed."""
     mean = f"{scale * figure.mean:.{digits}f}"
     return f"{mean} ± {scale * figure.std:.{digits}f}" if figure.n > 1 else mean
 
