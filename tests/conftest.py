@@ -8,11 +8,9 @@ import tempfile
 # Most of the suite's time is XLA compiling small models that run a few steps, some of them in subprocesses: do not
 # optimise the code, and compile each model once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# One cache for each worker and its subprocesses.
-os.environ.setdefault("MTL_SPARSE_TEST_CACHES", tempfile.mkdtemp(prefix="jax_cache_"))
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
-    os.environ["MTL_SPARSE_TEST_CACHES"], os.environ.get("PYTEST_XDIST_WORKER", "main")
-)
+# One cache for the workers and their subprocesses; JAX locks it where it has a size to keep to.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mtl_sparse.errors import UserError
@@ -67,7 +67,9 @@ def assert_same_outputs(model, variables, new_model, new_variables, tolerance, s
     actual = outputs(new_model, new_variables, size, dtype)
     assert {raw.dtype for raw in actual.values()} == {np.dtype(dtype)}
     for task, raw in expected.items():
-        np.testing.assert_allclose(actual[task], raw, atol=tolerance * float(np.abs(raw).max()), rtol=0, err_msg=task)
+        # An image's one logit may be near 0 by chance, which makes the rounding of its sum no smaller.
+        scale = max(float(np.abs(raw).max()), 1.0 if raw.ndim < 3 else 0.0)
+        np.testing.assert_allclose(actual[task], raw, atol=tolerance * scale, rtol=0, err_msg=task)
 
 
 def count(variables):
@@ -111,6 +113,7 @@ def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, tap
 
 @settings(max_examples=6, **UNHURRIED)
 @given(**CASES)
+@example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False)  # a logit near 0
 def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
     check_outputs_and_idempotence(**case)
 
