@@ -65,7 +65,8 @@ def _export(config, workdir):
     export.run_job(config, workdir)
 
 
-def _sweep(config, workdir):
+def _trials(grid):
+    """(settings of each trial, by configs/sweeps.py:NAME or a grid; how they are to be run)."""
     from mtl_sparse import sweep
 
     stem, argument = _config_file()
@@ -74,22 +75,28 @@ def _sweep(config, workdir):
 
         settings = sweeps.trials(argument)
     else:
-        settings = sweep.parse_grid(_GRID.value)
+        settings = sweep.parse_grid(grid)
+    return settings, sweep.Options(
+        max_parallel=_MAX_PARALLEL.value,
+        shard=sweep.parse_shard(_SHARD.value),
+        retry_failed=_RETRY_FAILED.value,
+        cluster=_CLUSTER.value,
+        cluster_settings=sweep.parse_settings(_CLUSTER_SETTINGS.value),
+    )
+
+
+def _sweep(config, workdir):
+    from mtl_sparse import sweep
     from mtl_sparse.report import page
 
-    sweep.run_job(
-        config,
-        workdir,
-        settings,
-        sweep.Options(
-            max_parallel=_MAX_PARALLEL.value,
-            shard=sweep.parse_shard(_SHARD.value),
-            retry_failed=_RETRY_FAILED.value,
-            cluster=_CLUSTER.value,
-            cluster_settings=sweep.parse_settings(_CLUSTER_SETTINGS.value),
-        ),
-    )
+    sweep.run_job(config, workdir, *_trials(_GRID.value))
     page.write([workdir], pathlib.Path(workdir) / "report")
+
+
+def _lomt(config, workdir):
+    from mtl_sparse import lomt
+
+    lomt.run_job(config, workdir, *_trials(_GRID.value or "seed=0,1,2"), [folder for folder in _RUNS.value if folder])
 
 
 JOBS = {
@@ -103,6 +110,11 @@ JOBS = {
         _sweep,
         "train the runs of configs/sweeps.py:NAME, or of --grid, that have not finished, and report them",
     ),
+    "lomt": (
+        _lomt,
+        "find how deep each task needs the backbone from single-task sparse runs (those of --runs, or trained first), "
+        "train with each head there and with all at the end, and compare",
+    ),
     "prepare": (_prepare, "only prepare the data, so that machines without TensorFlow can train on it"),
 }
 
@@ -110,8 +122,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run, 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; by default runs/<name of the config>, or FOLDER of configs/run.py:FOLDER."
 )
-_RUNS = flags.DEFINE_list("runs", [], "Folders of the runs and sweeps of --job=report, in place of the workdir's.")
-_GRID = flags.DEFINE_string("grid", "", "Trials of --job=sweep: 'sparsity.lambda_=0.0,1e-5; seed=0,1', each with each.")
+_RUNS = flags.DEFINE_list(
+    "runs", [], "Folders of runs and sweeps: for --job=report, in place of the workdir's; for --job=lomt."
+)
+_GRID = flags.DEFINE_string(
+    "grid", "", "Trials of --job=sweep and lomt: 'sparsity.lambda_=0.0,1e-5; seed=0,1', each with each."
+)
 _MAX_PARALLEL = flags.DEFINE_integer("max_parallel", 1, "Runs of a sweep at a time.")
 _SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run of a sweep from the i-th on, i from 0.")
 _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run those of a sweep again that failed before.")
@@ -129,7 +145,7 @@ def main(argv):
         raise UserError(f"unknown job {_JOB.value!r}; the jobs are {', '.join(JOBS)}")
     stem, argument = _config_file()
     named = os.path.join("runs", "_".join(filter(None, (stem, *argument.split(":")))))
-    named = argument if stem == "run" else named
+    named = argument if stem == "run" else f"{named}_lomt" if _JOB.value == "lomt" and stem != "sweeps" else named
     workdir = _WORKDIR.value or named
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
@@ -159,7 +175,7 @@ def _parse(argv):
     for arguments in (argv, sys.argv):  # config_flags looks for overrides in the second
         for i, argument in enumerate(arguments):
             flag, _, value = argument.partition("=")
-            if flag == "--config.tasks" and value[:1] not in tuple("([\"'"):
+            if flag in ("--config.tasks", "--config.model.attach") and value[:1] not in tuple("([\"'"):
                 arguments[i] = f"{flag}={tuple(name.strip() for name in value.split(','))}"
     try:
         return flags.FLAGS(argv)

@@ -76,7 +76,7 @@ def measure(config) -> dict:
     state = run.init_state()
     probe = make_probe(run)
     initial = probe(state, None)["norms"]
-    state, step_fn = jax_utils.replicate(state), train.make_train_step(run)
+    state, step_fn = loader.replicate(state), train.make_train_step(run)
     batches = loader.prefetch_to_device(run.train_batches(0))
     rows, start = [], time.time()
     for step in range(1, run.total_steps + 1):

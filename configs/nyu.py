@@ -31,9 +31,11 @@ def get_config() -> ml_collections.ConfigDict:
             embedded=create(frames=0, height=0, width=0, seed=0, folder="runs/data"),
         ),
         model=create(
-            depth=50,  # 18, 50 or 101
+            depth=50,  # 10, 18, 50 or 101
             width=64,  # channels of the first stage
             head_features=256,
+            # Where each task's head reads the backbone, in the order of tasks, such as "layer3_3/conv1"; () is its end.
+            attach=(),
             widths="",  # of every layer, as written by --job=compact; "" is dense, from the three above
             dropout=0.3,
             classifier_features=(64, 32),  # of an attribute's head: of its convolution and its dense layer
@@ -94,6 +96,9 @@ def get_config() -> ml_collections.ConfigDict:
             multiple=4,  # widths are filled up to it: on a CPU 4 was faster than 1, which is smallest
             drop_taps=True,  # atrous taps that meet only padding at data.size go, too
         ),
+        # --job=lomt: a layer is active in a run if more than the fraction `active` of its groups is non-zero; a task
+        # keeps the layers that are active in at least the fraction `vote` of its runs.
+        lomt=create(active=0.01, vote=1.0),
         benchmark=create(batch_sizes=(1, 16), rounds=20),
         export=create(
             format="stablehlo",  # or "onnx"

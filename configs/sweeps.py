@@ -57,6 +57,11 @@ def lambda_path(small):
     return _product(sparsity__lambda_=(0.0, *lambdas), seed=_seeds(small))
 
 
+def lomt(small):
+    """For --job=lomt: what each of its models, single-task and multi-task, is trained with."""
+    return _product(seed=range(3) if small else SEEDS)
+
+
 def target_path(small):
     """Dense and five target sparsities."""
     return [

@@ -82,12 +82,23 @@ def shard(batch: Batch) -> Batch:
     return {key: value.reshape(count, -1, *value.shape[1:]) for key, value in batch.items()}
 
 
+def replicate(tree):
+    """A copy of each leaf on every local device, [local devices, ...], the form that pmap takes.
+
+    Laid out as pmap lays out its results, so that what is compiled for a state serves for the next one, too.
+    """
+    count = jax.local_device_count()
+    return jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), tree), _over_devices())
+
+
+def _over_devices() -> jax.NamedSharding:
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("devices",))
+    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+
+
 def prefetch_to_device(batches: Iterator[Batch], size: int = 2) -> Iterator[dict[str, jax.Array]]:
     """Keeps `size` sharded batches on the devices ahead of the one in use."""
-    devices = np.array(jax.local_devices())
-    mesh = jax.sharding.Mesh(devices, ("devices",))
-    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
-    queue = collections.deque()
+    queue, sharding = collections.deque(), _over_devices()
 
     def fill(count):
         for batch in itertools.islice(batches, count):

@@ -40,7 +40,9 @@ class Part:
     @classmethod
     def backbone(cls, model: multitask.MultiTaskModel, variables) -> "Part":
         layers = model.layers()
-        alone = resnet.ResNet(model.depth, model.width, model.dtype, stem=layers.stem, blocks=layers.blocks)
+        alone = resnet.ResNet(
+            model.depth, model.width, model.dtype, stem=layers.stem, blocks=layers.blocks, points=model.points()
+        )
         return cls(alone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
 
     def compiled(self, images):

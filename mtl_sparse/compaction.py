@@ -140,10 +140,10 @@ def _reads(model):
     layers = model.layers()
     reads = {"backbone/stem_conv1": layers.stem.reads}
     constants = {f"backbone/stem_conv{layers.stem.dead + 1}"} if layers.stem.dead else set()
-    for place, block in zip(resnet.places(model.depth), layers.blocks, strict=True):
+    for place, block in zip(resnet.places(model.depth), layers.blocks, strict=False):
         reads[f"backbone/{place.name}/conv1"] = block.reads
         reads[f"backbone/{place.name}/downsample_conv"] = block.shortcut_reads
-        if block.dead:
+        if block.dead or block.reads == ():
             constants.add(f"backbone/{place.name}/conv{block.dead + 1}")
     for (task, *_), head in zip(model.heads, layers.heads, strict=True):
         if head is not None:

@@ -49,6 +49,14 @@ def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
     return found
 
 
+def total(model: nn.Module, variables, size: tuple[int, int]) -> dict[str, int]:
+    """{"parameters", "macs"} of a whole model on an image [*size, 3]."""
+    return {
+        "parameters": parameter_count(variables),
+        "macs": sum(layer.macs for layer in layers(model, size).values()),
+    }
+
+
 def parameter_count(variables) -> int:
     """Number of trainable parameters in `variables["params"]`."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))

@@ -9,9 +9,9 @@ from importlib import metadata
 import jax
 import numpy as np
 from absl import logging
-from flax import jax_utils
 
-from mtl_sparse import checkpoints, evaluate, optim
+from input_pipeline import loader
+from mtl_sparse import checkpoints, cost, evaluate, optim
 from mtl_sparse import run as run_lib
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.sparsity import stats
@@ -36,11 +36,12 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
     config = run.config
     state, _ = saved.restore("best", run.state_shapes())
     logging.info("Evaluating the best checkpoint (step %d) on %d test frames", int(state.step), len(run.data.test))
-    evaluator = evaluate.make_evaluator(run.model, run.tasks)
-    test = evaluator(jax_utils.replicate(state.variables), run.eval_batches("test"))
+    test = run.evaluator(loader.replicate(state.variables), run.eval_batches("test"))
     constants = evaluate.constant_predictions(run.tasks, run.eval_batches("train"))
     constant = evaluate.evaluate_constant(run.tasks, constants, run.eval_batches("test"))
     sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
+    size = tuple(config.data.size)
+    compact = run_lib.compact(config, run.model, state.variables)
     results = {
         "test": test,
         "constant": constant,
@@ -58,6 +59,10 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
             "dead_layers": list(sparsity.dead_layers),
             "dead_blocks": list(sparsity.dead_blocks),
             "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],
+        },
+        "size": {
+            "trained": cost.total(run.model, state.variables, size),
+            "compact": cost.total(*compact, size),
         },
         "step": int(state.step),
         "seed": config.seed,

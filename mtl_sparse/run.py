@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
-from mtl_sparse import checkpoints, optim, weighting
+from mtl_sparse import checkpoints, evaluate, optim, weighting
 from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
@@ -63,6 +63,11 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     settled_step: int
+
+    @functools.cached_property
+    def evaluator(self):
+        """Of `evaluate.make_evaluator`, compiled once for the whole run."""
+        return evaluate.make_evaluator(self.model, self.tasks)
 
     def train_transform(self) -> Transform:
         return dataclasses.replace(

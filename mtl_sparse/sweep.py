@@ -125,7 +125,7 @@ def make_trials(config, settings: Sequence[Mapping[str, Any]]) -> list[Trial]:
 
 def _short(value):
     """A value as a part of a folder's name."""
-    text = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    text = ("+".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)
     return text.replace("attribute:", "").replace("/", "_")
 
 

@@ -154,8 +154,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
         return
 
     step_fn = make_train_step(run)
-    evaluator = evaluate.make_evaluator(run.model, run.tasks)
-    state = jax_utils.replicate(state)
+    state = loader.replicate(state)
     log = logs.MetricLog(workdir, start)
     report_progress = logs.progress_reporter(run.total_steps, config.run.progress_every_secs)
     batches = loader.prefetch_to_device(run.train_batches(start))
@@ -178,7 +177,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
             if epoch_ends or saves or step % config.run.log_every_steps == 0:
                 _write_pending(log, pending, saved)
             if epoch_ends:
-                values = evaluator(state.variables, run.eval_batches("validation"))
+                values = run.evaluator(state.variables, run.eval_batches("validation"))
                 score = validation_score(values, run.tasks)
                 if not math.isfinite(score):
                     logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
@@ -207,7 +206,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
 
 def _host(state):
     """One copy of a replicated state, on the host."""
-    return jax.device_get(jax_utils.unreplicate(state))
+    return jax.tree.map(lambda x: x[0], jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, state)))
 
 
 def _write_pending(log, pending, saved):

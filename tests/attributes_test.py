@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import jax_utils
 
 from configs import run as run_config
 from input_pipeline import loader
@@ -48,7 +47,7 @@ def test_a_batch_has_the_labels_of_the_tasks_alone(run):
 
 
 def test_metrics_do_not_depend_on_the_batch_size(run):
-    variables = jax_utils.replicate(run.init_state().variables)
+    variables = loader.replicate(run.init_state().variables)
     evaluator = evaluate.make_evaluator(run.model, run.tasks)
     whole = evaluator(variables, batches(run, "train", 12))
     for batch_size in (1, 5):
@@ -77,7 +76,7 @@ def test_the_loss_of_a_step_is_that_of_its_batch(run):
     model = run.model.clone(dropout=0.0, classifier_dropout=(0.0, 0.0))
     step = functools.partial(train.train_step, model=model, tasks=run.tasks, tx=run.tx, loss_config=run.config.loss)
     state, batch = run.init_state(), next(run.train_batches(0))
-    replicated = jax_utils.replicate(state)
+    replicated = loader.replicate(state)
     _, scalars = jax.pmap(functools.partial(step, seed=0), axis_name=run_lib.AXIS)(replicated, loader.shard(batch))
     outputs, _ = model.clone(axis_name=None).apply(
         state.variables, batch["image"], train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}

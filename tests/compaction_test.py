@@ -35,6 +35,10 @@ def test_the_compact_run_has_the_runs_test_metrics(compacted):
     for name, value in expected["test"].items():
         assert round(found["test"][name], 4) == pytest.approx(round(value, 4), abs=1.1e-4), name
     rows = json.loads((small / "compact.json").read_text())
+    trained, compact = expected["size"]["trained"], expected["size"]["compact"]
+    assert found["size"] == {"trained": compact, "compact": compact}, "a run says what compaction will leave of it"
+    assert compact["parameters"] < trained["parameters"]
+    assert compact["macs"] == sum(row["macs_after"] for row in rows) and trained["macs"] == sum(r["macs"] for r in rows)
     assert sum(row["zero"] for row in rows if row["layer"].startswith("backbone")) == sum(
         layer["zero_groups"] for layer in expected["sparsity"]["layers"]
     )
@@ -131,7 +135,7 @@ def test_bad_input(compacted, tmp_path):
         run_lib.setup(other).init_state()
     other.train.init_from, other.tasks = "", ("depth",)
     other.model.widths = run_config.get_config(str(small)).model.widths
-    with pytest.raises(UserError, match=r"compact model with 2 tasks and 8 blocks: neither config.tasks \(1 now\)"):
+    with pytest.raises(UserError, match=r"compact model with 2 tasks and 4 blocks: neither config.tasks \(1 now\)"):
         run_lib.setup(other)
     other.model.widths = "{}"
     with pytest.raises(UserError, match="config.model.widths: not the widths of a model.*--job=compact"):

@@ -1,7 +1,6 @@
 import jax
 import numpy as np
 import pytest
-from flax import jax_utils
 
 from input_pipeline import loader
 from mtl_sparse import evaluate
@@ -23,7 +22,7 @@ def batches(run, split, batch_size):
 
 
 def test_results_do_not_depend_on_the_batch_size(run):
-    variables = jax_utils.replicate(run.init_state().variables)
+    variables = loader.replicate(run.init_state().variables)
     evaluator = evaluate.make_evaluator(run.model, run.tasks)
     whole = evaluator(variables, batches(run, "train", 18))
     for batch_size in (1, 7, 32):

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from flax import jax_utils
 from ml_collections import config_flags
 
 from input_pipeline import datasets, loader
@@ -38,7 +37,7 @@ def test_a_task_of_your_own(config, monkeypatch):
     config.tasks = ("segmentation", "depth_l1")
     run = run_lib.setup(config)
     state, scalars = train.make_train_step(run)(
-        jax_utils.replicate(run.init_state()), loader.shard(next(run.train_batches(0)))
+        loader.replicate(run.init_state()), loader.shard(next(run.train_batches(0)))
     )
     assert 0 < float(scalars["depth_l1/loss"][0]) < 1
     assert state.params["model"]["head_depth_l1"]["out"]["kernel"].shape[-1] == 1

@@ -1,5 +1,7 @@
 """Runs of the whole job at the smallest size, alone, killed, and on several devices."""
 
+import collections
+import functools
 import json
 import os
 import signal
@@ -11,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import jax_utils
 
 from input_pipeline import loader
-from mtl_sparse import checkpoints, optim, train
+from mtl_sparse import checkpoints, evaluate, optim, train
 from mtl_sparse import results as results_lib
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
@@ -46,7 +47,7 @@ def test_a_run_leaves_what_its_folder_promises(finished):
     assert set(results["sparsity"]) == {
         "group", "parameter", "weight", "lambda", "target", "penalty", "dead_layers", "dead_blocks", "layers"
     }  # fmt: skip
-    assert len(results["sparsity"]["layers"]) == 23
+    assert len(results["sparsity"]["layers"]) == 15
     assert results["test"].keys() - results["constant"].keys() == {"segmentation/loss", "depth/loss", "normals/loss"}
     assert results["frames"] == {"train": 18, "validation": 2, "test": 9}
     assert results["seed"] == 0 and results["versions"]["jax"] == jax.__version__
@@ -58,10 +59,22 @@ def test_uncertainty_weights_are_trained(finished):
     assert (np.abs(np.diff(values, axis=0)) > 0).all()
 
 
-def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path):
-    """A strong lambda prunes within four steps; the report's count is that of the saved parameters."""
+def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path, monkeypatch):
+    """A strong lambda prunes within four steps; the report's count is that of the saved parameters.
+
+    The step and the evaluation are each traced, and so compiled, once.
+    """
+    traced = collections.Counter()
+    for module, name in ((train, "train_step"), (evaluate, "eval_sums")):
+
+        def counting(original, name, *args, **kwargs):
+            traced[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, functools.partial(counting, getattr(module, name), name))
     config.sparsity.update(lambda_=1.0, warmup_steps=0)
     reported = train.train(config, tmp_path)["sparsity"]
+    assert traced == {"train_step": 1, "eval_sums": 1}
     assert 0.02 < reported["group"] < 1
     saved = checkpoints.Checkpoints(tmp_path)
     state, _ = saved.restore("best", run_lib.setup(config).state_shapes())
@@ -200,7 +213,7 @@ def five_losses(rooms):
     config.optimizer.learning_rate = 1e-4
     config.sparsity.lambda_ = 1e-5
     run = run_lib.setup(config)
-    state, step_fn = jax_utils.replicate(run.init_state()), train.make_train_step(run)
+    state, step_fn = loader.replicate(run.init_state()), train.make_train_step(run)
     batches, losses = run.train_batches(0), []
     for _ in range(5):
         state, scalars = step_fn(state, loader.shard(next(batches)))
@@ -259,7 +272,7 @@ def test_without_penalty_a_step_is_adams(rooms):
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     updates, _ = adam.update(grads, adam.init(params), params)
     want = optax.apply_updates(params, updates)
-    new, scalars = train.make_train_step(run)(jax_utils.replicate(state), loader.shard(batch))
+    new, scalars = train.make_train_step(run)(loader.replicate(state), loader.shard(batch))
     assert float(scalars["depth/loss"][0]) == pytest.approx(float(value), rel=1e-5)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a[0] - b).max()), new.params["model"], want)
     # Adam's first step is +- the rate: a rounding of a gradient near zero can turn it, so compare most weights.
@@ -366,9 +379,10 @@ def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
             "data.flip": True,
             "data.max_scale": 1.5,
             "loss.weighting": "equal",
+            "model.attach": ("layer3_0/conv1",),
         },
     ],
-    ids=["depth in metres, plain prox", "bfloat16 with augmentation, equal weights"],
+    ids=["depth in metres, plain prox", "bfloat16 with augmentation, equal weights, a head further in front"],
 )
 def test_variants_run_to_their_report(config, tmp_path, settings):
     config.update_from_flattened_dict(settings)

@@ -1,5 +1,6 @@
 """The multi-task model: one pass of the shared backbone, one head a task."""
 
+import difflib
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ class MultiTaskModel(nn.Module):
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
       bn_momentum: of every BatchNorm, see `resnet.ResNet`.
+      attach: for each head, where in the backbone it reads, of `resnet.points`; () is the end for all.
       widths: of every layer, for a compact model; None is dense, from width and head_features.
     """
 
@@ -37,6 +39,7 @@ class MultiTaskModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
+    attach: tuple[str, ...] = ()
     widths: widths_lib.Widths | None = None
 
     @nn.compact
@@ -49,11 +52,18 @@ class MultiTaskModel(nn.Module):
         shared = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
         layers = self.layers()
         backbone = resnet.ResNet(
-            self.depth, self.width, **shared, stem=layers.stem, blocks=layers.blocks, name="backbone"
+            self.depth,
+            self.width,
+            **shared,
+            stem=layers.stem,
+            blocks=layers.blocks,
+            points=self.points(),
+            name="backbone",
         )
-        features = backbone(images, train)
         outputs = {}
-        for (task, kind, channels), head in zip(self.heads, layers.heads, strict=True):
+        for (task, kind, channels), head, features in zip(
+            self.heads, layers.heads, backbone(images, train), strict=True
+        ):
             own = {"features": self.head_features, "dropout": self.dropout}
             if kind == "classifier":
                 own = {"features": self.classifier_features, "dropout": self.classifier_dropout}
@@ -65,26 +75,30 @@ class MultiTaskModel(nn.Module):
             outputs[task] = jnp.broadcast_to(raw, (images.shape[0], *raw.shape[1:]))
         return outputs
 
+    def points(self) -> tuple[str, ...]:
+        """Where each head reads the backbone."""
+        return self.attach or (resnet.points(self.depth)[-1],) * len(self.heads)
+
     def layers(self) -> widths_lib.Widths:
         """Widths of every layer, whether dense or compact."""
         if self.widths is not None:
             return self.widths
         dense = {"deeplab": deeplab.dense(self.head_features), "classifier": widths_lib.Classifier()}
         heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
-        return widths_lib.Widths(*resnet.dense(self.depth, self.width), heads)
+        return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points()), heads)
 
 
 def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskModel:
     """Builds the model of `config.model` with a head for each task.
 
     Raises:
-      UserError: an unknown depth or dtype.
+      UserError: an unknown depth, dtype or attachment point.
     """
     if config.depth not in resnet.STAGES:
         raise UserError(f"model.depth={config.depth}: the depths are {', '.join(map(str, resnet.STAGES))}")
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype!r}: the dtypes are {', '.join(DTYPES)}")
-    return MultiTaskModel(
+    model = MultiTaskModel(
         heads=tuple((task.name, task.head, task.outputs) for task in tasks),
         depth=config.depth,
         width=config.width,
@@ -95,22 +109,33 @@ def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskMod
         dtype=DTYPES[config.dtype],
         axis_name=axis_name,
         bn_momentum=config.bn_momentum,
-        widths=_widths(config, len(tasks)),
+        attach=_attach(config, tasks),
     )
+    return model.clone(widths=_widths(config.widths, model)) if config.widths else model
 
 
-def _widths(config, heads):
-    if not config.widths:
-        return None
+def _attach(config, tasks):
+    attach, points = tuple(config.attach), resnet.points(config.depth)
+    for point in attach:
+        if point not in points:
+            near = ", ".join(difflib.get_close_matches(point, points, 3)) or f"{points[0]}, ..., {points[-1]}"
+            raise UserError(f"model.attach: a ResNet-{config.depth} has no {point!r}; near it are {near}")
+    if attach and len(attach) != len(tasks):
+        names = ", ".join(task.name for task in tasks)
+        raise UserError(f"model.attach={attach}: it has one point for each of the tasks ({names}), in their order")
+    return attach
+
+
+def _widths(text, dense):
     try:
-        widths = widths_lib.Widths.from_json(config.widths)
+        widths = widths_lib.Widths.from_json(text)
     except ValueError as error:
         raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error
-    _, blocks = resnet.dense(config.depth, config.width)
-    made_for = len(widths.heads), [len(block.features) for block in widths.blocks]
-    if made_for != (heads, [len(block.features) for block in blocks]):
+    heads, blocks = len(dense.heads), len(dense.layers().blocks)
+    if (len(widths.heads), len(widths.blocks)) != (heads, blocks):
         raise UserError(
-            f"config.model.widths is of a compact model with {made_for[0]} tasks and {len(widths.blocks)} blocks: "
-            f"neither config.tasks ({heads} now) nor model.depth={config.depth} can be another than when it was made"
+            f"config.model.widths is of a compact model with {len(widths.heads)} tasks and {len(widths.blocks)} "
+            f"blocks: neither config.tasks ({heads} now), model.depth={dense.depth} nor model.attach can be another "
+            "than when it was made"
         )
     return widths

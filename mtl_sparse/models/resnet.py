@@ -1,4 +1,4 @@
-"""Dilated ResNet-D 18, 50 and 101: output stride 8, trained from scratch.
+"""Dilated ResNet-D 10, 18, 50 and 101: output stride 8, trained from scratch.
 
 Stem of three 3x3 convolutions (ResNet-D), v1.5 bottlenecks (the stride sits in the 3x3), stages of width
 64/128/256/512 with strides 1/2/1/1 and dilations 1/1/2/4, as in the released code of "Less is More".
@@ -15,7 +15,7 @@ from mtl_sparse.models import atrous
 from mtl_sparse.models import widths as widths_lib
 
 # depth -> (bottleneck blocks?, blocks in each of the four stages)
-STAGES = {18: (False, (2, 2, 2, 2)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}
+STAGES = {10: (False, (1, 1, 1, 1)), 18: (False, (2, 2, 2, 2)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 OUTPUT_STRIDE = 8
@@ -56,6 +56,12 @@ def batch_norm(module: nn.Module, train: bool, name: str) -> nn.BatchNorm:
     )
 
 
+def _averaged(x, size):
+    """x as mean over windows, where it has a multiple of the height and width `size`."""
+    strides = tuple(round(side / wanted) for side, wanted in zip(x.shape[1:3], size, strict=True))
+    return x if strides == (1, 1) else nn.avg_pool(x, strides, strides, "SAME", count_include_pad=False)
+
+
 def _ones(x, stride: int):
     """What a convolution reads whose inputs are the same everywhere: a map of ones, at x's size over `stride`."""
     return jnp.ones((1, -(-x.shape[1] // stride), -(-x.shape[2] // stride), 1), x.dtype)
@@ -74,21 +80,27 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
+        """(the stream after the block, {"conv1": what follows the branch's first convolution, and so on})."""
         features, dead = self.widths.features, self.widths.dead
+        nothing = x[:, :: self.stride, :: self.stride, :0]
         if not features[-1]:
-            return x[:, :: self.stride, :: self.stride, :0]
+            return nothing, {}
         convolve = functools.partial(conv, dtype=self.dtype)
         norm = functools.partial(batch_norm, self, train)
         # (kernel size, stride, dilation) of the branch's convolutions
         spatial = (3, self.stride, self.dilation)
         layers = [(1, 1, 1), spatial, (1, 1, 1)] if self.bottleneck else [spatial, (3, 1, self.dilation)]
-        y = 0
+        y, inner = 0, {}
         if dead < len(layers):
             strides_gone = functools.reduce(lambda total, layer: total * layer[1], layers[:dead], 1)
-            y = _ones(x, strides_gone) if dead else widths_lib.select(x, self.widths.reads)
-            for i, (size, stride, dilation) in enumerate(layers[dead:], dead + 1):
+            ones = dead or self.widths.reads == ()
+            y = _ones(x, strides_gone) if ones else widths_lib.select(x, self.widths.reads)
+            for i, (size, stride, dilation) in enumerate(layers[dead : len(features)], dead + 1):
                 y = norm(f"bn{i}")(convolve(features[i - 1], size, stride, dilation, name=f"conv{i}")(y))
-                y = nn.relu(y) if i < len(layers) else y
+                if i < len(layers):
+                    y = inner[f"conv{i}"] = nn.relu(y)
+        if self.widths.shortcut == "none":
+            return nothing, inner
         if self.widths.shortcut == "conv":
             x = widths_lib.select(x, self.widths.shortcut_reads)
             x = norm("downsample_bn")(convolve(features[-1], 1, self.stride, name="downsample_conv")(x))
@@ -98,19 +110,20 @@ class Block(nn.Module):
             x = jnp.zeros((1, *x[:, :: self.stride, :: self.stride].shape[1:3], features[-1]), x.dtype)
         if dead == len(layers) or self.widths.shortcut == "constant":
             y += self.param("constant", nn.initializers.zeros_init(), (features[-1],), jnp.float32).astype(x.dtype)
-        return nn.relu(x + y)
+        return nn.relu(x + y), inner
 
 
 class ResNet(nn.Module):
     """Dilated ResNet-D.
 
     Attributes:
-      depth: 18, 50 or 101.
+      depth: 10, 18, 50 or 101.
       width: channels of the first stage (64 in the paper); the others follow from it.
       dtype: dtype of the computation; parameters and BatchNorm statistics are float32.
       axis_name: pmap axis that BatchNorm is synchronised over while training.
       bn_momentum: share of the old running statistics that a step keeps (PyTorch's 0.1 is 0.9 here).
       stem, blocks: widths of every layer; None is dense, from `width`.
+      points: where the features are read, of `points(depth)`; nothing behind the last of them is built. None: the end.
     """
 
     depth: int = 50
@@ -120,17 +133,22 @@ class ResNet(nn.Module):
     bn_momentum: float = 0.9
     stem: widths_lib.Stem | None = None
     blocks: tuple[widths_lib.Block, ...] | None = None
+    points: tuple[str, ...] | None = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        """[B, H, W, 3] -> features [B, H/8, W/8, C]: 32 * width channels when dense (8 * width for depth 18).
+        """[B, H, W, 3] -> features [B, H/8, W/8, C]: 32 * width channels when dense (8 * width for depths 10 and 18).
 
-        A compact model that nothing of x reaches gives [1, H/8, W/8, C].
+        With `points`, a tuple of the features at each of them; those in front of the last stride are averaged down to
+        H/8, W/8. A compact model that nothing of x reaches gives [1, H/8, W/8, C].
         """
-        stem, blocks = dense(self.depth, self.width)
+        stem, blocks = dense(self.depth, self.width, self.points)
+        size = tuple(-(-side // OUTPUT_STRIDE) for side in x.shape[1:3])
         x = self._stem(x.astype(self.dtype), train, self.stem or stem)
-        for place, widths in zip(places(self.depth), self.blocks or blocks, strict=True):
-            x = Block(
+        blocks = blocks if self.blocks is None else self.blocks
+        found = {"stem": x}
+        for place, widths in zip(places(self.depth), blocks, strict=False):
+            x, inner = Block(
                 widths=widths,
                 stride=place.stride,
                 dilation=place.dilation,
@@ -140,7 +158,11 @@ class ResNet(nn.Module):
                 bn_momentum=self.bn_momentum,
                 name=place.name,
             )(x, train)
-        return x
+            found |= {place.name: x, **{f"{place.name}/{name}": y for name, y in inner.items()}}
+        if self.points is None:
+            return x
+        nothing = jnp.zeros((1, *size, 0), x.dtype)  # compaction took what nobody reads there
+        return tuple(_averaged(found.get(point, nothing), size) for point in self.points)
 
     def _stem(self, x, train, widths):
         features, dead = widths.features, widths.dead
@@ -176,15 +198,35 @@ def places(depth: int) -> tuple[Place, ...]:
     )
 
 
-def dense(depth: int, width: int) -> tuple[widths_lib.Stem, tuple[widths_lib.Block, ...]]:
-    """Widths of the dense network: stem and blocks."""
+def points(depth: int) -> tuple[str, ...]:
+    """Where a head can read features, in the order of the network.
+
+    "stem", "layer3_2" (the residual stream after that block), and "layer3_2/conv1" (inside it, behind the
+    convolution's BatchNorm and ReLU). The last is the usual place.
+    """
+    inner = 2 if STAGES[depth][0] else 1
+    names = [(*(f"{place.name}/conv{i}" for i in range(1, inner + 1)), place.name) for place in places(depth)]
+    return ("stem", *(name for block in names for name in block))
+
+
+def dense(
+    depth: int, width: int, read: tuple[str, ...] | None = None
+) -> tuple[widths_lib.Stem, tuple[widths_lib.Block, ...]]:
+    """Widths of the dense network: stem, and blocks as far as the last of the points `read`; None is all."""
     bottleneck = STAGES[depth][0]
-    blocks, before = [], 2 * width
-    for place in places(depth):
+    last = points(depth)[-1] if read is None else max(read, key=points(depth).index)
+    stem = widths_lib.Stem((width, width, 2 * width))
+    blocks, before = [], stem.stream
+    for place in places(depth) if last != "stem" else ():
         inner = width * 2**place.stage
         after = inner * (4 if bottleneck else 1)
         features = (inner, inner, after) if bottleneck else (inner, after)
         shortcut = "conv" if place.stride != 1 or before != after else "identity"
+        block, _, layer = last.partition("/conv")
+        if place.name == block and layer:
+            features, shortcut = features[: int(layer)], "none"
         blocks.append(widths_lib.Block(features, shortcut))
         before = after
-    return widths_lib.Stem((width, width, 2 * width)), tuple(blocks)
+        if place.name == block:
+            break
+    return stem, tuple(blocks)

@@ -27,6 +27,11 @@ class Stem:
     dead: int = 0
     reads: Ranges | None = None
 
+    @property
+    def stream(self) -> int:
+        """Width of the residual stream after it."""
+        return self.features[-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -35,9 +40,11 @@ class Block:
     Attributes:
       features: outputs of each convolution of the branch; the last is the width of the residual stream after the
         block. 0 in the last: nobody reads it.
-      shortcut: "identity" (the first channels of the stream), "conv" or "constant".
+      shortcut: "identity" (the first channels of the stream), "conv", "constant", or "none": the stream ends before
+        this block, of which there is only the branch, as far as `features` goes, for the heads that read it.
       dead: as in `Stem`, of the branch's convolutions.
-      reads, shortcut_reads: channels of the stream that the branch and the shortcut's convolution take; None is all.
+      reads, shortcut_reads: channels of the stream that the branch and the shortcut's convolution take; None is all,
+        and () none: the branch reads a map of ones.
     """
 
     features: tuple[int, ...]
@@ -45,6 +52,11 @@ class Block:
     dead: int = 0
     reads: Ranges | None = None
     shortcut_reads: Ranges | None = None
+
+    @property
+    def stream(self) -> int:
+        """Width of the residual stream after it."""
+        return 0 if self.shortcut == "none" else self.features[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +93,7 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Of a whole model; `heads` in its order, None for a head of a kind that is not the project's."""
+    """Of a whole model: blocks as far as a head reads, and a head a task, None for one that is not the project's."""
 
     stem: Stem
     blocks: tuple[Block, ...]

@@ -14,9 +14,14 @@ _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2e
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums } img { max-width: 100% }
 td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } tr.published td { color: #777 }"""
 
+_AGAINST = {
+    "against_dense": "Sparse against dense",
+    "against_plain": "Heads at their tasks' layers against all at the end",
+}
+
 
 def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
-    """Writes the report of some runs and sweeps into `out`: index.html, summary.* and against_dense.*, plots/.
+    """Writes the report of some runs and sweeps into `out`: index.html, summary.*, against_*.*, plots/.
 
     Returns:
       The path of index.html, which is readable offline.
@@ -29,7 +34,12 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     out.mkdir(parents=True, exist_ok=True)
     if study.unfinished:
         logging.warning("%d runs have not finished and are left out: %s", len(study.unfinished), study.unfinished[:3])
-    tables = {"summary": study_tables.summary(study), "against_dense": study_tables.against_dense(study)}
+    tables = {
+        "summary": study_tables.summary(study),
+        "against_dense": study_tables.against_dense(study),
+        "against_plain": study_tables.against_plain(study),
+    }
+    tables = {name: rows for name, rows in tables.items() if len(rows) > 1}
     formats = {"md": study_tables.to_markdown, "csv": study_tables.to_csv, "tex": study_tables.to_latex}
     for name, rows in tables.items():
         for suffix, write_as in formats.items():
@@ -37,9 +47,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     pictures = study_plots.draw(study, out / "plots")
     page = out / "index.html"
     page.write_text(_html(study, tables, pictures))
-    print(study_tables.to_markdown(tables["summary"]))
-    if len(tables["against_dense"]) > 1:
-        print("\n" + study_tables.to_markdown(tables["against_dense"]))
+    print("\n\n".join(map(study_tables.to_markdown, tables.values())))
     print(f"\ntables, pictures and the page with all of them: {page}")
     return page
 
@@ -56,10 +64,11 @@ def _html(study, tables, pictures):
     parts.append(_table(tables["summary"]))
     parts.append(
         "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the prediction's "
-        "resolution, as the paper's.</p>"
+        "resolution, as the paper's. Compact: what exact compaction leaves of the whole model.</p>"
     )
-    if len(tables["against_dense"]) > 1:
-        parts += ["<h2>Sparse against dense, paired over seeds</h2>", _table(tables["against_dense"])]
+    for name, title in _AGAINST.items():
+        if name in tables:
+            parts += [f"<h2>{title}, paired over seeds</h2>", _table(tables[name])]
     for title, path in pictures.items():
         image = base64.b64encode(path.read_bytes()).decode()
         parts.append(

@@ -155,6 +155,29 @@ def latency(found):
     return plain(figure)
 
 
+def attachments(found):
+    """What is left of each layer in each task's single-task runs, and where its head goes, from lomt.json."""
+    from matplotlib.patches import Rectangle
+
+    tasks = found["tasks"]
+    layers = list(next(iter(tasks.values()))["active"])
+    left = np.array([[np.mean(task["active"][layer]) for layer in layers] for task in tasks.values()])
+    figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 3), 0.4 * len(tasks) + 2.4))
+    axis = figure.subplots()
+    image = axis.imshow(100 * left, aspect="auto", cmap="Blues", vmin=0, vmax=100)
+    for row, task in enumerate(tasks.values()):
+        for column, layer in enumerate(layers):
+            if layer not in task["kept"]:
+                axis.plot(column, row, "x", color="#9aa5b1", markersize=4)
+        place = layers.index(task["layer"])
+        axis.add_patch(Rectangle((place - 0.5, row - 0.46), 1, 0.92, fill=False, edgecolor="#e67e22", linewidth=2.5))
+    axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(tasks)), [f"{name} → {task['point']}" for name, task in tasks.items()], fontsize=8)
+    axis.set_title("Framed: the deepest layer that a task keeps; crosses: layers that it does not keep", fontsize=9)
+    figure.colorbar(image, label="% of groups left")
+    return figure
+
+
 def network_order(path):
     """Sorts the stem first, then stages and blocks by number, a block's layers by name, and heads last."""
     name = short(path)

@@ -9,7 +9,7 @@ from input_pipeline.transforms import unnormalize_image
 from mtl_sparse.errors import UserError
 
 # Settings that change how a run goes or where its data lie, not what comes out of it.
-_FREE = ("run.", "compact.", "benchmark.", "export.", "data.folder", "data.prepared", "data.embedded.folder")
+_FREE = ("run.", "compact.", "benchmark.", "export.", "lomt.", "data.folder", "data.prepared", "data.embedded.folder")
 
 
 def write_json(path: pathlib.Path, value) -> None:

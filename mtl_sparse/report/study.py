@@ -85,6 +85,12 @@ class Row:
             kind = "weight"
         return Figure.of([run["sparsity"][kind] for run in self.runs.values()])
 
+    def size(self, kind: str) -> Figure | None:
+        """Millions of "parameters" or "macs" that compaction leaves of the whole model; None of a run without them."""
+        if not all("size" in run for run in self.runs.values()):
+            return None
+        return Figure.of([run["size"]["compact"][kind] / 1e6 for run in self.runs.values()])
+
     @property
     def published(self) -> dict | None:
         return published.lookup(self.config)
@@ -122,6 +128,11 @@ class Study:
     def _single(self, row, task):
         rows = [one for one in self.rows if one.tasks == (task,) and one.is_dense]
         return next((one for one in rows if _alike(one, row, {"tasks", *_DENSE, "sparsity.penalty"})), None)
+
+    def plain(self, row: Row) -> Row | None:
+        """The row whose heads all read the end of the backbone, with the same settings otherwise."""
+        rows = [one for one in self.rows if not one.config["model"]["attach"] and one is not row]
+        return next((one for one in rows if _alike(one, row, {"model.attach"})), None)
 
     def dense(self, row: Row) -> Row | None:
         """The row without a penalty that has the same settings otherwise."""

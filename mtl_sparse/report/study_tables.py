@@ -1,4 +1,4 @@
-"""A study's tables: in the paper's form, and dense against sparse, as Markdown, CSV and LaTeX."""
+"""A study's tables: in the paper's form, and rows against their base, as Markdown, CSV and LaTeX."""
 
 import csv
 import io
@@ -8,40 +8,58 @@ from mtl_sparse.report import study as study_lib
 from mtl_sparse.report.tables import markdown
 
 Rows = list[tuple[str, ...]]  # the first is the head
+SIZES = ("compact M parameters", "compact M MACs")
 
 
 def summary(study: study_lib.Study) -> Rows:
-    """Settings, metrics, zero groups, parameters in them, Delta_m and seeds of each row; below, the paper's figures."""
+    """Settings, metrics, zero groups and parameters in them, what compaction leaves, Delta_m and seeds of each row.
+
+    Below a row that the paper has, the paper's figures.
+    """
     names = settings_names(study)
     any_run = {task: next(iter(row.runs.values())) for row in study.rows for task in row.tasks}
     head = [short(name) for name in names]
     for task in study.tasks:
         _, name, higher = study_lib.metric(task, any_run[task])
         head.append(f"{task.removeprefix('attribute:')} {name} {'↑' if higher else '↓'}")
-    head += ["% groups zero", "% parameters", "Δm %", "seeds"]
+    head += ["% groups zero", "% parameters", *SIZES, "Δm %", "seeds"]
     lines = [tuple(head)]
     for row in study.rows:
         cells = [setting(row, name) for name in names]
         cells += [spread(row.figure(task)) if task in row.tasks else "" for task in study.tasks]
         cells += [spread(row.sparsity(kind), 100, 2) for kind in ("group", "parameter")]
-        gain = study.gain(row)
-        lines.append((*cells, spread(gain, 1, 2) if gain else "", str(len(row.runs))))
+        for figure, digits in ((row.size("parameters"), 2), (row.size("macs"), 1), (study.gain(row), 2)):
+            cells.append(spread(figure, 1, digits) if figure else "")
+        lines.append((*cells, str(len(row.runs))))
         if row.published:
             theirs = row.published["tasks"]
             cells = ["published", *[""] * (len(names) - 1)]
             cells += ["{:.4f} ± {:.4f}".format(*theirs[task]) if task in theirs else "" for task in study.tasks]
             cells += [f"{100 * row.published[kind]:.2f}" for kind in ("group", "parameter")]
-            lines.append((*cells, "", "5"))
+            lines.append((*cells, *[""] * len(SIZES), "", "5"))
     return lines
 
 
 def against_dense(study: study_lib.Study) -> Rows:
     """Each sparse row minus the dense one with the same settings otherwise, metric by metric, paired over seeds."""
+    return _against(
+        study, {i: study.dense(row) for i, row in enumerate(study.rows) if not row.is_dense}, "sparse", "dense"
+    )
+
+
+def against_plain(study: study_lib.Study) -> Rows:
+    """Each row with attachment points minus the one with all heads at the end, metric by metric, paired over seeds."""
+    rows = {i: study.plain(row) for i, row in enumerate(study.rows) if row.config["model"]["attach"]}
+    return _against(study, rows, "LOMT", "plain")
+
+
+def _against(study, bases, ours, theirs) -> Rows:
+    """A line for each metric of each row in `bases` {place in study.rows: its base, or None}."""
     names = settings_names(study)
-    lines = [(*map(short, names), "metric", "sparse - dense", "95 % interval", "p", "seeds", "better")]
-    for row in study.rows:
-        base = study.dense(row)
-        if row.is_dense or base is None:
+    lines = [(*map(short, names), "metric", f"{ours} - {theirs}", "95 % interval", "p", "seeds", "better")]
+    for i, base in bases.items():
+        row = study.rows[i]
+        if base is None:
             continue
         for task in row.tasks:
             found = study_lib.compare(row, base, task)
@@ -55,7 +73,7 @@ def against_dense(study: study_lib.Study) -> Rows:
                     f"{found.low:+.4f} to {found.high:+.4f}" if known else "",
                     f"{found.p:.3f}" if known else "",
                     str(found.n),
-                    "sparse" if (found.mean > 0) == higher and found.mean else "dense" if found.mean else "equal",
+                    ours if (found.mean > 0) == higher and found.mean else theirs if found.mean else "equal",
                 )
             )
     return lines

@@ -86,14 +86,18 @@ class _Compactor:
         self.new_params, self.new_stats = {}, {}
 
     def run(self):
-        places = resnet.places(self.model.depth)
+        places = resnet.places(self.model.depth)[: len(self.layers.blocks)]
         named_heads = [(name, head) for (name, *_), head in zip(self.model.heads, self.layers.heads, strict=True)]
         head_chains = [self._trace_head(*named) for named in named_heads]
-        self._trace_blocks(places, head_chains)
-        self._order_streams(head_chains)
+        self._readers = list(zip(self.model.points(), self.layers.heads, head_chains, strict=True))
+        self._trace_blocks(places)
+        self._order_streams()
         stem = self._build_stem()
         blocks = tuple(self._build_block(i, place.name) for i, place in enumerate(places))
-        heads = tuple(self._build_head(*named, traced) for named, traced in zip(named_heads, head_chains, strict=True))
+        heads = tuple(
+            self._build_head(*named, traced, *self._kept_at.get(point, (np.arange(0), 0)))
+            for named, (point, _, traced) in zip(named_heads, self._readers, strict=True)
+        )
         model = self.model.clone(widths=widths_lib.Widths(stem, blocks, heads))
         return model, {
             "params": traverse_util.unflatten_dict(self.new_params, sep="/"),
@@ -145,67 +149,96 @@ class _Compactor:
         convs[0] = dataclasses.replace(project, kernel=live, norm={**project.norm, "mean": mean})
         return liveness.trace(convs, head.dead, need), branches
 
-    def _trace_blocks(self, places, head_chains):
+    def _heads_want(self, point, width) -> np.ndarray:
+        """Which of the `width` channels at a point the heads there want."""
+        wanted = np.zeros(width, bool)
+        for there, head, traced in self._readers:
+            if there == point and traced is None:  # a head that is not ours reads the features as they are
+                wanted[:] = True
+            elif there == point:
+                for chain, reads in zip(traced[1], head.reads, strict=True):
+                    if chain is not None and chain.wanted is not None:
+                        wanted |= _spread(chain.wanted, reads, width)
+        return wanted
+
+    def _streams(self):
+        """(start, stop) of each residual stream: it is the same before blocks start to stop - 1, but for its width."""
+        blocks = self.layers.blocks
+        starts = [0] + [i + 1 for i, block in enumerate(blocks) if block.shortcut != "identity"]
+        return list(zip(starts, [*starts[1:], len(blocks) + 1], strict=True))
+
+    def _trace_blocks(self, places):
         """Per block: the chains of branch and shortcut, what they want, and which channels are needed before it."""
-        width = self.layers.blocks[-1].features[-1]
-        need = np.zeros(width, bool)
-        for traced, head in zip(head_chains, self.layers.heads, strict=True):
-            if traced is None:
-                need[:] = True
-                continue
-            for chain, reads in zip(traced[1], head.reads, strict=True):
-                if chain is not None and chain.wanted is not None:
-                    need |= _spread(chain.wanted, reads, width)
+        count = len(places)
+        self._points = ["stem", *(place.name for place in places)]  # before block i at index i
+        self.head_wants = [self._heads_want(point, self._stream_width(i)) for i, point in enumerate(self._points)]
+        self._pinned = [
+            any(point in self._points[start:stop] and traced is None for point, _, traced in self._readers)
+            for start, stop in self._streams()
+            for _ in range(start, stop)
+        ]
+        need = self.head_wants[-1] | self._pinned[-1]
         self.needs = [need]  # before block i at index i, after the last block at the end
-        self.branches, self.shortcuts, self.wants = [], [], []
-        for i in reversed(range(len(places))):
+        self.branches, self.shortcuts, self.wants, self.stops = [], [], [], []
+        for i in reversed(range(count)):
             block, prefix = self.layers.blocks[i], f"backbone/{places[i].name}"
             width = self._stream_width(i)
             branch = shortcut = None
             wants = [np.zeros(width, bool), np.zeros(width, bool)]
-            if need.any():
-                count = len(block.features)
-                convs = [self._conv(prefix, f"conv{j}", f"bn{j}", j < count) for j in range(block.dead + 1, count + 1)]
-                branch = liveness.trace(convs, block.dead, need, np.zeros(len(need)))
+            inner = {}  # what heads want inside the branch, by the convolution's place in it
+            for j in range(block.dead, len(block.features)):
+                wanted = self._heads_want(f"{places[i].name}/conv{j + 1}", block.features[j])
+                inner |= {j: wanted} if wanted.any() else {}
+            stop = len(block.features) if need.any() else 1 + max(inner, default=-1)
+            if stop:
+                whole = 3 if resnet.STAGES[self.model.depth][0] else 2
+                convs = [self._conv(prefix, f"conv{j}", f"bn{j}", j < whole) for j in range(block.dead + 1, stop + 1)]
+                read = {j - block.dead: wanted for j, wanted in inner.items()}
+                last = need if need.any() else np.zeros(block.features[stop - 1], bool)
+                ones = block.reads == ()
+                branch = liveness.trace(convs, block.dead, last, np.zeros(len(need)), read, ones)
                 if branch.wanted is not None:
                     wants[0] = _spread(branch.wanted, block.reads, width)
+            if need.any():
                 if block.shortcut == "conv":
                     shortcut = liveness.trace([self._conv(prefix, "downsample_conv", "downsample_bn", False)], 0, need)
                     if shortcut.wanted is not None:
                         wants[1] = _spread(shortcut.wanted, block.shortcut_reads, width)
                 elif block.shortcut == "identity":
                     wants[1] = np.pad(need, (0, width - len(need)))
-            need = wants[0] | wants[1]
+            need = wants[0] | wants[1] | self.head_wants[i] | self._pinned[i]
             self.branches.insert(0, branch)
             self.shortcuts.insert(0, shortcut)
             self.wants.insert(0, wants)
+            self.stops.insert(0, stop)
             self.needs.insert(0, need)
 
     def _stream_width(self, i):
         """Channels of the residual stream before block i."""
-        return self.layers.blocks[i - 1].features[-1] if i else self.layers.stem.features[-1]
+        return self.layers.blocks[i - 1].stream if i else self.layers.stem.stream
 
     # Which channels of the residual stream stay, in which order.
 
-    def _order_streams(self, head_chains):
+    def _order_streams(self):
         """`order[i]`: the channels before block i that stay, in their new order; at the end, after the last block."""
-        blocks = self.layers.blocks
-        starts = [0] + [i + 1 for i, block in enumerate(blocks) if block.shortcut != "identity"]
-        pinned = any(traced is None for traced in head_chains)  # a head that is not ours reads the features as they are
-        self.order = [None] * (len(blocks) + 1)
-        for start, stop in zip(starts, [*starts[1:], len(blocks) + 1], strict=True):
+        count = len(self.layers.blocks)
+        self.order, self._kept_at = [None] * (count + 1), {}
+        for start, stop in self._streams():
             width = len(self.needs[start])
-            last = stop == len(blocks) + 1  # then the heads are the last readers
-            readers = [self.needs[-1]] if last else list(reversed(self.wants[stop - 1]))
-            readers += [self.wants[i][0] for i in reversed(range(start, stop - 1))]
+            readers = []  # the last first
+            for i in reversed(range(start, stop)):
+                if i < count:
+                    readers += [self.wants[i][1]] * (i == stop - 1) + [self.wants[i][0]]
+                readers.append(self.head_wants[i])
             readers = [np.pad(mask, (0, width - len(mask))) for mask in readers]
-            order = np.arange(width) if last and pinned else liveness.stream_order(readers)
+            order = np.arange(width) if self._pinned[start] else liveness.stream_order(readers)
             for i in range(start, stop):
-                count = int(self.needs[i].sum())
-                filled = self._padded(count, width)
-                while count < filled and order[count] < len(self.needs[i]):  # a compact stream narrows on its way
-                    count += 1
-                self.order[i] = order[:count]
+                kept = int(self.needs[i].sum())
+                filled = self._padded(kept, width)
+                while kept < filled and order[kept] < len(self.needs[i]):  # a compact stream narrows on its way
+                    kept += 1
+                self.order[i] = order[:kept]
+                self._kept_at[self._points[i]] = self.order[i], len(self.needs[i])
 
     def _padded(self, count, total):
         return min(-(-count // self.multiple) * self.multiple, total)
@@ -238,7 +271,7 @@ class _Compactor:
         return (*widths[:-1], len(last))
 
     def _columns(self, chain, i, last):
-        return last if i == len(chain.convs) - 1 else self._kept(chain.keep[i])
+        return last if last is not None and i == len(chain.convs) - 1 else self._kept(chain.keep[i])
 
     def _write_constant(self, prefix, *values):
         dtype = next(iter(self.params.values())).dtype
@@ -247,7 +280,7 @@ class _Compactor:
     def _reads(self, chain: liveness.Chain, wanted, order, old_reads, last):
         """How a chain's first convolution takes its channels: (ranges, their rows in its old kernel)."""
         if chain is None or chain.wanted is None:
-            return None, None
+            return (() if chain and chain.convs and not chain.dead else None), None
         conv = chain.convs[0]
         rows = np.full(len(wanted), -1)
         old = np.arange(len(wanted)) if old_reads is None else _indices(old_reads)
@@ -279,8 +312,16 @@ class _Compactor:
         order, last = self.order[i], self.order[i + 1]
         if branch is None:
             return widths_lib.Block((0,) * len(block.features), block.shortcut)
+        goes_on = self.needs[i + 1].any()
+        if not goes_on:  # only heads read the branch
+            last = self._columns(branch, len(branch.convs) - 1, None)
         reads, rows = self._reads(branch, self.wants[i][0], order, block.reads, last)
         features = self._write_chain(branch, rows, last)
+        for j in range(branch.dead, self.stops[i]):
+            kept = self._columns(branch, j - branch.dead, last)
+            self._kept_at[f"{name}/conv{j + 1}"] = kept, block.features[j]
+        if not goes_on:
+            return widths_lib.Block(features, "none", branch.dead, reads)
         kind = block.shortcut
         shortcut_reads, rows = self._reads(shortcut, self.wants[i][1], order, block.shortcut_reads, last)
         if shortcut is not None:
@@ -293,14 +334,15 @@ class _Compactor:
             self._write_constant(prefix, *constants)
         return widths_lib.Block(features, kind, branch.dead, reads, shortcut_reads)
 
-    def _build_head(self, task, head, traced):
+    def _build_head(self, task, head, traced, order, width):
+        """A head that reads `order` of the `width` channels at its point."""
         prefix = f"head_{task}"
         if traced is None or isinstance(head, widths_lib.Classifier):
             self.new_params |= {path: value for path, value in self.params.items() if path.startswith(f"{prefix}/")}
             self.new_stats |= {path: value for path, value in self.stats.items() if path.startswith(f"{prefix}/")}
-            return head and self._build_classifier(prefix, head, traced[1][0])
+            return head and self._build_classifier(prefix, head, traced[1][0], order, width)
         trunk, branches = traced
-        count, order = len(head.branches), self.order[-1]
+        count = len(head.branches)
         widths, reads, taps, rows = [0] * count, [None] * count, list(head.taps), []
         for i, (_, place) in enumerate(_branches(head)):
             if trunk.wanted is None or not trunk.wanted[place].any():
@@ -309,7 +351,7 @@ class _Compactor:
             if 0 < i < count - 1:
                 taps[i - 1] = self._taps(chain.convs[0].kernel, deeplab.RATES[i - 1])
                 chain = dataclasses.replace(chain, convs=[_middle(chain.convs[0], taps[i - 1])])
-            wanted = _spread(chain.wanted, head.reads[i], len(self.needs[-1]))
+            wanted = _spread(chain.wanted, head.reads[i], width)
             reads[i], input_rows = self._reads(chain, wanted, order, head.reads[i], columns)
             self._write(chain.convs[0], input_rows, columns)
             widths[i] = len(columns)
@@ -320,14 +362,14 @@ class _Compactor:
             self._write_constant(prefix, trunk.constant)
         return widths_lib.Head(tuple(widths), features[:2], trunk.dead, tuple(reads), tuple(taps))
 
-    def _build_classifier(self, prefix, head, chain):
+    def _build_classifier(self, prefix, head, chain, order, width):
         """The classification head without the inputs that it ignores; its parameters have been taken over."""
         if head.dead:
             return head
         if chain.convs:
-            wanted = _spread(chain.wanted, head.reads[0], len(self.needs[-1]))
+            wanted = _spread(chain.wanted, head.reads[0], width)
             every = np.arange(chain.convs[0].kernel.shape[-1])
-            reads, rows = self._reads(chain, wanted, self.order[-1], head.reads[0], every)
+            reads, rows = self._reads(chain, wanted, order, head.reads[0], every)
             self._write(chain.convs[0], rows, every)
             return widths_lib.Classifier((reads,))
         dense = {}

@@ -62,25 +62,41 @@ class Chain:
     constant: np.ndarray | None = None
 
 
-def trace(convs: Sequence[Conv], dead: int, need: np.ndarray, constant=None) -> Chain:
-    """Follows `need`, the needed outputs, backwards through `convs`, in front of which `dead` are gone already."""
+def trace(convs: Sequence[Conv], dead: int, need: np.ndarray, constant=None, read=None, ones: bool = False) -> Chain:
+    """Follows `need`, the needed outputs, backwards through `convs`.
+
+    Args:
+      convs: those that are there; `dead` are gone in front of them.
+      need: bool [O], of the last one.
+      constant: the chain's output where there are none.
+      read: {place in convs: bool [O]}, what heads read of the others' outputs.
+      ones: whether the first one reads a map of ones, as it does where some are gone.
+    """
     if not convs:
         return Chain([], dead, [], constant=constant)
-    keep = []
+    read, keep = read or {}, []
     for i in reversed(range(len(convs))):
+        need = need | read.get(i, False)
         keep.insert(0, need)
         need = np.any(convs[i].kernel[..., need] != 0, (0, 1, 3))
         if not need.any():
-            return _fold(convs[i:], dead + i, keep)
-    return Chain(list(convs), dead, keep, None if dead else need)
+            if not any(place < i for place in read):
+                return _fold(convs[i:], dead + i, keep, {place - i for place in read})
+            # What is in front stays for its readers; this one keeps one of those inputs, with zero weights.
+            need[np.argmax(read.get(i - 1, need))] = True
+    return Chain(list(convs), dead, keep, None if dead or ones else need)
 
 
-def _fold(convs, dead, keep):
-    """Chain whose first convolution has no live input: its constant output goes as far as it stays a constant."""
-    value = convs[0].after(np.zeros(convs[0].kernel.shape[-1]))
-    for i, conv in enumerate(convs[1:], 1):
+def _fold(convs, dead, keep, read):
+    """Chain whose first convolution has no live input: its constant output goes as far as it stays a constant.
+
+    It does not go past those at the places `read`, which put out a map.
+    """
+    value = np.zeros(convs[0].kernel.shape[2])
+    for i, conv in enumerate(convs):
         kernel = np.einsum("hwio,i->hwo", conv.kernel.astype(np.float64), value)
-        if kernel.shape[:2] != (1, 1) and kernel[..., keep[i]].any():  # zero padding makes borders differ
+        uneven = kernel.shape[:2] != (1, 1) and kernel[..., keep[i]].any()  # zero padding makes borders differ
+        if uneven or i in read:
             ones = dataclasses.replace(conv, kernel=kernel[:, :, None].astype(conv.kernel.dtype))
             return Chain([ones, *convs[i + 1 :]], dead + i, keep[i:])
         value = conv.after(kernel[0, 0] if kernel.shape[:2] == (1, 1) else np.zeros(kernel.shape[-1]))

@@ -1,8 +1,13 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from configs import nyu
+from mtl_sparse import tasks
+from mtl_sparse.errors import UserError
 from mtl_sparse.models import deeplab, multitask, resnet, widths
 from mtl_sparse.sparsity import groups
 
@@ -17,10 +22,15 @@ def shapes(model, images=(1, 64, 64, 3)):
 
 @pytest.mark.parametrize(
     ("depth", "parameters", "layers", "group_count"),
-    [(18, 11_324_992, 23, 4_163), (50, 23_631_808, 55, 22_787), (101, 42_623_936, 106, 48_899)],
+    [
+        (10, 5_054_272, 15, 2_243),
+        (18, 11_324_992, 23, 4_163),
+        (50, 23_631_808, 55, 22_787),
+        (101, 42_623_936, 106, 48_899),
+    ],
 )
 def test_backbone_has_the_published_size(depth, parameters, layers, group_count):
-    """Depth 50 is the paper's: 23,631,808 parameters, 22,787 groups in 55 layers; 18 and 101 follow from its rules."""
+    """Depth 50 is the paper's: 23,631,808 parameters, 22,787 groups in 55 layers; the others follow from its rules."""
     backbone = shapes(resnet.ResNet(depth))["params"]
     found = groups.find(backbone)
     assert size(backbone) == parameters
@@ -62,9 +72,57 @@ def test_dilation_and_strides_of_the_stages():
     model = resnet.Block(widths.Block((16, 16, 64)), stride=1, dilation=4, bottleneck=True)
     x = jnp.zeros((1, 17, 17, 64)).at[0, 8, 8].set(1.0)
     variables = model.init(jax.random.key(0), x, False)
-    difference = np.abs(model.apply(variables, x, False) - model.apply(variables, 0 * x, False)).sum(-1)[0]
+    stream, nothing = (model.apply(variables, image, False)[0] for image in (x, 0 * x))
+    difference = np.abs(stream - nothing).sum(-1)[0]
     assert set(np.argwhere(difference > 0).ravel().tolist()) == {4, 8, 12}
     assert (resnet.STRIDES, resnet.DILATIONS) == ((1, 2, 1, 1), (1, 1, 2, 4))
+
+
+def test_a_head_reads_where_it_is_attached_and_nothing_is_built_behind():
+    """Inside a block behind a ReLU, on the stream behind a block, behind the stem; at the head's stride by means."""
+    images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
+    whole = resnet.ResNet(50, 4)
+    variables = jax.jit(whole.init)(jax.random.key(1), images)
+    apply = jax.jit(lambda v, x: whole.apply(v, x, capture_intermediates=True))
+    inside = apply(variables, images)[1]["intermediates"]
+    points = ("layer3_1/conv2", "layer2_3", "layer1_0/conv1", "stem")
+    cut = resnet.ResNet(50, 4, points=points)
+    backbone = jax.eval_shape(lambda: cut.init(jax.random.key(0), images))["params"]
+    assert "layer3_1" in backbone and set(backbone["layer3_1"]) == {"conv1", "bn1", "conv2", "bn2"}
+    assert not any(name.startswith(("layer3_2", "layer4")) for name in backbone)
+    given = jax.tree.map(lambda _, leaf: leaf, *_common({"params": backbone}, variables))
+    given["batch_stats"] = variables["batch_stats"]
+    found = dict(zip(points, jax.jit(cut.apply)(given, images), strict=True))
+    np.testing.assert_allclose(found["layer3_1/conv2"], nn.relu(inside["layer3_1"]["bn2"]["__call__"][0]), rtol=1e-5)
+    np.testing.assert_allclose(found["layer2_3"], inside["layer2_3"]["__call__"][0][0], rtol=1e-5)
+    fine = np.asarray(nn.relu(inside["layer1_0"]["bn1"]["__call__"][0]))
+    assert fine.shape == (2, 8, 12, 4)
+    means = fine.reshape(2, 4, 2, 6, 2, 4).mean((2, 4))
+    np.testing.assert_allclose(found["layer1_0/conv1"], means, atol=1e-6)
+    assert found["stem"].shape == (2, 4, 6, 8)
+    odd = jax.eval_shape(cut.apply, given, images[:, :20, :44])
+    assert {features.shape[1:3] for features in odd} == {(3, 6)}, "as the backbone's end"
+
+
+def _common(shapes, variables):
+    """The tree and what `variables` has of it."""
+    flat = traverse_util.flatten_dict(variables)
+    return shapes, traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(shapes)})
+
+
+@pytest.mark.parametrize(
+    ("attach", "message"),
+    [
+        (("layer3_9/conv1", "layer4_0"), r"ResNet-50 has no 'layer3_9/conv1'; near it are layer3_\d/conv1"),
+        (("layer4_0/conv3", "layer4_0"), "no 'layer4_0/conv3'"),
+        (("layer4_0",), r"one point for each of the tasks \(depth, edge\), in their order"),
+    ],
+)
+def test_attachment_points_that_cannot_be(attach, message):
+    config = nyu.get_config()
+    config.tasks, config.model.attach = ("depth", "edge"), attach
+    with pytest.raises(UserError, match=message):
+        multitask.build(config.model, tasks.resolve(config))
 
 
 def test_dropout_does_not_depend_on_how_a_batch_is_split():

@@ -29,6 +29,7 @@ def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", **valu
         "headlines": {task: {"metric": f"{task}/x", "higher_is_better": True} for task in tasks},
         "sparsity": {"group": group, "parameter": group + 0.1, "layers": LAYERS, "penalty": "group_lasso"},
         "config": json.loads(config.to_json()),
+        "size": {"compact": {"parameters": (1 + seed) * 10**6, "macs": (2 + seed) * 10**7}},
         "seed": seed,
     }
     folder.mkdir(parents=True)
@@ -114,12 +115,12 @@ def test_only_common_seeds_are_paired(folders):
 
 def test_the_table_has_the_papers_form_and_figures(folders):
     rows = study_tables.summary(study.read(folders))
-    assert rows[0] == ("tasks", "lambda", "segmentation IoU ↑", "depth MAE ↓", "% groups zero", "% parameters", "Δm %",
-                       "seeds")  # fmt: skip
+    assert rows[0] == ("tasks", "lambda", "segmentation IoU ↑", "depth MAE ↓", "% groups zero", "% parameters",
+                       "compact M parameters", "compact M MACs", "Δm %", "seeds")  # fmt: skip
     ours, theirs = rows[1:3]
     assert ours[:4] == ("segmentation + depth", "1e-05", "0.3467 ± 0.0153", "0.1310 ± 0.0036")
-    assert ours[4:6] == ("66.00 ± 0.00", "76.00 ± 0.00")
-    assert theirs == ("published", "", "0.3345 ± 0.0073", "0.1389 ± 0.0027", "66.06", "73.58", "", "5")
+    assert ours[4:8] == ("66.00 ± 0.00", "76.00 ± 0.00", "2.00 ± 1.00", "30.0 ± 10.0")
+    assert theirs == ("published", "", "0.3345 ± 0.0073", "0.1389 ± 0.0027", "66.06", "73.58", "", "", "", "5")
     better = {cells[2]: cells[-1] for cells in study_tables.against_dense(study.read(folders))[1:]}
     assert better == {"segmentation IoU": "sparse", "depth MAE": "sparse"}
 

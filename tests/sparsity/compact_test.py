@@ -21,9 +21,11 @@ HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1), ("attribute:Ma
 
 
 @functools.cache
-def dense(depth, dtype="float32"):
+def dense(depth, dtype="float32", attach=()):
     """A small dense model with BatchNorm statistics like a trained one's: (model, flat parameters, statistics)."""
-    model = multitask.MultiTaskModel(HEADS, depth=depth, width=8, head_features=6, dtype=jnp.dtype(dtype))
+    model = multitask.MultiTaskModel(
+        HEADS, depth=depth, width=8, head_features=6, attach=attach, dtype=jnp.dtype(dtype)
+    )
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     rng = np.random.default_rng(1)
     params = traverse_util.flatten_dict(variables["params"], sep="/")
@@ -41,9 +43,9 @@ def dense(depth, dtype="float32"):
     return model, params, statistics
 
 
-def with_zeros(depth, seed, share, scope="backbone", dead=(), dtype="float32"):
+def with_zeros(depth, seed, share, scope="backbone", dead=(), dtype="float32", attach=()):
     """The model with groups of each kernel zero at random: a `share`, or everything where `dead` matches its path."""
-    model, params, statistics = dense(depth, dtype)
+    model, params, statistics = dense(depth, dtype, attach)
     rng = np.random.default_rng(seed)
     params = dict(params)
     for path, kernel in params.items():
@@ -96,12 +98,16 @@ CASES = dict(
     dead=DEAD,
     multiple=st.sampled_from([1, 4]),
     taps=st.booleans(),
+    # Where the heads read, modulo the number of points; () is the end.
+    attach=st.one_of(st.just(()), st.tuples(*[st.integers(0, 10**6)] * len(HEADS))),
 )
 UNHURRIED = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, taps):
-    model, variables = with_zeros(depth, seed, share, scope, dead)
+def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, taps, attach=()):
+    points = resnet.points(depth)
+    attach = tuple(points[place % len(points)] for place in attach)
+    model, variables = with_zeros(depth, seed, share, scope, dead, attach=attach)
     options = {"multiple": multiple, "size": SIZE if taps else None}
     small, small_variables = compact(model, variables, **options)
     assert_same_outputs(model, variables, small, small_variables, 1e-5)
@@ -113,7 +119,7 @@ def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, tap
 
 @settings(max_examples=6, **UNHURRIED)
 @given(**CASES)
-@example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False)  # a logit near 0
+@example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False, attach=())  # logit near 0
 def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
     check_outputs_and_idempotence(**case)
 
@@ -224,6 +230,35 @@ def test_dead_blocks_and_branches_go():
     assert backbone["layer4_1"]["conv2"]["kernel"].shape[2] == 1, "it reads a map of ones"
     assert "downsample_conv" not in backbone["layer4_0"] and small.widths.blocks[-3].shortcut == "constant"
     assert_same_outputs(model, variables, small, small_variables, 1e-5)
+
+
+def test_heads_inside_blocks_keep_what_they_read():
+    """Where a block's branch is dead behind a head, at a head, and where only a head reads it."""
+    attach = ("layer4_1/conv1", "layer3_2/conv2", "layer2_1")
+    dead = ["layer4_1/conv2", "layer3_2/conv1", "layer3_2/conv2"]
+    model, variables = with_zeros(50, 1, 0.3, dead=dead, attach=attach)
+    assert "conv2" not in variables["params"]["backbone"]["layer4_1"] and "layer4_2" not in variables["params"]
+    small, small_variables = compact(model, variables)
+    backbone, blocks = small_variables["params"]["backbone"], small.widths.blocks
+    assert set(backbone["layer4_1"]) == {"conv1", "bn1"} and blocks[-1].shortcut == "none"
+    assert blocks[9].dead == 1 and backbone["layer3_2"]["conv2"]["kernel"].shape[2] == 1, "the head reads a constant"
+    check_outputs_and_idempotence(50, 1, 0.3, "backbone", dead, 4, True, [resnet.points(50).index(p) for p in attach])
+    # A head on a first convolution without live inputs, which stays for it and reads a map of ones.
+    attach, dead = ("layer3_0/conv1", "layer3_2/conv1", "layer3_5"), ["layer3_0/conv1", "layer3_2/conv2"]
+    model, variables = with_zeros(50, 2, 0.3, dead=dead, attach=attach)
+    small, small_variables = compact(model, variables)
+    assert small.widths.blocks[7].reads == () and small.widths.blocks[7].dead == 0
+    assert "conv1" in small_variables["params"]["backbone"]["layer3_2"], "its head reads it, though the branch is dead"
+    check_outputs_and_idempotence(50, 2, 0.3, "backbone", dead, 1, False, [resnet.points(50).index(p) for p in attach])
+    # Where the deeper heads read nothing, the branch ends at the last head inside it.
+    attach, dead = ("layer3_0/conv2", "layer4_2", "layer4_2"), ["head_depth", "Male", "layer3_1"]
+    model, variables = with_zeros(50, 3, 0.3, "all", dead, attach=attach)
+    small, small_variables = compact(model, variables)
+    assert (
+        small.widths.blocks[7].shortcut == "none" and "conv3" not in small_variables["params"]["backbone"]["layer3_0"]
+    )
+    assert not any(name.startswith("layer4") for name in small_variables["params"]["backbone"])
+    check_outputs_and_idempotence(50, 3, 0.3, "all", dead, 1, False, [resnet.points(50).index(p) for p in attach])
 
 
 def test_nothing_before_a_cut_in_the_stream_is_left():

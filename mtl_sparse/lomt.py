@@ -1,0 +1,180 @@
+"""LOMT: each task's head where that task's own sparsity pattern ends ("Giving each task what it needs").
+
+Single-task sparse models say how deep a task needs the backbone: a layer is kept if more than a small fraction of its
+groups is non-zero in every run. The multi-task model then has each task's head at the deepest layer that the task
+keeps, and nothing behind the last of them.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from mtl_sparse import sweep
+from mtl_sparse.errors import UserError
+from mtl_sparse.models import resnet
+from mtl_sparse.report import page, plots, records, study, tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Where a task's head goes.
+
+    Attributes:
+      layer: deepest conv layer that the task keeps, such as "layer3_3/conv1".
+      point: where its output is read, of `resnet.points`: a block's last layer and its shortcut are read behind it.
+      kept: the conv layers that the task keeps, in the order of the network.
+      active: conv layer -> fraction of its groups that is non-zero, for each run.
+      folders: of the runs.
+    """
+
+    layer: str
+    point: str
+    kept: tuple[str, ...]
+    active: dict[str, tuple[float, ...]]
+    folders: tuple[str, ...]
+
+
+def choose(runs: Sequence[Mapping[str, float]], depth: int, active: float, vote: float) -> tuple[str, str, tuple]:
+    """(layer, point, layers that are kept) of a task.
+
+    Args:
+      runs: for each single-task run, conv layer -> fraction of its groups that is non-zero.
+      depth: of the ResNet.
+      active: a layer is active in a run if more than this fraction of its groups is non-zero (the paper's: 0.01).
+      vote: a layer is kept if it is active in at least this fraction of the runs (the paper's: 1, all).
+
+    Raises:
+      UserError: no layer is kept.
+    """
+    layers = sorted(runs[0], key=plots.network_order)
+    votes = {layer: np.mean([run[layer] > active for run in runs]) for layer in layers}
+    kept = tuple(layer for layer in layers if votes[layer] >= vote - 1e-9)
+    if not kept:
+        raise UserError(
+            f"no layer has more than {active:g} of its groups left in {vote:.0%} of {len(runs)} runs: train with a "
+            "smaller sparsity.lambda_, or lower lomt.vote"
+        )
+    return kept[-1], point_of(kept[-1], depth), kept
+
+
+def point_of(layer: str, depth: int) -> str:
+    """Where the output of a conv layer is read: inside its block, or behind it for the last one and the shortcut."""
+    if layer in resnet.points(depth):
+        return layer
+    block, inner, _ = layer.partition("/")
+    return block if inner else "stem"
+
+
+def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Choice]:
+    """The choice for each of config.tasks, by their single-task sparse runs in some runs' and sweeps' folders.
+
+    Other runs, dense ones and those of several tasks, are left out.
+
+    Raises:
+      UserError: a task without such runs, with runs of several settings, or of another depth; unfinished runs.
+    """
+    settings = config.lomt
+    if not (0 <= settings.active < 1 and 0 < settings.vote <= 1):
+        raise UserError(
+            f"lomt.active={settings.active}, lomt.vote={settings.vote}: from 0 to below 1, and from above 0 to 1"
+        )
+    found = study.read(folders)
+    if found.unfinished:
+        raise UserError(
+            f"{len(found.unfinished)} single-task runs have not finished ({', '.join(found.unfinished[:3])}): give the "
+            "command again when they have"
+        )
+    choices = {}
+    for task in config.tasks:
+        rows = [row for row in found.rows if row.tasks == (task,) and not row.is_dense]
+        if not rows:
+            raise UserError(f"there is no single-task sparse run of {task} in {', '.join(map(str, folders))}")
+        if len(rows) > 1:
+            kinds = "; ".join(", ".join(f"{key}={row.settings[key]}" for key in row.settings) for row in rows[:3])
+            raise UserError(f"{task} has single-task runs of several settings ({kinds}): give the folders of one")
+        (row,) = rows
+        theirs = row.config["model"]
+        if theirs["depth"] != config.model.depth or theirs["attach"]:
+            raise UserError(
+                f"the runs of {task} are of a ResNet-{theirs['depth']}{' cut short' if theirs['attach'] else ''}, and "
+                f"model.depth is {config.model.depth}: the layers must be the same"
+            )
+        runs = [_active(run) for run in row.runs.values()]
+        layer, point, kept = choose(runs, config.model.depth, settings.active, settings.vote)
+        active = {name: tuple(run[name] for run in runs) for name in sorted(runs[0], key=plots.network_order)}
+        choices[task] = Choice(layer, point, kept, active, tuple(map(str, row.folders.values())))
+    return choices
+
+
+def _active(results) -> dict[str, float]:
+    """Fraction of non-zero groups of each of the backbone's conv layers, from a run's results.json."""
+    return {
+        plots.short(entry["path"]): (entry["groups"] - entry["zero_groups"]) / entry["groups"]
+        for entry in results["sparsity"]["layers"]
+        if entry["path"].startswith("backbone/")
+    }
+
+
+def run_job(
+    config,
+    workdir: str | pathlib.Path,
+    settings: Sequence[Mapping[str, Any]],
+    options: sweep.Options,
+    folders: Sequence[str | pathlib.Path] = (),
+) -> pathlib.Path:
+    """`--job=lomt`: choose, train with the heads there and, to compare, with all at the end, and report.
+
+    Args:
+      config: of the multi-task model.
+      workdir: gets lomt.json, plots/attachments.png, multi_task/ (a sweep), report/ and, unless `folders` are given,
+        single_task/ (the sweep to choose by).
+      settings: of each trial, such as its seed.
+      options: how the sweeps go.
+      folders: of single-task sparse runs, or of sweeps with such.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      UserError: as `sweep.run_job` and `read_choices`; a config that has attachment points, or one task.
+    """
+    if config.model.attach:
+        raise UserError("--job=lomt chooses model.attach: leave it empty, or train with it by --job=train")
+    if len(config.tasks) < 2:
+        raise UserError(f"--job=lomt needs several tasks, not {', '.join(config.tasks) or 'none'}")
+    workdir = pathlib.Path(workdir).expanduser()
+    if not folders:
+        folders = [workdir / "single_task"]
+        logging.info("Single-task runs first: %d tasks, %d runs each", len(config.tasks), len(settings))
+        weights = zip(config.tasks, config.loss.weights, strict=False)
+        alone = {task: {"tasks": (task,)} for task in config.tasks}
+        if config.loss.weighting == "fixed":
+            alone = {task: {"tasks": (task,), "loss.weights": (weight,)} for task, weight in weights}
+        singles = [{**alone[task], **values} for task in config.tasks for values in settings]
+        sweep.run_job(config, folders[0], singles, options)
+    choices = read_choices(config, folders)
+    found = {"depth": config.model.depth, "active": config.lomt.active, "vote": config.lomt.vote}
+    found["tasks"] = {task: dataclasses.asdict(choice) for task, choice in choices.items()}
+    (workdir / "plots").mkdir(parents=True, exist_ok=True)
+    records.write_json(workdir / "lomt.json", found)
+    plots.save(plots.attachments(found), workdir / "plots" / "attachments.png")
+    attach = tuple(choices[task].point for task in config.tasks)
+    print(table(choices, config.model.depth))
+    print(f"\n--config.model.attach={','.join(attach)}\n{workdir / 'plots' / 'attachments.png'}\n")
+    both = [{"model.attach": points, **values} for points in ((), attach) for values in settings]
+    sweep.run_job(config, workdir / "multi_task", both, options)
+    return page.write([*folders, workdir / "multi_task"], workdir / "report")
+
+
+def table(choices: Mapping[str, Choice], depth: int) -> str:
+    """The choices as a Markdown table."""
+    lines = [("task", "deepest layer kept", "head reads", "layers kept", "runs")]
+    for task, choice in choices.items():
+        kept = f"{len(choice.kept)} of {len(choice.active)}"
+        lines.append((task, choice.layer, choice.point, kept, str(len(choice.folders))))
+    last = max((choice.point for choice in choices.values()), key=resnet.points(depth).index)
+    return tables.markdown(lines) + f"\n\nnothing behind {last} is built"

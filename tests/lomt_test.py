@@ -1,0 +1,157 @@
+import json
+import pathlib
+
+import pytest
+
+from configs import nyu
+from mtl_sparse import lomt, sweep
+from mtl_sparse.errors import UserError
+from mtl_sparse.models import resnet
+from tests.report.study_test import write_run
+
+# Layers of a backbone in the order of the network, as a run's results.json has them.
+LAYERS = ("stem_conv1", "layer1_0/conv1", "layer1_0/conv2", "layer1_0/conv3", "layer1_0/downsample_conv",
+          "layer3_3/conv1", "layer3_3/conv2", "layer4_0/conv1", "layer4_2/conv3")  # fmt: skip
+
+
+def write_single(folder, task, seed, depth_of, lambda_=1e-5):
+    """A finished single-task run in which the layers up to `depth_of` have 3 of 100 groups left, the others one."""
+    values = {"segmentation": {"iou": 0.3}, "depth": {"mae": 0.1}, "normals": {"cs": 0.8}}[task]
+    write_run(folder, (task,), lambda_, seed, group=0.5, **values)
+    results = json.loads((folder / "results.json").read_text())
+    last = LAYERS.index(depth_of)
+    results["sparsity"]["layers"] = [
+        {"path": f"backbone/{layer}/kernel", "groups": 100, "zero_groups": 97 if i <= last else 99}
+        for i, layer in enumerate(LAYERS)
+    ]
+    results["sparsity"]["layers"].append({"path": "head_depth/aspp0/kernel", "groups": 100, "zero_groups": 0})
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+DEEPEST = {"segmentation": "layer4_2/conv3", "depth": "layer3_3/conv1", "normals": "layer1_0/downsample_conv"}
+
+
+@pytest.fixture
+def singles(tmp_path):
+    """Folders of two runs of each task; each second run keeps one layer more."""
+    folders = []
+    for task, layer in DEEPEST.items():
+        more = LAYERS[min(LAYERS.index(layer) + 1, len(LAYERS) - 1)]
+        folders += [write_single(tmp_path / f"{task}{seed}", task, seed, [layer, more][seed]) for seed in (0, 1)]
+    return folders
+
+
+def test_the_rule_by_hand():
+    """More than 1 % of the groups in all runs, the deepest such layer; the vote of fewer runs reaches deeper."""
+    runs = [
+        {"stem_conv1": 1.0, "layer1_0/conv1": 0.5, "layer2_0/conv1": 0.02, "layer3_0/conv1": 0.3},
+        {"stem_conv1": 1.0, "layer1_0/conv1": 0.005, "layer2_0/conv1": 0.011, "layer3_0/conv1": 0.01},
+        {"stem_conv1": 1.0, "layer1_0/conv1": 0.5, "layer2_0/conv1": 0.5, "layer3_0/conv1": 0.2},
+    ]
+    assert lomt.choose(runs, 50, 0.01, 1.0) == ("layer2_0/conv1", "layer2_0/conv1", ("stem_conv1", "layer2_0/conv1"))
+    assert lomt.choose(runs, 50, 0.01, 2 / 3)[0] == "layer3_0/conv1"
+    assert lomt.choose(runs, 50, 0.3, 1.0)[0] == "stem_conv1"
+    assert lomt.choose(runs[:1], 50, 0.01, 1.0)[0] == "layer3_0/conv1"
+    with pytest.raises(UserError, match="no layer has more than 0.9 of its groups left in 100% of 2 runs: .*lambda_"):
+        lomt.choose([{"layer1_0/conv1": 0.5}] * 2, 50, 0.9, 1.0)
+
+
+def test_where_a_layers_output_is_read():
+    assert lomt.point_of("layer3_3/conv1", 50) == "layer3_3/conv1"
+    assert lomt.point_of("layer3_3/conv2", 50) == "layer3_3/conv2"
+    assert lomt.point_of("layer3_3/conv3", 50) == "layer3_3", "behind the sum with the shortcut"
+    assert lomt.point_of("layer3_1/conv2", 18) == "layer3_1", "a basic block's last"
+    assert lomt.point_of("layer2_0/downsample_conv", 50) == "layer2_0"
+    assert lomt.point_of("stem_conv2", 50) == "stem"
+
+
+def test_choices_of_single_task_runs(singles, tmp_path):
+    config = nyu.get_config()
+    dense = write_single(tmp_path / "dense", "depth", 0, "layer4_2/conv3", lambda_=0.0)
+    several = write_run(tmp_path / "several", ("depth", "normals"), 1e-5, 0, mae=0.1, cs=0.8)
+    choices = lomt.read_choices(config, [*singles, dense, several])
+    assert {task: choice.layer for task, choice in choices.items()} == DEEPEST, "what only one run keeps does not count"
+    assert [choice.point for choice in choices.values()] == ["layer4_2", "layer3_3/conv1", "layer1_0"]
+    assert choices["depth"].kept == LAYERS[:6] and "head_depth/aspp0" not in choices["depth"].active
+    assert choices["depth"].active["layer3_3/conv2"] == pytest.approx((0.01, 0.03))
+    config.lomt.vote = 0.5
+    assert lomt.read_choices(config, singles)["depth"].layer == "layer3_3/conv2"
+
+
+def test_the_job_writes_the_choice_and_trains_with_it_and_without(singles, tmp_path, monkeypatch, capsys):
+    config, workdir, swept = nyu.get_config(), tmp_path / "lomt", []
+
+    def run_job(config, folder, settings, options):
+        """In place of training: what every trial would come to."""
+        swept.append((pathlib.Path(folder).name, settings))
+        trials = sweep.make_trials(config, settings)
+        for i, trial in enumerate(trials):
+            extra = 0.01 * len(trial.config.model.attach) + 0.001 * i
+            made = write_run(pathlib.Path(folder) / trial.name, ALL, 1e-5, trial.config.seed, group=0.5,
+                             iou=0.3 + extra, mae=0.2, cs=0.8)  # fmt: skip
+            results = json.loads((made / "results.json").read_text())
+            results["config"]["model"]["attach"] = list(trial.config.model.attach)
+            (made / "results.json").write_text(json.dumps(results))
+        (pathlib.Path(folder) / "sweep.json").write_text(json.dumps({"trials": {trial.name: {} for trial in trials}}))
+
+    monkeypatch.setattr(sweep, "run_job", run_job)
+    seeds = [{"seed": seed} for seed in range(3)]
+    page = lomt.run_job(config, workdir, seeds, sweep.Options(), singles)
+    attach = ("layer4_2", "layer3_3/conv1", "layer1_0")
+    assert swept == [("multi_task", [{"model.attach": points, **seed} for points in ((), attach) for seed in seeds])]
+    found = json.loads((workdir / "lomt.json").read_text())["tasks"]
+    assert [found[task]["point"] for task in ALL] == list(attach) and found["depth"]["layer"] == "layer3_3/conv1"
+    assert (workdir / "plots" / "attachments.png").stat().st_size > 5_000
+    printed = capsys.readouterr().out
+    assert "--config.model.attach=layer4_2,layer3_3/conv1,layer1_0" in printed
+    assert "LOMT - plain" in printed and "nothing behind layer4_2 is built" in printed
+    assert "Heads at their tasks' layers" in page.read_text()
+
+
+ALL = ("segmentation", "depth", "normals")
+
+
+def test_the_single_tasks_are_trained_first_where_no_runs_are_given(tmp_path, monkeypatch):
+    config, swept = nyu.get_config(), []
+    config.loss.update(weighting="fixed", weights=(1.0, 2.0, 3.0))
+
+    def run_job(config, folder, settings, options):
+        swept.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run_job", run_job)
+    with pytest.raises(KeyboardInterrupt):
+        lomt.run_job(config, tmp_path, [{"seed": 0}, {"seed": 1}], sweep.Options())
+    assert swept[0][2:4] == [{"tasks": ("depth",), "loss.weights": (2.0,), "seed": seed} for seed in (0, 1)]
+    assert len(swept[0]) == 6
+
+
+def test_bad_input(singles, tmp_path):
+    config = nyu.get_config()
+    with pytest.raises(UserError, match="no single-task sparse run of normals in"):
+        lomt.read_choices(config, singles[:4])
+    other = write_single(tmp_path / "other", "depth", 0, "layer1_0/conv1", lambda_=1e-4)
+    with pytest.raises(UserError, match=r"depth has single-task runs of several settings \(.*lambda_=1e-05"):
+        lomt.read_choices(config, [*singles, other])
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "sweep.json").write_text(json.dumps({"trials": {"seed=0": {}}}))
+    with pytest.raises(UserError, match=r"1 single-task runs have not finished \(seed=0\): give the command again"):
+        lomt.read_choices(config, [*singles, tmp_path / "half"])
+    config.model.depth = 101
+    with pytest.raises(UserError, match="are of a ResNet-50, and model.depth is 101"):
+        lomt.read_choices(config, singles)
+    config.lomt.vote = 0.0
+    with pytest.raises(UserError, match=r"lomt.vote=0.0: from 0 to below 1, and from above 0"):
+        lomt.read_choices(config, singles)
+    config.model.attach = ("layer4_0",) * 3
+    with pytest.raises(UserError, match="--job=lomt chooses model.attach"):
+        lomt.run_job(config, tmp_path / "x", [{"seed": 0}], sweep.Options(), singles)
+    config.model.attach, config.tasks = (), ("depth",)
+    with pytest.raises(UserError, match="needs several tasks, not depth"):
+        lomt.run_job(config, tmp_path / "x", [{"seed": 0}], sweep.Options(), singles)
+
+
+def test_published_choices_are_points_of_the_network():
+    published = ("layer3_3/conv1", "layer4_0/conv1", "layer2_3/conv2")
+    assert set(published) <= set(resnet.points(50))
