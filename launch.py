@@ -55,8 +55,21 @@ def _compact(config, workdir):
 
 def _benchmark(config, workdir):
     from mtl_sparse import benchmark
+    from mtl_sparse.report import records
 
-    benchmark.run_job(config, workdir)
+    folders = records.finished_trials(pathlib.Path(workdir))
+    if folders is None:
+        benchmark.run_job(config, workdir)
+        return
+    from configs import run as run_config
+
+    for i, folder in enumerate(folders, 1):
+        logging.info("Timing run %d of %d: %s", i, len(folders), folder.name)
+        if not (folder / "benchmark.json").exists():
+            own = run_config.get_config(str(folder))
+            own.benchmark = config.benchmark
+            benchmark.run_job(own, folder)
+    _report(config, workdir)
 
 
 def _export(config, workdir):
@@ -104,7 +117,10 @@ JOBS = {
     "evaluate": (_evaluate, "evaluate the best checkpoint of a run and write its report again"),
     "report": (_report, "a run's table and pictures again from its records, or those of a sweep, or of --runs"),
     "compact": (_compact, "take the zero channels out of a run's model: a smaller run in <workdir>/compact"),
-    "benchmark": (_benchmark, "time a run's model: dense, with its zeros, and compact"),
+    "benchmark": (
+        _benchmark,
+        "time a run's model: dense, with its zeros, and compact; in a sweep's folder, those of its runs",
+    ),
     "export": (_export, "write a run's model as a file that runs without this package: StableHLO or ONNX"),
     "sweep": (
         _sweep,

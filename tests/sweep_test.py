@@ -9,9 +9,10 @@ import time
 
 import pytest
 
+import launch
 from configs import sweeps
+from mtl_sparse import benchmark, sweep
 from mtl_sparse import run as run_lib
-from mtl_sparse import sweep
 from mtl_sparse.errors import UserError
 from tests.conftest import tiny
 
@@ -200,6 +201,7 @@ COUNTS = {
     "table2": 6 * 2,
     "table3": 3,
     "lambda_path": 7,
+    "lomt": 1,
     "target_path": 6,
     "fair_baseline": 7,
     "paper_baseline": 7,
@@ -208,12 +210,30 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
 def test_named_sweeps_hold_valid_runs(name):
-    for size, seeds in (("", 5), (":demo", 2)):
+    for size, seeds in (("", 5), (":demo", 3 if name == "lomt" else 2)):
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
         assert len(trials) == COUNTS[name] * seeds
         for trial in trials:
             run_lib.check_config(trial.config)
         assert len({trial.config.to_json() for trial in trials}) == len(trials)
+
+
+def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path, trained, monkeypatch):
+    trained.fails.add(NAMES[1])
+    with pytest.raises(UserError):
+        run(config, tmp_path)
+    timed, reported = [], []
+
+    def run_job(own, folder):
+        timed.append((folder.name, own.sparsity.lambda_, own.benchmark.rounds))
+        (folder / "benchmark.json").write_text("{}")
+
+    monkeypatch.setattr(benchmark, "run_job", run_job)
+    monkeypatch.setattr(launch, "_report", lambda *_: reported.append(len(timed)))
+    config.benchmark.rounds = 3
+    (tmp_path / NAMES[0] / "benchmark.json").write_text("{}")
+    launch.JOBS["benchmark"][0](config, tmp_path)
+    assert timed == [(NAMES[2], 1e-4, 3), (NAMES[3], 1e-4, 3)] and reported == [2]
 
 
 def test_unknown_sweeps_are_named():

@@ -63,6 +63,18 @@ def check_settings(workdir: pathlib.Path, config) -> None:
         )
 
 
+def finished_trials(folder: pathlib.Path) -> list[pathlib.Path] | None:
+    """Folders of the runs of a sweep that have finished; None of a folder that holds no sweep."""
+    if not (folder / "sweep.json").exists():
+        return None
+    return [folder / name for name in read_json(folder / "sweep.json")["trials"] if is_finished(folder / name)]
+
+
+def is_finished(folder: pathlib.Path) -> bool:
+    """Whether a run's folder has its results."""
+    return (folder / "results.json").exists()
+
+
 def settings(config: dict) -> dict:
     """The settings of a config.json that change what comes out of a run, by dotted path."""
     return {name: value for name, value in _flat(config).items() if not name.startswith(_FREE)}

@@ -181,7 +181,7 @@ def read(folders: Sequence[str | pathlib.Path]) -> Study:
         folder = folder.expanduser()
         if (folder / "sweep.json").exists():
             for name in records.read_json(folder / "sweep.json")["trials"]:
-                if (folder / name / "results.json").exists():
+                if records.is_finished(folder / name):
                     found[folder / name] = records.read_json(folder / name / "results.json")
                 else:
                     unfinished.append(name)

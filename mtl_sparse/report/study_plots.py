@@ -162,24 +162,35 @@ def _left(run, layers):
 
 
 def latency(study):
-    """Median latency of the compact backbone against % zero groups, of the runs that --job=benchmark has timed."""
+    """Latency of the backbone against % zero groups, of the runs that --job=benchmark has timed: a point a run.
+
+    Left the medians of dense and compact backbone, right the speed-up, which compares both in the same rounds.
+    """
     points = {}
     for row in study.rows:
         for folder in row.folders.values():
             if (folder / "benchmark.json").exists():
                 found = records.read_json(folder / "benchmark.json")
+                zero = 100 * found["group_sparsity"]
                 for entry in found["rows"]:
-                    if (entry["part"], entry["model"]) == ("backbone", "compact"):
-                        points.setdefault(entry["batch"], []).append(
-                            (100 * found["group_sparsity"], entry["median_ms"])
-                        )
+                    if entry["part"] == "backbone" and entry["model"] != "sparse":
+                        value = (zero, entry["median_ms"] / entry["batch"], entry["speedup"])
+                        points.setdefault((entry["batch"], entry["model"]), []).append(value)
     if not points:
         return None
-    figure = plots.new_figure(figsize=(6, 4))
-    axis = figure.subplots()
-    for i, (batch, pairs) in enumerate(sorted(points.items())):
-        x, y = np.array(sorted(pairs)).T
-        axis.plot(x, y / batch, "o-", color=_color(i, len(points)), label=f"batch {batch}")
-    axis.set(xlabel="% groups zero", ylabel="ms an image, compact backbone", ylim=(0, None))
-    axis.legend(frameon=False)
+    batches = sorted({batch for batch, _ in points})
+    figure = plots.new_figure(figsize=(9, 4))
+    left, right = figure.subplots(1, 2)
+    for (batch, model), values in sorted(points.items()):
+        zero, milliseconds, speedup = np.array(sorted(values)).T
+        color = _color(batches.index(batch), len(batches))
+        style = {"color": color, "label": f"{model}, batch {batch}", "linestyle": "-" if model == "compact" else ":"}
+        left.plot(zero, milliseconds, marker="o" if model == "compact" else ".", **style)
+        if model == "compact":
+            right.plot(zero, speedup, "o-", color=color, label=f"batch {batch}")
+    right.axhline(1, color="#9aa5b1", linestyle=":")
+    left.set(xlabel="% groups zero", ylabel="ms an image, backbone (median)", ylim=(0, None))
+    right.set(xlabel="% groups zero", ylabel="times faster than dense, same rounds", ylim=(0, None))
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
     return plots.plain(figure)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from configs import nyu
 from mtl_sparse.errors import UserError
-from mtl_sparse.report import page, published, study, study_tables
+from mtl_sparse.report import page, published, study, study_plots, study_tables
 
 LAYERS = [
     {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 1, "group_size": 9},
@@ -140,6 +140,28 @@ def test_the_page_holds_everything_and_is_readable_offline(folders, tmp_path, ca
     assert "10 runs" in text and "0.3467 ± 0.0153" in capsys.readouterr().out
     tables = {f"{name}.{kind}" for name in ("summary", "against_dense") for kind in ("md", "csv", "tex")}
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "plots"} | tables
+
+
+def test_latency_against_sparsity_is_that_of_the_timed_runs(folders):
+    assert study_plots.latency(study.read(folders)) is None, "none was timed"
+    timed = {"sparse0": (0.66, 2.0, 3.0), "sparse1": (0.5, 3.0, 2.0)}
+    for folder in folders:
+        if folder.name in timed:
+            zero, milliseconds, speedup = timed[folder.name]
+            rows = [
+                {"part": part, "model": model, "batch": 4, "median_ms": time, "speedup": ratio}
+                for part in ("backbone", "model")
+                for model, time, ratio in (
+                    ("dense", 24.0, 1.0),
+                    ("sparse", 25.0, 0.9),
+                    ("compact", milliseconds, speedup),
+                )
+            ]
+            (folder / "benchmark.json").write_text(json.dumps({"group_sparsity": zero, "rows": rows}))
+    left, right = study_plots.latency(study.read(folders)).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
+    assert lines == {"compact, batch 4": [[50, 0.75], [66, 0.5]], "dense, batch 4": [[50, 6.0], [66, 6.0]]}
+    assert right.lines[0].get_xydata().tolist() == [[50, 2.0], [66, 3.0]]
 
 
 def test_published_figures_are_the_papers():
