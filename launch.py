@@ -1,7 +1,6 @@
 """python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]"""
 
 import errno
-import logging as stdlib_logging
 import os
 import pathlib
 import sys
@@ -13,6 +12,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mtl_sparse import logs
 from mtl_sparse.errors import UserError
 
 
@@ -163,8 +163,7 @@ def main(argv):
     named = os.path.join("runs", "_".join(filter(None, (stem, *argument.split(":")))))
     named = argument if stem == "run" else f"{named}_lomt" if _JOB.value == "lomt" and stem != "sweeps" else named
     workdir = _WORKDIR.value or named
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_worth_reading)
+    logs.show()
     config = _CONFIG.value
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
     config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
@@ -177,12 +176,6 @@ def _config_file():
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
     return pathlib.Path(path).stem, argument
-
-
-def _worth_reading(record):
-    """Whether a log line is ours, or a warning: checkpoint and data libraries tell every file they touch."""
-    package = set(pathlib.Path(record.pathname).parts[-3:-1])
-    return package & {"mtl_sparse", "input_pipeline", "clu"} or record.levelno > stdlib_logging.INFO
 
 
 def _parse(argv):

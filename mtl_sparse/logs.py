@@ -1,11 +1,24 @@
-"""What a run writes while it goes on: metrics.jsonl always, TensorBoard events where TensorFlow is."""
+"""What a run tells while it goes on: log lines, metrics.jsonl, and TensorBoard events where TensorFlow is."""
 
 import importlib.util
 import json
+import logging as stdlib_logging
 import pathlib
 import time
 
 from absl import logging
+
+
+def show() -> None:
+    """Shows how a run goes: this project's log lines and all warnings. launch.py calls it, a notebook can."""
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_worth_reading)
+
+
+def _worth_reading(record):
+    """Whether a log line is ours, or a warning: checkpoint and data libraries tell every file they touch."""
+    package = set(pathlib.Path(record.pathname).parts[-3:-1])
+    return package & {"mtl_sparse", "input_pipeline", "clu"} or record.levelno > stdlib_logging.INFO
 
 
 class MetricLog:
