@@ -6,6 +6,7 @@ keeps, and nothing behind the last of them.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,10 +73,11 @@ def point_of(layer: str, depth: int) -> str:
 def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Choice]:
     """The choice for each of config.tasks, by their single-task sparse runs in some runs' and sweeps' folders.
 
-    Other runs, dense ones and those of several tasks, are left out.
+    Other runs, dense ones and those of several tasks, are left out; of several settings, those that have config.sparsity
+    are taken.
 
     Raises:
-      UserError: a task without such runs, with runs of several settings, or of another depth; unfinished runs.
+      UserError: a task without such runs, with several rows of them, or of another depth; unfinished runs.
     """
     settings = config.lomt
     if not (0 <= settings.active < 1 and 0 < settings.vote <= 1):
@@ -91,6 +93,8 @@ def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Cho
     choices = {}
     for task in config.tasks:
         rows = [row for row in found.rows if row.tasks == (task,) and not row.is_dense]
+        same = [row for row in rows if row.config["sparsity"] == json.loads(config.sparsity.to_json())]
+        rows = same if len(rows) > 1 and same else rows
         if not rows:
             raise UserError(f"there is no single-task sparse run of {task} in {', '.join(map(str, folders))}")
         if len(rows) > 1:

@@ -132,6 +132,8 @@ def test_bad_input(singles, tmp_path):
     with pytest.raises(UserError, match="no single-task sparse run of normals in"):
         lomt.read_choices(config, singles[:4])
     other = write_single(tmp_path / "other", "depth", 0, "layer1_0/conv1", lambda_=1e-4)
+    assert lomt.read_choices(config, [*singles, other])["depth"].layer == DEEPEST["depth"], "lambda is 1e-5 here"
+    config.sparsity.lambda_ = 1e-3
     with pytest.raises(UserError, match=r"depth has single-task runs of several settings \(.*lambda_=1e-05"):
         lomt.read_choices(config, [*singles, other])
     (tmp_path / "half").mkdir()
