@@ -126,6 +126,6 @@ def get_config(name: str = ""):
     config.train.epochs = 20
     config.run.update(summary_rounds=0, checkpoint_every_steps=10**6)
     if name.startswith("lomt"):
-        config.sparsity.lambda_ = DEMO_LAMBDAS[-1]
+        config.sparsity.lambda_ = 1e-2
         config.lomt.active = 0.1  # of so few channels that one is more than 1 %
     return config

@@ -73,8 +73,8 @@ def point_of(layer: str, depth: int) -> str:
 def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Choice]:
     """The choice for each of config.tasks, by their single-task sparse runs in some runs' and sweeps' folders.
 
-    Other runs, dense ones and those of several tasks, are left out; of several settings, those that have config.sparsity
-    are taken.
+    Other runs, dense ones and those of several tasks, are left out; of several settings, those with config.sparsity are
+    taken.
 
     Raises:
       UserError: a task without such runs, with several rows of them, or of another depth; unfinished runs.

@@ -54,7 +54,7 @@ def against_plain(study: study_lib.Study) -> Rows:
 
 
 def _against(study, bases, ours, theirs) -> Rows:
-    """A line for each metric of each row in `bases` {place in study.rows: its base, or None}."""
+    """A line for each metric of each row in `bases` {place in study.rows: its base, or None}; "better" at p < 0.05."""
     names = settings_names(study)
     lines = [(*map(short, names), "metric", f"{ours} - {theirs}", "95 % interval", "p", "seeds", "better")]
     for i, base in bases.items():
@@ -65,6 +65,7 @@ def _against(study, bases, ours, theirs) -> Rows:
             found = study_lib.compare(row, base, task)
             _, name, higher = study_lib.metric(task, next(iter(row.runs.values())))
             known = math.isfinite(found.p)
+            winner = ours if (found.mean > 0) == higher else theirs
             lines.append(
                 (
                     *(setting(row, key) for key in names),
@@ -73,7 +74,7 @@ def _against(study, bases, ours, theirs) -> Rows:
                     f"{found.low:+.4f} to {found.high:+.4f}" if known else "",
                     f"{found.p:.3f}" if known else "",
                     str(found.n),
-                    ours if (found.mean > 0) == higher and found.mean else theirs if found.mean else "equal",
+                    (winner if found.p < 0.05 else "neither") if known else "",
                 )
             )
     return lines

@@ -122,7 +122,21 @@ def test_the_table_has_the_papers_form_and_figures(folders):
     assert ours[4:8] == ("66.00 ± 0.00", "76.00 ± 0.00", "2.00 ± 1.00", "30.0 ± 10.0")
     assert theirs == ("published", "", "0.3345 ± 0.0073", "0.1389 ± 0.0027", "66.06", "73.58", "", "", "", "5")
     better = {cells[2]: cells[-1] for cells in study_tables.against_dense(study.read(folders))[1:]}
-    assert better == {"segmentation IoU": "sparse", "depth MAE": "sparse"}
+    assert better == {"segmentation IoU": "sparse", "depth MAE": "neither"}, "p is 0.04 and 0.10"
+
+
+def test_less_error_is_better_and_one_seed_tells_nothing(folders, tmp_path):
+    more = [
+        write_run(tmp_path / f"more{seed}", BOTH, 1e-6, seed, iou=DENSE_IOU[seed], mae=DENSE_MAE[seed] - less)
+        for seed, less in enumerate((0.040, 0.036, 0.038))
+    ]
+    rows = study_tables.against_dense(study.read([*folders, *more]))
+    assert {cells[2]: cells[-1] for cells in rows if cells[1] == "1e-06"} == {
+        "segmentation IoU": "",
+        "depth MAE": "sparse",
+    }
+    rows = study_tables.against_dense(study.read([*folders, more[0]]))
+    assert {cells[-1] for cells in rows if cells[1] == "1e-06"} == {""}
 
 
 def test_formats_hold_the_same_cells(folders):
