@@ -9,7 +9,7 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from mtl_sparse import logs
@@ -28,10 +28,21 @@ def _evaluate(config, workdir):
     results.evaluate_best(config, workdir)
 
 
+def _runs():
+    """The folders of --runs; a trial's name has commas of its own."""
+    folders, parts = [], []
+    for part in filter(None, _RUNS.value):
+        parts.append(part)
+        if pathlib.Path(",".join(parts)).expanduser().exists():
+            folders.append(",".join(parts))
+            parts = []
+    return folders + parts
+
+
 def _report(config, workdir):
     from mtl_sparse.report import page, plots, records, tables
 
-    folders = [folder for folder in _RUNS.value if folder]
+    folders = _runs()
     if folders or (pathlib.Path(workdir) / "sweep.json").exists():
         page.write(folders or [workdir], pathlib.Path(workdir) / "report")
         return
@@ -54,22 +65,13 @@ def _compact(config, workdir):
 
 
 def _benchmark(config, workdir):
-    from mtl_sparse import benchmark
-    from mtl_sparse.report import records
+    from mtl_sparse import benchmark, sweep
 
-    folders = records.finished_trials(pathlib.Path(workdir))
-    if folders is None:
+    if (pathlib.Path(workdir) / "sweep.json").exists():
+        sweep.benchmark_job(config, workdir)
+        _report(config, workdir)
+    else:
         benchmark.run_job(config, workdir)
-        return
-    from configs import run as run_config
-
-    for i, folder in enumerate(folders, 1):
-        logging.info("Timing run %d of %d: %s", i, len(folders), folder.name)
-        if not (folder / "benchmark.json").exists():
-            own = run_config.get_config(str(folder))
-            own.benchmark = config.benchmark
-            benchmark.run_job(own, folder)
-    _report(config, workdir)
 
 
 def _export(config, workdir):
@@ -109,7 +111,7 @@ def _sweep(config, workdir):
 def _lomt(config, workdir):
     from mtl_sparse import lomt
 
-    lomt.run_job(config, workdir, *_trials(_GRID.value or "seed=0,1,2"), [folder for folder in _RUNS.value if folder])
+    lomt.run_job(config, workdir, *_trials(_GRID.value or "seed=0,1,2"), _runs())
 
 
 JOBS = {
@@ -142,7 +144,9 @@ _RUNS = flags.DEFINE_list(
     "runs", [], "Folders of runs and sweeps: for --job=report, in place of the workdir's; for --job=lomt."
 )
 _GRID = flags.DEFINE_string(
-    "grid", "", "Trials of --job=sweep and lomt: 'sparsity.lambda_=0.0,1e-5; seed=0,1', each with each."
+    "grid",
+    "",
+    "Trials of --job=sweep: 'sparsity.lambda_=0.0,1e-5; seed=0,1', each with each. Seeds of lomt: 'seed=0,1,2'.",
 )
 _MAX_PARALLEL = flags.DEFINE_integer("max_parallel", 1, "Runs of a sweep at a time.")
 _SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run of a sweep from the i-th on, i from 0.")

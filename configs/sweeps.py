@@ -3,8 +3,8 @@
     python launch.py --config=configs/sweeps.py:table1 --job=sweep --config.data.folder=/data/NYUD_MT
     python launch.py --config=configs/sweeps.py:table1:demo --job=sweep
 
-`NAME:demo` is the same list at a size that two cores finish: embedded data, small models, two seeds, and penalties that
-act in so short a run.
+`NAME:demo` is the same list at a size that two cores finish: embedded data, small models, two or three seeds, and
+penalties that act in so short a run.
 """
 
 import itertools
@@ -114,7 +114,8 @@ def trials(name: str) -> list[dict]:
 def get_config(name: str = ""):
     (_, full, small_config), small = _lookup(name)
     config = (small_config if small else full).get_config()
-    if name.startswith("lomt"):
+    is_lomt = name.startswith("lomt")
+    if is_lomt:
         config.tasks = (*ALL, "edge")
     if not small:
         return config
@@ -125,7 +126,7 @@ def get_config(name: str = ""):
     config.model.update(width=16, head_features=32)
     config.train.epochs = 20
     config.run.update(summary_rounds=0, checkpoint_every_steps=10**6)
-    if name.startswith("lomt"):
+    if is_lomt:
         config.sparsity.lambda_ = 1e-2
         config.lomt.active = 0.1  # of so few channels that one is more than 1 %
     return config

@@ -40,8 +40,9 @@ class Part:
     @classmethod
     def backbone(cls, model: multitask.MultiTaskModel, variables) -> "Part":
         layers = model.layers()
+        points = tuple(dict.fromkeys(model.points()))  # each map once, whoever reads it
         alone = resnet.ResNet(
-            model.depth, model.width, model.dtype, stem=layers.stem, blocks=layers.blocks, points=model.points()
+            model.depth, model.width, model.dtype, stem=layers.stem, blocks=layers.blocks, points=points
         )
         return cls(alone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
 
@@ -123,6 +124,18 @@ def table(rows: list[dict]) -> str:
     return tables.markdown(lines)
 
 
+def is_done(config, workdir: pathlib.Path) -> bool:
+    """Whether a run was timed with the config's settings on this device."""
+    path = workdir / "benchmark.json"
+    found = records.read_json(path) if path.exists() else {}
+    done = found.get("device"), found.get("rounds"), {row["batch"] for row in found.get("rows", ())}
+    return done == (_device(), config.benchmark.rounds, set(config.benchmark.batch_sizes))
+
+
+def _device():
+    return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}"
+
+
 def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
     """`--job=benchmark`: dense, sparse and compact model of a run; writes benchmark.json and plots/latency.png."""
     settings = config.benchmark
@@ -145,8 +158,9 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
         logging.info("Timing batch %d at %dx%d: %d rounds of each model", batch, *size, settings.rounds)
         rows += compare(models, size, batch, settings.rounds)
     found = {
-        "device": f"{jax.devices()[0].device_kind}, JAX {jax.__version__}",
+        "device": _device(),
         "size": size,
+        "rounds": settings.rounds,
         "group_sparsity": stats.sparsity(variables["params"], config.sparsity.scope).group,
         "rows": rows,
     }

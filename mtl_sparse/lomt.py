@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from mtl_sparse import run as run_lib
 from mtl_sparse import sweep
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import resnet
@@ -79,39 +80,68 @@ def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Cho
     Raises:
       UserError: a task without such runs, with several rows of them, or of another depth; unfinished runs.
     """
-    settings = config.lomt
-    if not (0 <= settings.active < 1 and 0 < settings.vote <= 1):
-        raise UserError(
-            f"lomt.active={settings.active}, lomt.vote={settings.vote}: from 0 to below 1, and from above 0 to 1"
-        )
     found = study.read(folders)
-    if found.unfinished:
-        raise UserError(
-            f"{len(found.unfinished)} single-task runs have not finished ({', '.join(found.unfinished[:3])}): give the "
-            "command again when they have"
-        )
+    where = ", ".join(map(str, folders))
+    name = found.rows[0].config["data"]["name"]
+    if name != config.data.name:
+        raise UserError(f"the runs in {where} are of {name}, and data.name is {config.data.name}")
+    unfinished = _unfinished(config, folders)
+    if unfinished:
+        names = ", ".join(unfinished[:3])
+        raise UserError(f"{len(unfinished)} single-task runs have not finished ({names}): give the command again then")
     choices = {}
     for task in config.tasks:
         rows = [row for row in found.rows if row.tasks == (task,) and not row.is_dense]
         same = [row for row in rows if row.config["sparsity"] == json.loads(config.sparsity.to_json())]
         rows = same if len(rows) > 1 and same else rows
         if not rows:
-            raise UserError(f"there is no single-task sparse run of {task} in {', '.join(map(str, folders))}")
+            raise UserError(f"there is no single-task sparse run of {task} in {where}")
         if len(rows) > 1:
             kinds = "; ".join(", ".join(f"{key}={row.settings[key]}" for key in row.settings) for row in rows[:3])
             raise UserError(f"{task} has single-task runs of several settings ({kinds}): give the folders of one")
         (row,) = rows
         theirs = row.config["model"]
-        if theirs["depth"] != config.model.depth or theirs["attach"]:
+        if theirs["depth"] != config.model.depth or row.attach or theirs["widths"]:
+            kind = " cut short" if row.attach else ", compact" if theirs["widths"] else ""
             raise UserError(
-                f"the runs of {task} are of a ResNet-{theirs['depth']}{' cut short' if theirs['attach'] else ''}, and "
-                f"model.depth is {config.model.depth}: the layers must be the same"
+                f"the runs of {task} are of a ResNet-{theirs['depth']}{kind}, and model.depth is {config.model.depth}: "
+                "the layers must be the same"
             )
         runs = [_active(run) for run in row.runs.values()]
-        layer, point, kept = choose(runs, config.model.depth, settings.active, settings.vote)
+        layer, point, kept = choose(runs, config.model.depth, config.lomt.active, config.lomt.vote)
         active = {name: tuple(run[name] for run in runs) for name in sorted(runs[0], key=plots.network_order)}
         choices[task] = Choice(layer, point, kept, active, tuple(map(str, row.folders.values())))
     return choices
+
+
+def _unfinished(config, folders) -> list[str]:
+    """The sweeps' trials that have not finished and may be of one of the tasks alone."""
+    names, singles = [], [[task] for task in config.tasks]
+    for folder in (pathlib.Path(folder).expanduser() for folder in folders):
+        if (folder / "sweep.json").exists():
+            trials = records.read_json(folder / "sweep.json")["trials"]
+            wanted = [name for name, settings in trials.items() if settings.get("tasks", singles[0]) in singles]
+            names += [name for name in wanted if not records.is_finished(folder / name)]
+    return names
+
+
+def _check(config, settings, options):
+    """What can be told before anything is trained."""
+    if config.model.attach or config.model.widths:
+        raise UserError("--job=lomt chooses model.attach: leave it and model.widths empty, or train with --job=train")
+    if len(config.tasks) < 2:
+        raise UserError(f"--job=lomt needs several tasks, not {', '.join(config.tasks) or 'none'}")
+    if config.sparsity.lambda_ == 0 and config.sparsity.target == 0:
+        raise UserError("--job=lomt needs sparse runs: set sparsity.lambda_ or sparsity.target")
+    if not (0 <= config.lomt.active < 1 and 0 < config.lomt.vote <= 1):
+        raise UserError(
+            f"lomt.active={config.lomt.active}, lomt.vote={config.lomt.vote}: from 0 to below 1, and from above 0 to 1"
+        )
+    if any(set(one) != {"seed"} for one in settings):
+        raise UserError(f"the trials of --job=lomt differ in their seed alone, not in {', '.join(settings[0])}")
+    if options.shard != (0, 1):
+        raise UserError("--job=lomt has no --shard: its second part needs all of the first; it has --max_parallel")
+    run_lib.check_config(config)
 
 
 def _active(results) -> dict[str, float]:
@@ -144,34 +174,39 @@ def run_job(
       The path of the report.
 
     Raises:
-      UserError: as `sweep.run_job` and `read_choices`; a config that has attachment points, or one task.
+      UserError: as `sweep.run_job` and `read_choices`; settings that cannot be; a folder of another choice.
     """
-    if config.model.attach:
-        raise UserError("--job=lomt chooses model.attach: leave it empty, or train with it by --job=train")
-    if len(config.tasks) < 2:
-        raise UserError(f"--job=lomt needs several tasks, not {', '.join(config.tasks) or 'none'}")
+    _check(config, settings, options)
     workdir = pathlib.Path(workdir).expanduser()
     if not folders:
         folders = [workdir / "single_task"]
         logging.info("Single-task runs first: %d tasks, %d runs each", len(config.tasks), len(settings))
-        weights = zip(config.tasks, config.loss.weights, strict=False)
         alone = {task: {"tasks": (task,)} for task in config.tasks}
         if config.loss.weighting == "fixed":
-            alone = {task: {"tasks": (task,), "loss.weights": (weight,)} for task, weight in weights}
+            for task, weight in zip(config.tasks, config.loss.weights, strict=True):
+                alone[task]["loss.weights"] = (weight,)
         singles = [{**alone[task], **values} for task in config.tasks for values in settings]
         sweep.run_job(config, folders[0], singles, options)
     choices = read_choices(config, folders)
     found = {"depth": config.model.depth, "active": config.lomt.active, "vote": config.lomt.vote}
     found["tasks"] = {task: dataclasses.asdict(choice) for task, choice in choices.items()}
     (workdir / "plots").mkdir(parents=True, exist_ok=True)
+    if (workdir / "lomt.json").exists():
+        before = {task: one["point"] for task, one in records.read_json(workdir / "lomt.json")["tasks"].items()}
+        if before != {task: choice.point for task, choice in choices.items()}:
+            raise UserError(f"{workdir}/lomt.json has another choice, by other runs or lomt.*: give another --workdir")
     records.write_json(workdir / "lomt.json", found)
     plots.save(plots.attachments(found), workdir / "plots" / "attachments.png")
     attach = tuple(choices[task].point for task in config.tasks)
     print(table(choices, config.model.depth))
     print(f"\n--config.model.attach={','.join(attach)}\n{workdir / 'plots' / 'attachments.png'}\n")
-    both = [{"model.attach": points, **values} for points in ((), attach) for values in settings]
+    end = (resnet.points(config.model.depth)[-1],) * len(attach)
+    if attach == end:
+        logging.warning("Every task keeps the backbone to its end: the multi-task model is the plain one")
+    both = [{"model.attach": points, **values} for points in ((), attach) if points != end for values in settings]
     sweep.run_job(config, workdir / "multi_task", both, options)
-    return page.write([*folders, workdir / "multi_task"], workdir / "report")
+    singles = [folder for choice in choices.values() for folder in choice.folders]
+    return page.write([*singles, workdir / "multi_task"], workdir / "report")
 
 
 def table(choices: Mapping[str, Choice], depth: int) -> str:

@@ -17,8 +17,11 @@ from typing import Any
 
 from absl import logging
 
+from mtl_sparse import benchmark
 from mtl_sparse import run as run_lib
+from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
+from mtl_sparse.models import multitask
 from mtl_sparse.report import records
 
 CLUSTERS = ("slurm", "local")  # of submitit
@@ -147,6 +150,7 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
     opened = set()
     for trial in trials:  # bad settings are told, and data prepared, before any run starts
         run_lib.check_config(trial.config)
+        multitask.build(trial.config.model, tasks_lib.resolve(trial.config))
         data = trial.config.data.to_json(), tuple(trial.config.tasks)
         if data not in opened:
             run_lib.setup(trial.config)
@@ -254,6 +258,21 @@ def run_trial(folder: str) -> bool:
     reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
     (folder / "failed.txt").write_text(f"exit code {done.returncode}: {reason.removeprefix('error: ')}\n")
     return False
+
+
+def benchmark_job(config, workdir: str | pathlib.Path) -> None:
+    """`--job=benchmark` of a sweep: times its finished runs by config.benchmark, but for those that have been."""
+    from configs import run as run_config
+
+    workdir = pathlib.Path(workdir).expanduser()
+    names = records.read_json(workdir / "sweep.json")["trials"]
+    folders = [workdir / name for name in names if records.is_finished(workdir / name)]
+    for i, folder in enumerate(folders, 1):
+        logging.info("Timing run %d of %d: %s", i, len(folders), folder.name)
+        own = run_config.get_config(str(folder))
+        own.benchmark = config.benchmark
+        if not benchmark.is_done(own, folder):
+            benchmark.run_job(own, folder)
 
 
 class _Progress:

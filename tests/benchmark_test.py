@@ -2,11 +2,13 @@ import json
 import shutil
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
 from mtl_sparse import benchmark, cost
 from mtl_sparse.errors import UserError
-from mtl_sparse.models import resnet
+from mtl_sparse.models import multitask, resnet
 from mtl_sparse.models.atrous import AtrousConv
 
 
@@ -27,6 +29,14 @@ def test_costs_by_hand():
     # Rate 6 on 8x8: an outer tap meets 2 of 8 rows (or columns), so (8 + 2 + 2) ** 2 products a channel pair.
     assert found["atrous"].macs == 12 * 12 * 3 * 4
     assert found["dense"] == cost.LayerCost((4, 2), 8)
+
+
+def test_the_backbone_is_timed_with_each_map_once():
+    heads = (("depth", "deeplab", 1), ("edge", "deeplab", 1), ("normals", "deeplab", 3))
+    model = multitask.MultiTaskModel(heads, depth=10, width=4, head_features=4)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    outputs = benchmark.Part.backbone(model, variables).compiled(jnp.zeros((1, 32, 32, 3)))[0]()
+    assert [x.shape for x in outputs] == [(1, 4, 4, 32)]
 
 
 def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):

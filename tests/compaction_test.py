@@ -133,7 +133,7 @@ def test_bad_input(compacted, tmp_path):
     other.train.init_from = str(tmp_path)
     with pytest.raises(UserError, match="no best checkpoint in"):
         run_lib.setup(other).init_state()
-    other.train.init_from, other.tasks = "", ("depth",)
+    other.train.init_from, other.tasks, other.model.attach = "", ("depth",), ()
     other.model.widths = run_config.get_config(str(small)).model.widths
     with pytest.raises(UserError, match=r"compact model with 2 tasks and 4 blocks: neither config.tasks \(1 now\)"):
         run_lib.setup(other)

@@ -73,11 +73,14 @@ def config(rooms):
 
 @pytest.fixture(scope="session")
 def sparse_run(rooms, tmp_path_factory):
-    """(config, folder) of a finished run in which a part of the groups is zero; do not change it."""
+    """(config, folder) of a finished run in which a part of the groups is zero; do not change it.
+
+    One head reads the backbone's end, the other in front of the last stride.
+    """
     from mtl_sparse import train
 
     config = tiny(rooms)
-    config.model.update(width=8)
+    config.model.update(width=8, attach=("layer4_0", "layer1_0"))
     config.sparsity.update(lambda_=6e-2, warmup_steps=0)
     config.tasks = ("segmentation", "depth")
     folder = tmp_path_factory.mktemp("runs") / "sparse"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ from configs import nyu
 from mtl_sparse import lomt, sweep
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import resnet
+from mtl_sparse.report import page, plots
 from tests.report.study_test import write_run
 
 # Layers of a backbone in the order of the network, as a run's results.json has them.
@@ -127,7 +129,7 @@ def test_the_single_tasks_are_trained_first_where_no_runs_are_given(tmp_path, mo
     assert len(swept[0]) == 6
 
 
-def test_bad_input(singles, tmp_path):
+def test_bad_runs_are_named(singles, tmp_path):
     config = nyu.get_config()
     with pytest.raises(UserError, match="no single-task sparse run of normals in"):
         lomt.read_choices(config, singles[:4])
@@ -136,22 +138,96 @@ def test_bad_input(singles, tmp_path):
     config.sparsity.lambda_ = 1e-3
     with pytest.raises(UserError, match=r"depth has single-task runs of several settings \(.*lambda_=1e-05"):
         lomt.read_choices(config, [*singles, other])
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "sweep.json").write_text(json.dumps({"trials": {"seed=0": {}}}))
-    with pytest.raises(UserError, match=r"1 single-task runs have not finished \(seed=0\): give the command again"):
-        lomt.read_choices(config, [*singles, tmp_path / "half"])
+    config.data.name = "celebamask_hq"
+    with pytest.raises(UserError, match="are of nyud_mt, and data.name is celebamask_hq"):
+        lomt.read_choices(config, singles)
+    config = nyu.get_config()
     config.model.depth = 101
     with pytest.raises(UserError, match="are of a ResNet-50, and model.depth is 101"):
         lomt.read_choices(config, singles)
-    config.lomt.vote = 0.0
-    with pytest.raises(UserError, match=r"lomt.vote=0.0: from 0 to below 1, and from above 0"):
-        lomt.read_choices(config, singles)
-    config.model.attach = ("layer4_0",) * 3
-    with pytest.raises(UserError, match="--job=lomt chooses model.attach"):
-        lomt.run_job(config, tmp_path / "x", [{"seed": 0}], sweep.Options(), singles)
-    config.model.attach, config.tasks = (), ("depth",)
-    with pytest.raises(UserError, match="needs several tasks, not depth"):
-        lomt.run_job(config, tmp_path / "x", [{"seed": 0}], sweep.Options(), singles)
+    results = json.loads((singles[0] / "results.json").read_text())
+    for setting, text in (("attach", "cut short"), ("widths", "compact")):
+        given = json.loads(json.dumps(results))
+        given["config"]["model"][setting] = ["layer4_0"]
+        (singles[0] / "results.json").write_text(json.dumps(given))
+        with pytest.raises(UserError, match=f"of a ResNet-50,? {text}|several settings"):
+            lomt.read_choices(nyu.get_config(), [singles[0], *singles[2:]])
+
+
+def test_only_unfinished_runs_of_a_single_task_are_waited_for(singles, tmp_path):
+    config, folder = nyu.get_config(), tmp_path / "half"
+    folder.mkdir()
+    trials = {"a": {"tasks": ["segmentation", "depth"]}, "b": {"tasks": ["edge"]}}
+    (folder / "sweep.json").write_text(json.dumps({"trials": trials}))
+    assert lomt.read_choices(config, [*singles, folder]).keys() == set(config.tasks)
+    for settings in ({"tasks": ["depth"]}, {"seed": 0}):
+        (folder / "sweep.json").write_text(json.dumps({"trials": {**trials, "c": settings}}))
+        with pytest.raises(UserError, match=r"1 single-task runs have not finished \(c\): give the command again"):
+            lomt.read_choices(config, [*singles, folder])
+
+
+SEEDS = [{"seed": 0}, {"seed": 1}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trials", "shard", "message"),
+    [
+        ({"model.attach": ("layer4_0",) * 3}, SEEDS, (0, 1), "--job=lomt chooses model.attach"),
+        ({"tasks": ("depth",)}, SEEDS, (0, 1), "needs several tasks, not depth"),
+        ({"sparsity.lambda_": 0.0}, SEEDS, (0, 1), "needs sparse runs: set sparsity.lambda_"),
+        ({"lomt.vote": 0.0}, SEEDS, (0, 1), "lomt.vote=0.0: from 0 to below 1, and from above 0 to 1"),
+        ({"lomt.active": 3.0}, SEEDS, (0, 1), "lomt.active=3.0"),
+        ({"loss.weighting": "fixed", "tasks": ("depth", "edge")}, SEEDS, (0, 1), "loss.weights"),
+        (
+            {},
+            [{"seed": 0, "optimizer.learning_rate": 1.0}],
+            (0, 1),
+            "differ in their seed alone, not in seed, optimizer",
+        ),
+        ({}, SEEDS, (1, 4), "--job=lomt has no --shard"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_trained(tmp_path, monkeypatch, settings, trials, shard, message):
+    config = nyu.get_config()
+    config.update_from_flattened_dict(settings)
+    monkeypatch.setattr(sweep, "run_job", lambda *_: pytest.fail("something was run"))
+    with pytest.raises(UserError, match=message):
+        lomt.run_job(config, tmp_path / "x", trials, sweep.Options(shard=shard))
+
+
+def test_a_folder_of_another_choice_keeps_it(singles, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_job", lambda *_: None)
+    monkeypatch.setattr(page, "write", lambda *_: None)
+    config = nyu.get_config()
+    lomt.run_job(config, tmp_path / "x", SEEDS, sweep.Options(), singles)
+    before = (tmp_path / "x" / "lomt.json").read_text()
+    lomt.run_job(config, tmp_path / "x", SEEDS, sweep.Options(), singles)
+    config.lomt.vote = 0.5
+    with pytest.raises(UserError, match="lomt.json has another choice, by other runs or lomt"):
+        lomt.run_job(config, tmp_path / "x", SEEDS, sweep.Options(), singles)
+    assert (tmp_path / "x" / "lomt.json").read_text() == before
+
+
+def test_where_every_task_keeps_the_end_there_is_one_model_to_train(tmp_path, monkeypatch):
+    swept = []
+    monkeypatch.setattr(sweep, "run_job", lambda config, folder, settings, options: swept.append(settings))
+    monkeypatch.setattr(page, "write", lambda *_: None)
+    folders = [write_single(tmp_path / task, task, 0, "layer4_2/conv3") for task in ALL]
+    lomt.run_job(nyu.get_config(), tmp_path / "x", SEEDS, sweep.Options(), folders)
+    assert swept == [[{"model.attach": (), **seed} for seed in SEEDS]]
+
+
+def test_the_picture_frames_the_choice_and_crosses_what_is_not_kept(singles):
+    config = nyu.get_config()
+    choices = {task: dataclasses.asdict(choice) for task, choice in lomt.read_choices(config, singles).items()}
+    axis = plots.attachments({"tasks": choices}).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == list(LAYERS)
+    assert [label.get_text() for label in axis.get_yticklabels()][1] == "depth → layer3_3/conv1"
+    framed = {(round(frame.get_y() + 0.46), round(frame.get_x() + 0.5)) for frame in axis.patches}
+    assert framed == {(row, LAYERS.index(DEEPEST[task])) for row, task in enumerate(config.tasks)}
+    crossed = {(int(y), int(x)) for line in axis.lines for x, y in line.get_xydata()}
+    kept = {(row, LAYERS.index(layer)) for row, task in enumerate(choices.values()) for layer in task["kept"]}
+    assert crossed == {(row, i) for row in range(3) for i in range(len(LAYERS))} - kept and crossed
 
 
 def test_published_choices_are_points_of_the_network():

@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
-import launch
 from configs import sweeps
 from mtl_sparse import benchmark, sweep
 from mtl_sparse import run as run_lib
@@ -79,6 +79,13 @@ def test_shards_divide_the_trials(config, tmp_path, trained):
     parts = [run(config, tmp_path, shard=(i, 3)) for i in range(3)]
     assert parts == [[NAMES[0], NAMES[3]], [NAMES[1]], [NAMES[2]]]
     assert sorted(trained.names) == sorted(NAMES)
+
+
+def test_a_later_trials_attachment_points_are_checked_before_any_run(config, tmp_path, trained):
+    settings = [{"model.attach": points} for points in ((), ("layer9",) * 3)]
+    with pytest.raises(UserError, match="a ResNet-10 has no 'layer9'"):
+        run(config, tmp_path / "sweep", settings)
+    assert not trained.names
 
 
 def test_a_folder_of_another_sweep_is_refused(config, tmp_path, trained):
@@ -222,18 +229,24 @@ def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path,
     trained.fails.add(NAMES[1])
     with pytest.raises(UserError):
         run(config, tmp_path)
-    timed, reported = [], []
+    timed = []
 
     def run_job(own, folder):
         timed.append((folder.name, own.sparsity.lambda_, own.benchmark.rounds))
-        (folder / "benchmark.json").write_text("{}")
+        rows = [{"batch": batch} for batch in own.benchmark.batch_sizes]
+        found = {"device": f"cpu, JAX {jax.__version__}", "rounds": own.benchmark.rounds, "rows": rows}
+        (folder / "benchmark.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(benchmark, "run_job", run_job)
-    monkeypatch.setattr(launch, "_report", lambda *_: reported.append(len(timed)))
     config.benchmark.rounds = 3
-    (tmp_path / NAMES[0] / "benchmark.json").write_text("{}")
-    launch.JOBS["benchmark"][0](config, tmp_path)
-    assert timed == [(NAMES[2], 1e-4, 3), (NAMES[3], 1e-4, 3)] and reported == [2]
+    sweep.benchmark_job(config, tmp_path)
+    assert timed == [(NAMES[0], 0.0, 3), (NAMES[2], 1e-4, 3), (NAMES[3], 1e-4, 3)]
+    (tmp_path / NAMES[2] / "benchmark.json").unlink()
+    sweep.benchmark_job(config, tmp_path)
+    assert timed[3:] == [(NAMES[2], 1e-4, 3)]
+    config.benchmark.batch_sizes = (2,)
+    sweep.benchmark_job(config, tmp_path)
+    assert len(timed) == 7, "other batches are timed anew"
 
 
 def test_unknown_sweeps_are_named():

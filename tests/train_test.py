@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import run as run_config
 from input_pipeline import loader
 from mtl_sparse import checkpoints, evaluate, optim, train
 from mtl_sparse import results as results_lib
@@ -397,3 +398,14 @@ def test_variants_run_to_their_report(config, tmp_path, settings):
     state, _ = saved.restore("latest", run_lib.setup(config).state_shapes())
     saved.close()
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {"float32"}
+    if "model.attach" in settings:
+        backbone = state.params["model"]["backbone"]
+        assert set(backbone["layer3_0"]) == {"conv1", "bn1"} and "layer4_0" not in backbone
+        own = run_config.get_config(str(tmp_path))
+        model, variables = run_lib.load_model(tmp_path, own)
+        assert model.points() == ("layer3_0/conv1",)
+        small, _ = run_lib.compact(own, model, variables)
+        assert small.widths.attach == ("layer3_0/conv1",)
+        own.model.update(widths=small.widths.to_json(), attach=("layer2_0",))
+        with pytest.raises(UserError, match="neither .* nor model.attach can be another than when it was made"):
+            run_lib.load_model(tmp_path, own)

@@ -85,7 +85,7 @@ class MultiTaskModel(nn.Module):
             return self.widths
         dense = {"deeplab": deeplab.dense(self.head_features), "classifier": widths_lib.Classifier()}
         heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
-        return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points()), heads)
+        return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points()), heads, self.attach)
 
 
 def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskModel:
@@ -132,7 +132,7 @@ def _widths(text, dense):
     except ValueError as error:
         raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error
     heads, blocks = len(dense.heads), len(dense.layers().blocks)
-    if (len(widths.heads), len(widths.blocks)) != (heads, blocks):
+    if (len(widths.heads), len(widths.blocks), widths.attach) != (heads, blocks, dense.attach):
         raise UserError(
             f"config.model.widths is of a compact model with {len(widths.heads)} tasks and {len(widths.blocks)} "
             f"blocks: neither config.tasks ({heads} now), model.depth={dense.depth} nor model.attach can be another "

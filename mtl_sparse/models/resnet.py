@@ -59,7 +59,8 @@ def batch_norm(module: nn.Module, train: bool, name: str) -> nn.BatchNorm:
 def _averaged(x, size):
     """x as mean over windows, where it has a multiple of the height and width `size`."""
     strides = tuple(round(side / wanted) for side, wanted in zip(x.shape[1:3], size, strict=True))
-    return x if strides == (1, 1) else nn.avg_pool(x, strides, strides, "SAME", count_include_pad=False)
+    settings = {"window_shape": strides, "strides": strides, "padding": "SAME", "count_include_pad": False}
+    return x if strides == (1, 1) else nn.avg_pool(x, **settings)
 
 
 def _ones(x, stride: int):

@@ -93,11 +93,18 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Of a whole model: blocks as far as a head reads, and a head a task, None for one that is not the project's."""
+    """Of a whole model.
+
+    Attributes:
+      stem, blocks: of the backbone, as far as a head reads.
+      heads: one a task, None for one that is not the project's.
+      attach: the attachment points that the model was made for, see `multitask.MultiTaskModel`.
+    """
 
     stem: Stem
     blocks: tuple[Block, ...]
     heads: tuple[Head | Classifier | None, ...]
+    attach: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -111,6 +118,7 @@ class Widths:
                 Stem(**tree["stem"]),
                 tuple(Block(**block) for block in tree["blocks"]),
                 tuple(head and (Head if "branches" in head else Classifier)(**head) for head in tree["heads"]),
+                tree.get("attach", ()),
             )
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"not the widths of a model: {error}") from error

@@ -72,7 +72,7 @@ def lookup(config: dict) -> dict | None:
     """
     data, model = config["data"], config["model"]
     papers = (list(data["size"]), model["depth"], model["width"]) == ([256, 256], 50, 64)
-    if not papers or model["attach"] or data["embedded"]["frames"] or config["sparsity"]["target"]:
+    if not papers or model.get("attach") or data["embedded"]["frames"] or config["sparsity"]["target"]:
         return None
     sparsity = config["sparsity"]
     return TABLES.get((config["data"]["name"], frozenset(config["tasks"]), sparsity["penalty"], sparsity["lambda_"]))

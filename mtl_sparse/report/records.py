@@ -53,8 +53,7 @@ def check_settings(workdir: pathlib.Path, config) -> None:
     differing = [
         f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
         for name in sorted(theirs.keys() | ours.keys())
-        # a setting that came after the run was made counts as "", which says none
-        if theirs.get(name, "") != ours.get(name, "") and not name.startswith(_FREE)
+        if theirs.get(name) != ours.get(name) and not name.startswith(_FREE)
     ]
     if differing:
         raise UserError(
@@ -63,26 +62,21 @@ def check_settings(workdir: pathlib.Path, config) -> None:
         )
 
 
-def finished_trials(folder: pathlib.Path) -> list[pathlib.Path] | None:
-    """Folders of the runs of a sweep that have finished; None of a folder that holds no sweep."""
-    if not (folder / "sweep.json").exists():
-        return None
-    return [folder / name for name in read_json(folder / "sweep.json")["trials"] if is_finished(folder / name)]
-
-
 def is_finished(folder: pathlib.Path) -> bool:
     """Whether a run's folder has its results."""
     return (folder / "results.json").exists()
 
 
 def settings(config: dict) -> dict:
-    """The settings of a config.json that change what comes out of a run, by dotted path."""
-    return {name: value for name, value in _flat(config).items() if not name.startswith(_FREE)}
+    """The settings of a config.json that change what results.json says, by dotted path."""
+    free = tuple(name for name in _FREE if name != "compact.")  # what compaction would leave is part of it
+    return {name: value for name, value in _flat(config).items() if not name.startswith(free)}
 
 
 def _flat(tree, prefix=""):
+    """Values by dotted path, without those that say none, which settings that came after a run was made do."""
     if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
+        return {} if tree in ("", []) else {prefix[:-1]: tree}
     return {key: value for name, branch in tree.items() for key, value in _flat(branch, f"{prefix}{name}.").items()}
 
 

@@ -72,6 +72,11 @@ class Row:
         sparsity = self.config["sparsity"]
         return sparsity["lambda_"] == 0 and sparsity["target"] == 0
 
+    @property
+    def attach(self) -> list[str]:
+        """Where each task's head reads; empty: all at the end."""
+        return self.config["model"].get("attach", [])
+
     def values(self, task: str) -> dict[int, float]:
         """The task's metric on the test split by seed."""
         return {seed: run["test"][f"{task}/{metric(task, run)[0]}"] for seed, run in self.runs.items()}
@@ -127,11 +132,18 @@ class Study:
 
     def _single(self, row, task):
         rows = [one for one in self.rows if one.tasks == (task,) and one.is_dense]
-        return next((one for one in rows if _alike(one, row, {"tasks", *_DENSE, "sparsity.penalty"})), None)
+        return next(
+            (
+                one
+                for one in rows
+                if _alike(one, row, {"tasks", "model.attach", "loss.weights", *_DENSE, "sparsity.penalty"})
+            ),
+            None,
+        )
 
     def plain(self, row: Row) -> Row | None:
         """The row whose heads all read the end of the backbone, with the same settings otherwise."""
-        rows = [one for one in self.rows if not one.config["model"]["attach"] and one is not row]
+        rows = [one for one in self.rows if not one.attach and one is not row]
         return next((one for one in rows if _alike(one, row, {"model.attach"})), None)
 
     def dense(self, row: Row) -> Row | None:

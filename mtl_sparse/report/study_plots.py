@@ -135,19 +135,20 @@ def sparsity_over_steps(study):
 
 
 def groups_per_layer(study):
-    """% of each layer's groups that are left, a line a sparse row, the mean over seeds (the paper's Fig. 3)."""
+    """% of each layer's groups that are left, a line a sparse row, the mean over seeds (the paper's Fig. 3).
+
+    Blank where a row's model does not have the layer.
+    """
     rows = [row for row in study.rows if not row.is_dense]
-    layers = [entry["path"] for entry in next(iter(study.rows[0].runs.values()))["sparsity"]["layers"]]
-    layers.sort(key=plots.network_order)
-    same = [row for row in rows if _paths(row) == set(layers)]
-    if not same:
+    layers = sorted(set().union(*map(_paths, rows)), key=plots.network_order)
+    if not layers:
         return None
-    left = np.array([np.mean([_left(run, layers) for run in row.runs.values()], 0) for row in same])
-    figure = plots.new_figure(figsize=(max(6, 0.24 * len(layers) + 3), 0.28 * len(same) + 2.2))
+    left = np.array([np.mean([_left(run, layers) for run in row.runs.values()], 0) for row in rows])
+    figure = plots.new_figure(figsize=(max(6, 0.24 * len(layers) + 3), 0.28 * len(rows) + 2.2))
     axis = figure.subplots()
     image = axis.imshow(100 * left, aspect="auto", cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(len(layers)), [plots.short(path) for path in layers], rotation=90, fontsize=7)
-    axis.set_yticks(range(len(same)), [label(study, row) for row in same], fontsize=7)
+    axis.set_yticks(range(len(rows)), [label(study, row) for row in rows], fontsize=7)
     figure.colorbar(image, label="% of groups left")
     return figure
 
@@ -158,39 +159,49 @@ def _paths(row):
 
 def _left(run, layers):
     by_path = {entry["path"]: 1 - entry["zero_groups"] / entry["groups"] for entry in run["sparsity"]["layers"]}
-    return [by_path[path] for path in layers]
+    return [by_path.get(path, np.nan) for path in layers]
 
 
 def latency(study):
     """Latency of the backbone against % zero groups, of the runs that --job=benchmark has timed: a point a run.
 
-    Left the medians of dense and compact backbone, right the speed-up, which compares both in the same rounds.
+    A line for each batch, device, image size and dense backbone. Left the medians of dense and compact backbone, right
+    the speed-up, which compares both in the same rounds.
     """
     points = {}
     for row in study.rows:
+        model = row.config["model"]
         for folder in row.folders.values():
             if (folder / "benchmark.json").exists():
                 found = records.read_json(folder / "benchmark.json")
                 zero = 100 * found["group_sparsity"]
+                height, width = found["size"]
+                where = f"ResNet-{model['depth']}, {model['width']} wide, {height}x{width}, {found['device']}"
+                if row.attach:
+                    where += f", as far as {', '.join(sorted(set(row.attach)))}"
                 for entry in found["rows"]:
                     if entry["part"] == "backbone" and entry["model"] != "sparse":
                         value = (zero, entry["median_ms"] / entry["batch"], entry["speedup"])
-                        points.setdefault((entry["batch"], entry["model"]), []).append(value)
+                        points.setdefault((where, entry["batch"], entry["model"]), []).append(value)
     if not points:
         return None
-    batches = sorted({batch for batch, _ in points})
+    lines = sorted({(where, batch) for where, batch, _ in points})
+    several = len({where for where, _ in lines}) > 1
     figure = plots.new_figure(figsize=(9, 4))
     left, right = figure.subplots(1, 2)
-    for (batch, model), values in sorted(points.items()):
+    for (where, batch, model), values in sorted(points.items()):
         zero, milliseconds, speedup = np.array(sorted(values)).T
-        color = _color(batches.index(batch), len(batches))
-        style = {"color": color, "label": f"{model}, batch {batch}", "linestyle": "-" if model == "compact" else ":"}
+        color = _color(lines.index((where, batch)), len(lines))
+        name = f"batch {batch}, {where}" if several else f"batch {batch}"
+        style = {"color": color, "label": f"{model}, {name}", "linestyle": "-" if model == "compact" else ":"}
         left.plot(zero, milliseconds, marker="o" if model == "compact" else ".", **style)
         if model == "compact":
-            right.plot(zero, speedup, "o-", color=color, label=f"batch {batch}")
+            right.plot(zero, speedup, "o-", color=color, label=name)
+    if not several:
+        figure.suptitle(lines[0][0], fontsize=9)
     right.axhline(1, color="#9aa5b1", linestyle=":")
     left.set(xlabel="% groups zero", ylabel="ms an image, backbone (median)", ylim=(0, None))
     right.set(xlabel="% groups zero", ylabel="times faster than dense, same rounds", ylim=(0, None))
     for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=6 if several else 8)
     return plots.plain(figure)

@@ -49,7 +49,7 @@ def against_dense(study: study_lib.Study) -> Rows:
 
 def against_plain(study: study_lib.Study) -> Rows:
     """Each row with attachment points minus the one with all heads at the end, metric by metric, paired over seeds."""
-    rows = {i: study.plain(row) for i, row in enumerate(study.rows) if row.config["model"]["attach"]}
+    rows = {i: study.plain(row) for i, row in enumerate(study.rows) if row.attach}
     return _against(study, rows, "LOMT", "plain")
 
 
@@ -95,6 +95,8 @@ def short(name: str) -> str:
 
 
 def show(value) -> str:
+    if value is None:
+        return ""
     if isinstance(value, list | tuple):
         return " + ".join(str(part).removeprefix("attribute:") for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -98,7 +98,7 @@ class _Compactor:
             self._build_head(*named, traced, *self._kept_at.get(point, (np.arange(0), 0)))
             for named, (point, _, traced) in zip(named_heads, self._readers, strict=True)
         )
-        model = self.model.clone(widths=widths_lib.Widths(stem, blocks, heads))
+        model = self.model.clone(widths=widths_lib.Widths(stem, blocks, heads, self.model.attach))
         return model, {
             "params": traverse_util.unflatten_dict(self.new_params, sep="/"),
             "batch_stats": traverse_util.unflatten_dict(self.new_stats, sep="/"),

@@ -10,7 +10,7 @@ from scipy import stats
 
 from configs import nyu
 from mtl_sparse.errors import UserError
-from mtl_sparse.report import page, published, study, study_plots, study_tables
+from mtl_sparse.report import page, published, records, study, study_plots, study_tables
 
 LAYERS = [
     {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 1, "group_size": 9},
@@ -171,11 +171,59 @@ def test_latency_against_sparsity_is_that_of_the_timed_runs(folders):
                     ("compact", milliseconds, speedup),
                 )
             ]
-            (folder / "benchmark.json").write_text(json.dumps({"group_sparsity": zero, "rows": rows}))
+            found = {"group_sparsity": zero, "rows": rows, "size": [64, 96], "device": "cpu"}
+            (folder / "benchmark.json").write_text(json.dumps(found))
     left, right = study_plots.latency(study.read(folders)).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
     assert lines == {"compact, batch 4": [[50, 0.75], [66, 0.5]], "dense, batch 4": [[50, 6.0], [66, 6.0]]}
     assert right.lines[0].get_xydata().tolist() == [[50, 2.0], [66, 3.0]]
+
+
+def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders):
+    """Runs made before heads could be attached, before benchmarks knew sizes, and before results had them."""
+    for folder in folders[::2]:
+        results = json.loads((folder / "results.json").read_text())
+        del results["config"]["model"]["attach"], results["config"]["lomt"], results["size"]
+        (folder / "results.json").write_text(json.dumps(results))
+    found = study.read(folders)
+    assert len(found.rows) == 4 and set(found.rows[0].settings) == {"tasks", "sparsity.lambda_"}
+    assert study_tables.summary(found)[1][6] == "", "no size where a run does not tell one"
+    config = nyu.get_config()
+    config.tasks, config.sparsity.lambda_ = BOTH, 1e-5
+    stored = json.loads((folders[0] / "config.json").read_text())
+    del stored["model"]["attach"], stored["lomt"]
+    (folders[0] / "config.json").write_text(json.dumps(stored))
+    records.check_settings(folders[0], config)
+    config.model.attach = ("layer4_0", "layer4_0")
+    with pytest.raises(UserError, match=r"model.attach=None there, \['layer4_0', 'layer4_0'\] now"):
+        records.check_settings(folders[0], config)
+
+
+def attached(folder, seed, **values):
+    """A run whose heads read elsewhere."""
+    write_run(folder, BOTH, 1e-5, seed, **values)
+    results = json.loads((folder / "results.json").read_text())
+    results["config"]["model"]["attach"] = ["layer4_0", "layer3_3/conv1"]
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_lomt_against_plain_with_its_own_gain(folders, tmp_path):
+    more = [attached(tmp_path / f"lomt{seed}", seed, iou=SPARSE_IOU[seed] + 0.02 + 0.001 * seed, mae=0.13, group=0.5)
+            for seed in range(3)]  # fmt: skip
+    found = study.read([*folders, *more])
+    (lomt,) = [row for row in found.rows if row.attach]
+    plain = found.plain(lomt)
+    assert (plain.attach, plain.tasks, plain.config["sparsity"]["lambda_"]) == ([], BOTH, 1e-5)
+    rows = study_tables.against_plain(found)
+    assert rows[1][:4] == ("segmentation + depth", "layer4_0 + layer3_3/conv1", "1e-05", "segmentation IoU")
+    assert rows[1][4] == "+0.0210" and rows[1][-1] == "LOMT"
+    by_hand = np.mean([100 * np.mean([(iou - 0.32) / 0.32, (0.16 - 0.13) / 0.16])
+                       for iou in (0.35, 0.381, 0.372)])  # fmt: skip
+    assert found.gain(lomt).mean == pytest.approx(by_hand), "against the single tasks at the backbone's end"
+    assert len(rows) == 3 and len(study_tables.against_plain(study.read(folders))) == 1, (
+        "one line a task; none: the head"
+    )
 
 
 def test_published_figures_are_the_papers():
