@@ -81,16 +81,52 @@ def paper_baseline(small):
     return [{**settings, "optimizer.weight_decay": 0.0, "optimizer.l2": 0.01} for settings in fair_baseline(small)]
 
 
+def _shrink(config, frames, size):
+    """A demo's config at the size of a sweep's run, with a fixed lambda, which table and sweep set."""
+    config.sparsity.update(target=0.0, start_step=0, warmup_steps=20)
+    config.loss.weighting = "uncertainty"
+    config.data.embedded.update(frames=frames, height=size[0], width=size[1])
+    config.data.size = size
+    config.model.update(width=16, head_features=32)
+    config.train.epochs = 20
+    config.run.update(summary_rounds=0, checkpoint_every_steps=10**6)
+    return config
+
+
+def small_rooms():
+    return _shrink(demo.get_config(), 192, (32, 48))
+
+
+def small_faces():
+    config = _shrink(demo_faces.get_config(), 480, (48, 48))
+    config.optimizer.learning_rate = 1e-3  # so that the penalty, which it scales, acts in so few steps
+    return config
+
+
+def four_tasks():
+    config = nyu.get_config()
+    config.tasks = (*ALL, "edge")
+    return config
+
+
+def small_four_tasks():
+    config = small_rooms()
+    config.tasks = (*ALL, "edge")
+    config.sparsity.lambda_ = 1e-2
+    config.lomt.active = 0.1  # of so few channels that one is more than 1 %
+    return config
+
+
 SWEEPS = {
     # name: (trials, base config, that of the demo)
-    "table1": (table1, nyu, demo),
-    "table2": (table2, celebamask_hq, demo_faces),
-    "table3": (table3, nyu, demo),
-    "lambda_path": (lambda_path, nyu, demo),
-    "lomt": (lomt, nyu, demo),
-    "target_path": (target_path, nyu, demo),
-    "fair_baseline": (fair_baseline, nyu, demo),
-    "paper_baseline": (paper_baseline, nyu, demo),
+    "table1": (table1, nyu.get_config, small_rooms),
+    "table2": (table2, celebamask_hq.get_config, small_faces),
+    "table3": (table3, nyu.get_config, small_rooms),
+    "lambda_path": (lambda_path, nyu.get_config, small_rooms),
+    "lomt": (lomt, four_tasks, small_four_tasks),
+    "target_path": (target_path, nyu.get_config, small_rooms),
+    "fair_baseline": (fair_baseline, nyu.get_config, small_rooms),
+    "paper_baseline": (paper_baseline, nyu.get_config, small_rooms),
 }
 
 
@@ -112,21 +148,5 @@ def trials(name: str) -> list[dict]:
 
 
 def get_config(name: str = ""):
-    (_, full, small_config), small = _lookup(name)
-    config = (small_config if small else full).get_config()
-    is_lomt = name.startswith("lomt")
-    if is_lomt:
-        config.tasks = (*ALL, "edge")
-    if not small:
-        return config
-    config.sparsity.update(target=0.0, start_step=0, warmup_steps=20)
-    config.loss.weighting = "uncertainty"
-    config.data.embedded.update(frames=192, height=32, width=48)
-    config.data.size = (32, 48)
-    config.model.update(width=16, head_features=32)
-    config.train.epochs = 20
-    config.run.update(summary_rounds=0, checkpoint_every_steps=10**6)
-    if is_lomt:
-        config.sparsity.lambda_ = 1e-2
-        config.lomt.active = 0.1  # of so few channels that one is more than 1 %
-    return config
+    (_, full, demo_config), small = _lookup(name)
+    return demo_config() if small else full()
