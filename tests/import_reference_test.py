@@ -1,0 +1,126 @@
+"""Released checkpoints: against the model in PyTorch, whose outputs data/torch_reference.npz holds."""
+
+import json
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from mtl_sparse import import_reference
+from mtl_sparse.errors import UserError
+
+PATH = pathlib.Path(__file__).parent / "data" / "torch_reference.npz"
+REFERENCE = dict(np.load(PATH)) if PATH.exists() else {}
+CASES = sorted({key.partition("/")[0] for key in REFERENCE})
+
+
+def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A state dictionary of random numbers seeded by their names, such that activations keep a moderate scale."""
+    state = {}
+    for name, shape in shapes.items():
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith("num_batches_tracked"):
+            value = np.zeros(shape, np.int64)
+        elif name.endswith("running_var"):
+            value = random.uniform(0.5, 2.0, shape)
+        elif name.endswith(("bias", "running_mean")):
+            value = random.normal(0.0, 0.1, shape)
+        elif len(shape) == 1:
+            value = random.uniform(0.4, 1.2, shape)
+        else:
+            value = random.normal(0.0, (2 / np.prod(shape[1:])) ** 0.5, shape)
+        state[name] = value.astype(np.int64 if value.dtype == np.int64 else np.float32)
+    return state
+
+
+def images(height: int, width: int) -> np.ndarray:
+    """Two images, NHWC."""
+    return np.random.default_rng(height).normal(size=(2, height, width, 3)).astype(np.float32)
+
+
+def state_dict(case):
+    return drawn({name: tuple(shape) for name, shape in json.loads(str(REFERENCE[f"{case}/shapes"])).items()})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_are_pytorchs(case):
+    """Depths 18, 50, 101, each head, sizes odd and even, one at which every atrous tap meets the map."""
+    state = state_dict(case)
+    model, variables = import_reference.from_state_dict(state)
+    assert (model.depth, model.width, model.head_features) == (50 if case == "single" else int(case), 8, 16)
+    apply = jax.jit(model.apply)
+    keys = [key for key in REFERENCE if key.startswith(f"{case}/") and "x" in key.split("/")[1]]
+    assert len(keys) >= 1
+    for key in keys:
+        _, size, decoder = key.split("/")
+        height, width = map(int, size.split("x"))
+        raw = apply(variables, images(height, width))[import_reference.TASKS[decoder]]
+        expected = REFERENCE[key]
+        assert raw.shape == expected.shape
+        np.testing.assert_allclose(raw, expected, atol=1e-4 * np.abs(expected).max(), rtol=0, err_msg=key)
+
+
+def test_every_tensor_is_used_once():
+    """Each weight of the checkpoint is in the variables, and nothing else; a change of any changes them."""
+    state = state_dict("18")
+    _, variables = import_reference.from_state_dict(state)
+    used = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
+    leaves = jax.tree.leaves(variables)
+    assert sum(leaf.size for leaf in leaves) == sum(value.size for value in used) and len(leaves) == len(used)
+    sums = sorted(float(np.sum(np.abs(value), dtype=np.float64)) for value in used)
+    assert sorted(float(np.sum(np.abs(leaf), dtype=np.float64)) for leaf in leaves) == pytest.approx(sums, rel=1e-6)
+
+
+def test_what_a_single_task_checkpoint_is_of():
+    state = state_dict("single")
+    model, _ = import_reference.from_state_dict(state)
+    assert model.heads == (("normals", "deeplab", 3),)
+    assert import_reference.from_state_dict(state, task="mine")[0].heads == (("mine", "deeplab", 3),)
+    one = {name: value[:1] if name.startswith("decoders.4.") else value for name, value in state.items()}
+    with pytest.raises(UserError, match="does not say which task of one output .depth or edge. it is of"):
+        import_reference.from_state_dict(one)
+    assert import_reference.from_state_dict(one, task="edge")[0].heads == (("edge", "deeplab", 1),)
+    classifier = {name: value for name, value in state_dict("18").items() if "segmentsemantic" not in name}
+    single = {name.replace("class_male.", ""): value for name, value in classifier.items()}
+    model, _ = import_reference.from_state_dict(single, task="attribute:Young")
+    assert model.heads == (("attribute:Young", "classifier", 1),) and model.classifier_features == (64, 32)
+
+
+def without(state, *names):
+    return {name: value for name, value in state.items() if name not in names}
+
+
+def test_what_does_not_fit_is_listed():
+    state = state_dict("50")
+    conv = "backbone.layer3.2.conv2.weight"
+    with pytest.raises(UserError, match="not of a ResNet-50 .*1 missing: params/backbone/layer3_2/conv2/kernel$"):
+        import_reference.from_state_dict(without(state, conv))
+    with pytest.raises(UserError, match="1 left over: backbone.fc.weight$"):
+        import_reference.from_state_dict({**state, "backbone.fc.weight": np.zeros((3, 3))})
+    with pytest.raises(UserError, match=r"1 of another shape: backbone.layer3.2.conv2.weight \(gives \(3, 3, 1, 32\)"):
+        import_reference.from_state_dict({**state, conv: state[conv][:, :1]})
+    with pytest.raises(UserError, match=rf"{conv} has the shape \(16,\), and should have 4 axes"):
+        import_reference.from_state_dict({**state, conv: np.zeros(16)})
+    with pytest.raises(UserError, match="without stem1.0 is none of"):
+        import_reference.from_state_dict(without(state, "backbone.stem1.0.weight"))
+    with pytest.raises(UserError, match="backbone of .3, 4, 5, 3. bottlenecks is none of ResNet-D 10, 18, 50, 101"):
+        import_reference.from_state_dict({k: v for k, v in state.items() if not k.startswith("backbone.layer3.5.")})
+    with pytest.raises(UserError, match="unknown decoders sketch; the released ones are segmentsemantic, "):
+        import_reference.from_state_dict({**state, "decoders.sketch.4.bias": np.zeros(2)})
+    with pytest.raises(UserError, match="has no decoders"):
+        import_reference.from_state_dict({k: v for k, v in state.items() if k.startswith("backbone")})
+
+
+def test_the_stored_outputs_are_those_of_pytorch():
+    pytest.importorskip("torch", reason="extra torch")
+    from tests import torch_reference
+
+    found = torch_reference.outputs()
+    assert found.keys() == REFERENCE.keys()
+    for key, value in found.items():
+        if key.endswith("shapes"):
+            assert str(value) == str(REFERENCE[key])
+        else:
+            np.testing.assert_allclose(value, REFERENCE[key], atol=1e-5 * np.abs(value).max(), rtol=0)
