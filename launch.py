@@ -114,6 +114,14 @@ def _lomt(config, workdir):
     lomt.run_job(config, workdir, *_trials(_GRID.value or "seed=0,1,2"), _runs())
 
 
+def _import(config, workdir):
+    from mtl_sparse import import_reference
+
+    if not _CHECKPOINT.value:
+        raise UserError("--job=import needs --checkpoint=FILE, a .pt, .safetensors or .npz of the released code")
+    import_reference.run_job(config, workdir, _CHECKPOINT.value)
+
+
 JOBS = {
     "train": (_train, "train, evaluate the best checkpoint, write the report; goes on where the folder left off"),
     "evaluate": (_evaluate, "evaluate the best checkpoint of a run and write its report again"),
@@ -133,6 +141,7 @@ JOBS = {
         "find how deep each task needs the backbone from single-task sparse runs (those of --runs, or trained first), "
         "train with each head there and with all at the end, and compare",
     ),
+    "import": (_import, "make a run of a checkpoint of the released PyTorch code, --checkpoint=FILE"),
     "prepare": (_prepare, "only prepare the data, so that machines without TensorFlow can train on it"),
 }
 
@@ -140,6 +149,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the run, 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's folder; by default runs/<name of the config>, or FOLDER of configs/run.py:FOLDER."
 )
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "File of --job=import: .pt (extra 'torch'), .safetensors or .npz.")
 _RUNS = flags.DEFINE_list(
     "runs", [], "Folders of runs and sweeps: for --job=report, in place of the workdir's; for --job=lomt."
 )

@@ -66,7 +66,8 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
             for kind in checkpoints.KINDS:  # a run that has ended: --job=train evaluates it, and trains nothing
                 small_saved.save(kind, int(state.step), small_state, {**progress, "stopped": True})
             small_saved.wait()
-            shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
+            if (workdir / "metrics.jsonl").exists():  # not of an imported run
+                shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
             found = results.write(small, folder, small_saved)
         finally:
             small_saved.close()

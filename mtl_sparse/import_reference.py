@@ -1,15 +1,25 @@
 """Checkpoints of the released PyTorch code of "Less is More" and LOMT as models of this package."""
 
 import dataclasses
+import importlib.util
+import json
+import pathlib
+import pickle
 import re
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import traverse_util
 
+from mtl_sparse import checkpoints, cost, optim, weighting
+from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask, resnet
+from mtl_sparse.report import records
+from mtl_sparse.run import TrainState
 
 # Decoders of the released checkpoints and our tasks. The released code does not say which eyebrows it means.
 TASKS = {
@@ -204,3 +214,89 @@ def _check(model, leaves, sources, unknown):
     ]
     if found:
         raise UserError(f"this checkpoint is not of a ResNet-{model.depth} of the released code: {'; '.join(found)}")
+
+
+def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """The state dictionary in a file: .npz and .safetensors without PyTorch, anything else by PyTorch's safe loader.
+
+    Of a file as the released code writes it, {"model", "epoch", "optimizer"}, that of the model.
+
+    Raises:
+      UserError: no such file; one that is damaged, holds no tensors or would run code; a package that is needed.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: --checkpoint names a file of weights")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        if path.suffix == ".safetensors":
+            _need("safetensors")
+            from safetensors.numpy import load_file
+
+            return load_file(path)
+        _need("torch")
+        import torch
+
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = found.get("model", found) if isinstance(found, Mapping) else found
+        if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+            raise UserError(f"{path} holds no state dictionary: names and their tensors")
+        return {name: value.numpy() for name, value in found.items()}
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} was refused: it holds more than tensors, and loading it could run code") from error
+    except Exception as error:  # what a loader trips over in a damaged file is anything
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+
+
+def _need(package):
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"reading this file needs {package}: pip install -e '.[torch]', or save it as .npz")
+
+
+def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path) -> pathlib.Path:
+    """`--job=import`: makes a run of a released checkpoint, which can be evaluated, compacted, timed and exported.
+
+    Args:
+      config: all that the checkpoint does not say, such as the data; its tasks are those of a single-task checkpoint.
+      workdir: the new run's folder.
+      checkpoint: file of the weights, see `read`.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: as `read` and `from_state_dict`, or a folder that holds a run.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already: give another --workdir")
+    task = config.tasks[0] if len(config.tasks) == 1 else None
+    model, variables = from_state_dict(read(checkpoint), task)
+    config = config.copy_and_resolve_references()
+    config.tasks = tuple(name for name, *_ in model.heads)
+    config.model.update(depth=model.depth, width=model.width, head_features=model.head_features)
+    config.model.classifier_features = model.classifier_features
+    outputs = {name: count for name, _, count in model.heads}
+    config.data.num_classes = outputs.get("segmentation", config.data.num_classes)
+    same = multitask.build(config.model, tasks_lib.resolve(config))
+    if same.heads != model.heads:
+        raise UserError(f"the checkpoint's heads {model.heads} are not those of config.tasks here, {same.heads}")
+    params = {"model": variables["params"], "weighting": weighting.init(config.loss.weighting, config.tasks)}
+    opt_state = optim.build(config, total_steps=1).init(jax.tree.map(jnp.asarray, params))
+    state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], opt_state)
+    workdir.mkdir(parents=True, exist_ok=True)
+    saved = checkpoints.Checkpoints(workdir)
+    try:
+        for kind in checkpoints.KINDS:  # a run that has ended: --job=train would only evaluate it
+            saved.save(kind, 0, jax.device_get(state), {"stopped": True})
+        saved.wait()
+    finally:
+        saved.close()
+    records.write_json(workdir / "config.json", json.loads(config.to_json()))
+    count = cost.parameter_count(variables)
+    logging.info("%s holds a run of %s now, with %d parameters", workdir, ", ".join(config.tasks), count)
+    return workdir

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from mtl_sparse import import_reference
+from configs import run as run_config
+from mtl_sparse import compaction, export, import_reference, results
+from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
+from tests.conftest import tiny
 
 PATH = pathlib.Path(__file__).parent / "data" / "torch_reference.npz"
 REFERENCE = dict(np.load(PATH)) if PATH.exists() else {}
@@ -111,6 +114,85 @@ def test_what_does_not_fit_is_listed():
         import_reference.from_state_dict({**state, "decoders.sketch.4.bias": np.zeros(2)})
     with pytest.raises(UserError, match="has no decoders"):
         import_reference.from_state_dict({k: v for k, v in state.items() if k.startswith("backbone")})
+
+
+@pytest.fixture(scope="module")
+def imported(rooms, tmp_path_factory):
+    """(config, folder, state dictionary) of a run made of a checkpoint with as many classes as the rooms have."""
+    folder = tmp_path_factory.mktemp("imported")
+    shapes = {name: tuple(shape) for name, shape in json.loads(str(REFERENCE["18/shapes"])).items()}
+    shapes = {name: shape for name, shape in shapes.items() if "class_male" not in name}
+    shapes |= {
+        f"decoders.segmentsemantic.4.{part}": (40, *rest) for part, rest in (("weight", (16, 1, 1)), ("bias", ()))
+    }
+    state = drawn(shapes)
+    np.savez(folder / "weights.npz", **state)
+    config = tiny(rooms)
+    import_reference.run_job(config, folder / "run", folder / "weights.npz")
+    return run_config.get_config(str(folder / "run")), folder / "run", state
+
+
+def test_an_imported_run_exports_with_the_same_outputs(imported, tmp_path):
+    config, folder, state = imported
+    config = config.copy_and_resolve_references()
+    path = export.run_job(config, folder)
+    program = jax.export.deserialize(bytearray(path.read_bytes()))
+    model, variables = import_reference.from_state_dict(state)
+    pictures = images(*config.data.size)
+    raw = jax.jit(model.apply)(variables, pictures)["segmentation"]
+    np.testing.assert_allclose(program.call(pictures)["segmentation"], raw, atol=1e-4 * float(np.abs(raw).max()))
+
+
+def test_an_imported_run_is_evaluated_and_compacted_like_any_other(imported, capsys):
+    config, folder, state = imported
+    assert config.tasks == ("segmentation",) and (config.model.depth, config.model.width) == (18, 8)
+    model, variables = run_lib.load_model(folder, config)
+    expected, given = import_reference.from_state_dict(state)
+    jax.tree.map(np.testing.assert_array_equal, variables, given)
+    assert model.heads == expected.heads
+    found = results.evaluate_best(config, folder)
+    assert 0 <= found["test"]["segmentation/miou"] < 0.2 and found["sparsity"]["group"] == 0
+    assert not (folder / "plots" / "curves.png").exists() and (folder / "plots" / "samples.png").exists()
+    small = compaction.run_job(config, folder)
+    again = json.loads((small / "results.json").read_text())
+    assert again["test"] == pytest.approx(found["test"], abs=1e-4)
+    with pytest.raises(UserError, match="holds a run already: give another --workdir"):
+        import_reference.run_job(config, folder, folder / "weights.npz")
+
+
+def test_files_that_cannot_be_read(tmp_path, rooms):
+    with pytest.raises(UserError, match="weights.pt does not exist: --checkpoint names a file"):
+        import_reference.read(tmp_path / "weights.pt")
+    (tmp_path / "half.npz").write_bytes(b"PK\x03\x04half")
+    with pytest.raises(UserError, match="half.npz is damaged or no checkpoint"):
+        import_reference.read(tmp_path / "half.npz")
+    np.savez(tmp_path / "code.npz", weight=np.array([{"code": 1}], object))
+    with pytest.raises(UserError, match="code.npz is damaged or no checkpoint .ValueError: Object arrays"):
+        import_reference.read(tmp_path / "code.npz")
+
+
+class Harmful:
+    def __reduce__(self):
+        return (pathlib.Path.touch, (pathlib.Path("harmed"),))
+
+
+def test_a_released_file_is_read_and_a_pickle_that_would_run_code_refused(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="extra torch")
+    monkeypatch.chdir(tmp_path)
+    state = {"backbone.stem1.0.weight": torch.ones(2, 3, 3, 3)}
+    torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}, "lr": 0.1}}, "released.pt")
+    found = import_reference.read("released.pt")
+    assert list(found) == list(state) and found["backbone.stem1.0.weight"].shape == (2, 3, 3, 3)
+    torch.save({"model": Harmful()}, "harmful.pt")
+    with pytest.raises(UserError, match="harmful.pt was refused: it holds more than tensors"):
+        import_reference.read("harmful.pt")
+    assert not pathlib.Path("harmed").exists()
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(UserError, match="list.pt holds no state dictionary"):
+        import_reference.read("list.pt")
+    pathlib.Path("half.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"half.pt (is damaged|was refused)"):
+        import_reference.read("half.pt")
 
 
 def test_the_stored_outputs_are_those_of_pytorch():

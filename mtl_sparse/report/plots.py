@@ -20,14 +20,19 @@ def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
       UserError: the folder lacks the records of a finished run.
     """
     workdir = pathlib.Path(workdir).expanduser()
-    metrics = records.read_metrics(workdir)
     results = records.read_json(workdir / "results.json")
     samples = records.read_samples(workdir)
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
+    drawn = []
+    if (workdir / "metrics.jsonl").exists() or results["step"]:  # an imported run was not trained here
+        metrics = records.read_metrics(workdir)
+        drawn = [
+            save(curves(metrics, results), folder / "curves.png"),
+            save(sparsity_over_steps(metrics, results), folder / "sparsity.png"),
+        ]
     return [
-        save(curves(metrics, results), folder / "curves.png"),
-        save(sparsity_over_steps(metrics, results), folder / "sparsity.png"),
+        *drawn,
         save(groups_per_layer(results), folder / "groups_per_layer.png"),
         save(sample_sheet(samples), folder / "samples.png"),
     ]

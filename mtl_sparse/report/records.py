@@ -41,8 +41,13 @@ def claim(workdir: pathlib.Path, config, data) -> None:
 
 
 def check(workdir: pathlib.Path, config, data) -> None:
-    """Raises UserError where the run in `workdir` has other settings (`check_settings`) or other data than these."""
+    """Raises UserError where the run in `workdir` has other settings (`check_settings`) or other data than these.
+
+    A run that was imported has no data yet: it takes these.
+    """
     check_settings(workdir, config)
+    if not (workdir / "splits.json").exists() and not (workdir / "metrics.jsonl").exists():
+        write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
     if read_json(workdir / "splits.json")["fingerprint"] != data.fingerprint:
         raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
 
