@@ -171,6 +171,15 @@ def test_files_that_cannot_be_read(tmp_path, rooms):
         import_reference.read(tmp_path / "code.npz")
 
 
+def test_safetensors_are_read_without_pytorch(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy", reason="extra torch")
+    safetensors.save_file({"a.weight": np.ones((2, 3), np.float32)}, tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(import_reference.read(tmp_path / "a.safetensors")["a.weight"], np.ones((2, 3)))
+    (tmp_path / "half.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="half.safetensors is damaged or no checkpoint"):
+        import_reference.read(tmp_path / "half.safetensors")
+
+
 class Harmful:
     def __reduce__(self):
         return (pathlib.Path.touch, (pathlib.Path("harmed"),))

@@ -52,7 +52,11 @@ def _lambda(row):
 
 def _places(rows, smallest):
     """Lambdas on a logarithmic axis, 0 a decade below the smallest."""
-    return np.array([_lambda(row) or smallest / 10 for row in rows])
+    return _places_of([_lambda(row) for row in rows], smallest)
+
+
+def _places_of(lambdas, smallest):
+    return np.array([value or smallest / 10 for value in lambdas])
 
 
 def _over_lambda(study, panels):
@@ -61,7 +65,7 @@ def _over_lambda(study, panels):
     if not lines:
         return None
     smallest = min(_lambda(row) for rows in lines.values() for row in rows if _lambda(row) > 0)
-    figure = plots.new_figure(figsize=(4.2 * len(panels), 3.6))
+    figure = plots.new_figure(figsize=(4.2 * len(panels), 3.6 + 0.1 * len(lines)))
     for axis, (name, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (line, rows) in enumerate(lines.items()):
             shown = [(place, of(row)) for place, row in zip(_places(rows, smallest), rows, strict=True) if of(row)]
@@ -69,9 +73,20 @@ def _over_lambda(study, panels):
                 x, y = [place for place, _ in shown], [value.mean for _, value in shown]
                 error = np.nan_to_num([value.std for _, value in shown])
                 axis.errorbar(x, y, error, marker="o", capsize=2, color=_color(i, len(lines)), label=line)
-        axis.set(xscale="log", xlabel="lambda (leftmost: 0)", ylabel=name)
-    axis.legend(frameon=False, fontsize=7)
+        axis.set(xscale="log", xlabel="lambda", ylabel=name)
+        shown = sorted({_lambda(row) for rows in lines.values() for row in rows})
+        axis.set_xticks(_places_of(shown, smallest), [f"{value:g}" for value in shown], fontsize=8)
+        axis.minorticks_off()
+    _legend(figure)
     return plots.plain(figure)
+
+
+def _legend(figure):
+    """One legend below all panels, an entry for each label."""
+    entries = {}
+    for axis in figure.axes:
+        entries |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
 
 
 def metrics_over_lambda(study):
@@ -100,20 +115,27 @@ def sparsity_over_lambda(study):
 
 
 def pareto(study):
-    """Each task's metric against % zero groups: a point a row, with the spread over its seeds both ways."""
-    tasks = study.tasks
-    figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8))
+    """Each task's metric against % zero groups: a point a row, with the spread over its seeds both ways.
+
+    A line joins the rows that differ in how strong the penalty is.
+    """
+    tasks, lines = study.tasks, {}
+    for row in study.rows:
+        lines.setdefault(label(study, row, ("sparsity.lambda_", "sparsity.target")), []).append(row)
+    figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8 + 0.1 * len(lines)))
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        rows = [row for row in study.rows if task in row.tasks]
-        for row in rows:
-            x, y = row.sparsity("group"), row.figure(task)
-            errors = {"xerr": 100 * np.nan_to_num(x.std), "yerr": np.nan_to_num(y.std)}
-            color = _color(study.rows.index(row), len(study.rows))  # the same in every panel
-            axis.errorbar(100 * x.mean, y.mean, **errors, fmt="o", color=color, label=label(study, row))
-        _, name, higher = study_lib.metric(task, next(iter(rows[0].runs.values())))
+        for i, (name, rows) in enumerate(lines.items()):
+            rows = sorted((row for row in rows if task in row.tasks), key=lambda row: row.sparsity("group").mean)
+            if rows:
+                x, y = [row.sparsity("group") for row in rows], [row.figure(task) for row in rows]
+                errors = {f"{a}err": np.nan_to_num([f.std for f in fs]) for a, fs in (("x", x), ("y", y))}
+                errors["xerr"] = 100 * errors["xerr"]
+                places = [100 * figure.mean for figure in x], [figure.mean for figure in y]
+                axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=_color(i, len(lines)), label=name)
+        run = next(next(iter(row.runs.values())) for row in study.rows if task in row.tasks)
+        _, name, higher = study_lib.metric(task, run)
         axis.set(xlim=(-3, 103), xlabel="% groups zero", ylabel=f"{task} {name} {'↑' if higher else '↓'}")
-        if len(rows) <= 10:
-            axis.legend(frameon=False, fontsize=6)
+    _legend(figure)
     return plots.plain(figure)
 
 
