@@ -16,7 +16,7 @@ def draw(study: study_lib.Study, folder) -> dict[str, object]:
         "Metrics against lambda": metrics_over_lambda,
         "Zero groups against lambda": sparsity_over_lambda,
         "Metrics against sparsity": pareto,
-        "Zero groups over the run": sparsity_over_steps,
+        "Sparsity over the run": sparsity_over_steps,
         "Groups left by layer": groups_per_layer,
         "Latency against sparsity": latency,
     }
@@ -114,8 +114,22 @@ def sparsity_over_lambda(study):
     return _over_lambda(study, {"% groups zero": percent("group"), "% parameters in them": percent("parameter")})
 
 
+def _is_l1(row):
+    return row.config["sparsity"]["penalty"] == "l1"
+
+
+def _zero(row):
+    """Fraction of the groups, under l1 of the weights, that is zero."""
+    return row.sparsity("parameter" if _is_l1(row) else "group")
+
+
+def _zero_label(rows):
+    kinds = {"weights" if _is_l1(row) else "groups" for row in rows}
+    return f"% {kinds.pop()} zero" if len(kinds) == 1 else "% zero (groups; under l1 weights)"
+
+
 def pareto(study):
-    """Each task's metric against % zero groups: a point a row, with the spread over its seeds both ways.
+    """Each task's metric against % zero groups (l1: weights): a point a row, with its spread over seeds both ways.
 
     A line joins the rows that differ in how strong the penalty is.
     """
@@ -125,33 +139,35 @@ def pareto(study):
     figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8 + 0.1 * len(lines)))
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for i, (name, rows) in enumerate(lines.items()):
-            rows = sorted((row for row in rows if task in row.tasks), key=lambda row: row.sparsity("group").mean)
+            rows = sorted((row for row in rows if task in row.tasks), key=lambda row: _zero(row).mean)
             if rows:
-                x, y = [row.sparsity("group") for row in rows], [row.figure(task) for row in rows]
+                x, y = [_zero(row) for row in rows], [row.figure(task) for row in rows]
                 errors = {f"{a}err": np.nan_to_num([f.std for f in fs]) for a, fs in (("x", x), ("y", y))}
                 errors["xerr"] = 100 * errors["xerr"]
                 places = [100 * figure.mean for figure in x], [figure.mean for figure in y]
                 axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=_color(i, len(lines)), label=name)
         run = next(next(iter(row.runs.values())) for row in study.rows if task in row.tasks)
         _, name, higher = study_lib.metric(task, run)
-        axis.set(xlim=(-3, 103), xlabel="% groups zero", ylabel=f"{task} {name} {'↑' if higher else '↓'}")
+        axis.set(xlim=(-3, 103), xlabel=_zero_label(study.rows), ylabel=f"{task} {name} {'↑' if higher else '↓'}")
     _legend(figure)
     return plots.plain(figure)
 
 
 def sparsity_over_steps(study):
-    """% zero groups at every validation, the mean over seeds (the paper's Fig. 3c)."""
+    """% zero groups (l1: weights) at every validation, the mean over seeds (the paper's Fig. 3c)."""
     figure = plots.new_figure(figsize=(7, 4))
     axis = figure.subplots()
     rows = [row for row in study.rows if not row.is_dense]
-    if not rows:
+    rows = [row for row in rows if all((folder / "metrics.jsonl").exists() for folder in row.folders.values())]
+    if not rows:  # none, or only imported ones
         return None
     for i, row in enumerate(rows):
-        series = [records.read_metrics(folder)["validation"]["sparsity/group"] for folder in row.folders.values()]
+        name = "sparsity/weight" if _is_l1(row) else "sparsity/group"
+        series = [records.read_metrics(folder)["validation"][name] for folder in row.folders.values()]
         length = min(len(steps) for steps, _ in series)
         mean = 100 * np.mean([values[:length] for _, values in series], 0)
         axis.plot(series[0][0][:length], mean, color=_color(i, len(rows)), label=label(study, row))
-    axis.set(xlabel="step", ylabel="% groups zero", ylim=(-2, 102))
+    axis.set(xlabel="step", ylabel=_zero_label(rows), ylim=(-2, 102))
     axis.legend(frameon=False, fontsize=6, ncols=2 if len(rows) > 8 else 1)
     return plots.plain(figure)
 

@@ -226,6 +226,27 @@ def test_lomt_against_plain_with_its_own_gain(folders, tmp_path):
     )
 
 
+def test_pictures_of_l1_show_zero_weights(tmp_path):
+    """A run with l1 has zero weights where others have zero groups, in its records and in the pictures."""
+    folder = write_run(tmp_path / "l1", ("depth",), 1e-5, 0, mae=0.1, group=0.0)
+    results = json.loads((folder / "results.json").read_text())
+    results["sparsity"]["weight"] = 0.7
+    results["config"]["sparsity"]["penalty"] = "l1"
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text('{"step": 4, "split": "validation", "sparsity/weight": 0.6}\n')
+    found = study.read([folder])
+    (axis,) = study_plots.sparsity_over_steps(found).axes
+    assert axis.get_ylabel() == "% weights zero" and axis.lines[0].get_xydata().tolist() == [[4, 60]]
+    (axis,) = study_plots.pareto(found).axes
+    assert axis.get_xlabel() == "% weights zero" and axis.lines[0].get_xydata().tolist() == [[70, 0.1]]
+    group = write_run(tmp_path / "group", ("depth",), 1e-5, 0, mae=0.1, group=0.5)
+    assert study_plots.pareto(study.read([folder, group])).axes[0].get_xlabel() == "% zero (groups; under l1 weights)"
+    (group / "metrics.jsonl").unlink()
+    assert len(study_plots.sparsity_over_steps(study.read([folder, group])).axes[0].lines) == 1, (
+        "an imported run has none"
+    )
+
+
 def test_published_figures_are_the_papers():
     """Spot checks of each table, and that they are for runs on the real data at a fixed lambda alone."""
     assert len(published.TABLES) == 21 + 3 + 12
