@@ -170,7 +170,7 @@ def test_class_colors_can_be_told_apart():
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="metrics.jsonl is missing"):
+    with pytest.raises(UserError, match="results.json is missing"):
         plots.draw(tmp_path)
     (tmp_path / "results.json").write_text('{"test": ')
     with pytest.raises(UserError, match="results.json is damaged"):

@@ -117,7 +117,7 @@ def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, tap
     assert widths.Widths.from_json(small.widths.to_json()) == small.widths
 
 
-@settings(max_examples=6, **UNHURRIED)
+@settings(max_examples=3, **UNHURRIED)
 @given(**CASES)
 @example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False, attach=())  # logit near 0
 def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
