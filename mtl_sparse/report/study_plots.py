@@ -28,8 +28,8 @@ def draw(study: study_lib.Study, folder) -> dict[str, object]:
 
 
 def label(study, row, without=()) -> str:
-    """The tasks of a row and its settings that are not in `without`."""
-    names = [name for name in settings_names(study) if name not in without]
+    """The tasks of a row and its settings that are not in `without`, but for those that it does not use."""
+    names = [name for name in settings_names(study) if name not in without and setting(row, name)]
     return ", ".join(setting(row, name) if name == "tasks" else f"{short(name)} {setting(row, name)}" for name in names)
 
 
@@ -182,11 +182,13 @@ def groups_per_layer(study):
     if not layers:
         return None
     left = np.array([np.mean([_left(run, layers) for run in row.runs.values()], 0) for row in rows])
-    figure = plots.new_figure(figsize=(max(6, 0.24 * len(layers) + 3), 0.28 * len(rows) + 2.2))
+    labels = [label(study, row) for row in rows]
+    width = 0.24 * len(layers) + 0.06 * max(map(len, labels)) + 1.5
+    figure = plots.new_figure(figsize=(max(6, width), 0.28 * len(rows) + 2.2))
     axis = figure.subplots()
     image = axis.imshow(100 * left, aspect="auto", cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(len(layers)), [plots.short(path) for path in layers], rotation=90, fontsize=7)
-    axis.set_yticks(range(len(rows)), [label(study, row) for row in rows], fontsize=7)
+    axis.set_yticks(range(len(rows)), labels, fontsize=7)
     figure.colorbar(image, label="% of groups left")
     return figure
 
