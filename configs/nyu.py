@@ -33,6 +33,10 @@ def get_config() -> ml_collections.ConfigDict:
         model=create(
             depth=50,  # 10, 18, 50 or 101
             width=64,  # channels of the first stage
+            stem="deep",  # "7x7" is torchvision's, "resnet_d" timm's resnet50d
+            # What the training starts from: a run's folder (its best checkpoint), or a file of ImageNet weights for the
+            # backbone, of torchvision's or timm's ResNet (.pth or .safetensors with the extra "torch", or .npz).
+            init_from="",
             head_features=256,
             # Where each task's head reads the backbone, in the order of tasks, such as "layer3_3/conv1"; () is its end.
             attach=(),
@@ -89,7 +93,6 @@ def get_config() -> ml_collections.ConfigDict:
             eval_batch_size=16,
             epochs=1000,
             early_stop_epochs=25,  # without a better validation score; 0 is never
-            init_from="",  # folder of a run whose best checkpoint the training starts from
         ),
         # --job=compact, and what --job=benchmark and --job=export make compact.
         compact=create(

@@ -42,7 +42,7 @@ class Part:
         layers = model.layers()
         points = tuple(dict.fromkeys(model.points()))  # each map once, whoever reads it
         alone = resnet.ResNet(
-            model.depth, model.width, model.dtype, stem=layers.stem, blocks=layers.blocks, points=points
+            model.depth, model.width, model.stem, model.dtype, layers=(layers.stem, layers.blocks), points=points
         )
         return cls(alone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import flax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
-from mtl_sparse import checkpoints, evaluate, optim, weighting
+from mtl_sparse import checkpoints, evaluate, imagenet, optim, weighting
 from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
@@ -99,13 +100,17 @@ class Run:
         )
 
     def init_state(self) -> TrainState:
-        """The state before the first step: a function of the seed, and of train.init_from's best checkpoint."""
+        """The state before the first step: a function of the seed, and of the weights that model.init_from names."""
         # Without optimisation: a hundred small random draws run once, but take XLA long to optimise.
         init = jax.jit(self._init, compiler_options={"xla_backend_optimization_level": 0})
         state = init(jax.random.key(self.config.seed))
-        if not self.config.train.init_from:
+        source = self.config.model.init_from
+        if not source:
             return state
-        given = checkpoints.read_variables(self.config.train.init_from, state.variables)
+        if pathlib.Path(source).expanduser().is_file():
+            given = imagenet.start(source, self.model, state.variables)
+        else:
+            given = checkpoints.read_variables(source, state.variables)
         params = {**state.params, "model": given["params"]}
         return state.replace(params=params, batch_stats=given["batch_stats"], opt_state=self.tx.init(params))
 

@@ -79,7 +79,7 @@ def test_the_readmes_way_to_load_it(compacted, tmp_path, monkeypatch):
 def test_training_starts_from_the_compact_model(compacted):
     _, _, small = compacted
     config = run_config.get_config(str(small))
-    config.train.init_from = str(small)
+    config.model.init_from = str(small)
     run = run_lib.setup(config)
     _, given = run_lib.load_model(small, config)
     state = run.init_state()
@@ -92,7 +92,8 @@ def test_training_starts_from_the_compact_model(compacted):
 def test_training_goes_on_from_the_compact_model(compacted, tmp_path):
     _, _, small = compacted
     config = run_config.get_config(str(small))
-    config.train.update(init_from=str(small), epochs=1)
+    config.train.epochs = 1
+    config.model.init_from = str(small)
     _, given = run_lib.load_model(small, config)
     found = train.train(config, tmp_path / "tuned")
     assert found["step"] > 0 and all(np.isfinite(value) for value in found["test"].values())
@@ -127,13 +128,13 @@ def test_bad_input(compacted, tmp_path):
     with pytest.raises(UserError, match="config.json does not exist: name a run's folder"):
         run_config.get_config(str(tmp_path / "none"))
     other = config.copy_and_resolve_references()
-    other.train.init_from = str(small)
+    other.model.init_from = str(small)
     with pytest.raises(UserError, match="checkpoint .* is of another model"):
         run_lib.setup(other).init_state()
-    other.train.init_from = str(tmp_path)
+    other.model.init_from = str(tmp_path)
     with pytest.raises(UserError, match="no best checkpoint in"):
         run_lib.setup(other).init_state()
-    other.train.init_from, other.tasks, other.model.attach = "", ("depth",), ()
+    other.model.init_from, other.tasks, other.model.attach = "", ("depth",), ()
     other.model.widths = run_config.get_config(str(small)).model.widths
     with pytest.raises(UserError, match=r"compact model with 2 tasks and 4 blocks: neither config.tasks \(1 now\)"):
         run_lib.setup(other)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import run as run_config
-from mtl_sparse import compaction, export, import_reference, results
+from mtl_sparse import compaction, export, import_reference, results, state_dicts
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from tests.conftest import tiny
@@ -43,14 +43,14 @@ def images(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).normal(size=(2, height, width, 3)).astype(np.float32)
 
 
-def state_dict(case):
+def weights_of(case):
     return drawn({name: tuple(shape) for name, shape in json.loads(str(REFERENCE[f"{case}/shapes"])).items()})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_are_pytorchs(case):
     """Depths 18, 50, 101, each head, sizes odd and even, one at which every atrous tap meets the map."""
-    state = state_dict(case)
+    state = weights_of(case)
     model, variables = import_reference.from_state_dict(state)
     assert (model.depth, model.width, model.head_features) == (50 if case == "single" else int(case), 8, 16)
     apply = jax.jit(model.apply)
@@ -67,7 +67,7 @@ def test_outputs_are_pytorchs(case):
 
 def test_every_tensor_is_used_once():
     """Each weight of the checkpoint is in the variables, and nothing else; a change of any changes them."""
-    state = state_dict("18")
+    state = weights_of("18")
     _, variables = import_reference.from_state_dict(state)
     used = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
     leaves = jax.tree.leaves(variables)
@@ -77,7 +77,7 @@ def test_every_tensor_is_used_once():
 
 
 def test_what_a_single_task_checkpoint_is_of():
-    state = state_dict("single")
+    state = weights_of("single")
     model, _ = import_reference.from_state_dict(state)
     assert model.heads == (("normals", "deeplab", 3),)
     assert import_reference.from_state_dict(state, task="mine")[0].heads == (("mine", "deeplab", 3),)
@@ -85,7 +85,7 @@ def test_what_a_single_task_checkpoint_is_of():
     with pytest.raises(UserError, match="does not say which task of one output .depth or edge. it is of"):
         import_reference.from_state_dict(one)
     assert import_reference.from_state_dict(one, task="edge")[0].heads == (("edge", "deeplab", 1),)
-    classifier = {name: value for name, value in state_dict("18").items() if "segmentsemantic" not in name}
+    classifier = {name: value for name, value in weights_of("18").items() if "segmentsemantic" not in name}
     single = {name.replace("class_male.", ""): value for name, value in classifier.items()}
     model, _ = import_reference.from_state_dict(single, task="attribute:Young")
     assert model.heads == (("attribute:Young", "classifier", 1),) and model.classifier_features == (64, 32)
@@ -96,7 +96,7 @@ def without(state, *names):
 
 
 def test_what_does_not_fit_is_listed():
-    state = state_dict("50")
+    state = weights_of("50")
     conv = "backbone.layer3.2.conv2.weight"
     with pytest.raises(UserError, match="not of a ResNet-50 .*1 missing: params/backbone/layer3_2/conv2/kernel$"):
         import_reference.from_state_dict(without(state, conv))
@@ -106,9 +106,9 @@ def test_what_does_not_fit_is_listed():
         import_reference.from_state_dict({**state, conv: state[conv][:, :1]})
     with pytest.raises(UserError, match=rf"{conv} has the shape \(16,\), and should have 4 axes"):
         import_reference.from_state_dict({**state, conv: np.zeros(16)})
-    with pytest.raises(UserError, match="without stem1.0 is none of"):
+    with pytest.raises(UserError, match="1 missing: params/backbone/stem_conv1/kernel$"):
         import_reference.from_state_dict(without(state, "backbone.stem1.0.weight"))
-    with pytest.raises(UserError, match="backbone of .3, 4, 5, 3. bottlenecks is none of ResNet-D 10, 18, 50, 101"):
+    with pytest.raises(UserError, match="backbone of .3, 4, 5, 3. bottlenecks is none of ResNet 10, 18, 50, 101"):
         import_reference.from_state_dict({k: v for k, v in state.items() if not k.startswith("backbone.layer3.5.")})
     with pytest.raises(UserError, match="unknown decoders sketch; the released ones are segmentsemantic, "):
         import_reference.from_state_dict({**state, "decoders.sketch.4.bias": np.zeros(2)})
@@ -161,23 +161,23 @@ def test_an_imported_run_is_evaluated_and_compacted_like_any_other(imported, cap
 
 
 def test_files_that_cannot_be_read(tmp_path, rooms):
-    with pytest.raises(UserError, match="weights.pt does not exist: --checkpoint names a file"):
-        import_reference.read(tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="weights.pt does not exist: name a file of weights"):
+        state_dicts.read(tmp_path / "weights.pt")
     (tmp_path / "half.npz").write_bytes(b"PK\x03\x04half")
     with pytest.raises(UserError, match="half.npz is damaged or no checkpoint"):
-        import_reference.read(tmp_path / "half.npz")
+        state_dicts.read(tmp_path / "half.npz")
     np.savez(tmp_path / "code.npz", weight=np.array([{"code": 1}], object))
     with pytest.raises(UserError, match="code.npz is damaged or no checkpoint .ValueError: Object arrays"):
-        import_reference.read(tmp_path / "code.npz")
+        state_dicts.read(tmp_path / "code.npz")
 
 
 def test_safetensors_are_read_without_pytorch(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy", reason="extra torch")
     safetensors.save_file({"a.weight": np.ones((2, 3), np.float32)}, tmp_path / "a.safetensors")
-    np.testing.assert_array_equal(import_reference.read(tmp_path / "a.safetensors")["a.weight"], np.ones((2, 3)))
+    np.testing.assert_array_equal(state_dicts.read(tmp_path / "a.safetensors")["a.weight"], np.ones((2, 3)))
     (tmp_path / "half.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="half.safetensors is damaged or no checkpoint"):
-        import_reference.read(tmp_path / "half.safetensors")
+        state_dicts.read(tmp_path / "half.safetensors")
 
 
 class Harmful:
@@ -190,18 +190,18 @@ def test_a_released_file_is_read_and_a_pickle_that_would_run_code_refused(tmp_pa
     monkeypatch.chdir(tmp_path)
     state = {"backbone.stem1.0.weight": torch.ones(2, 3, 3, 3)}
     torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}, "lr": 0.1}}, "released.pt")
-    found = import_reference.read("released.pt")
+    found = state_dicts.read("released.pt")
     assert list(found) == list(state) and found["backbone.stem1.0.weight"].shape == (2, 3, 3, 3)
     torch.save({"model": Harmful()}, "harmful.pt")
     with pytest.raises(UserError, match="harmful.pt was refused: it holds more than tensors"):
-        import_reference.read("harmful.pt")
+        state_dicts.read("harmful.pt")
     assert not pathlib.Path("harmed").exists()
     torch.save([1, 2], "list.pt")
     with pytest.raises(UserError, match="list.pt holds no state dictionary"):
-        import_reference.read("list.pt")
+        state_dicts.read("list.pt")
     pathlib.Path("half.pt").write_bytes(b"half")
     with pytest.raises(UserError, match=r"half.pt (is damaged|was refused)"):
-        import_reference.read("half.pt")
+        state_dicts.read("half.pt")
 
 
 def test_the_stored_outputs_are_those_of_pytorch():

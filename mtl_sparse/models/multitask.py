@@ -19,7 +19,7 @@ class MultiTaskModel(nn.Module):
 
     Attributes:
       heads: (task name, head kind, outputs) of each task.
-      depth, width: of the backbone, see `resnet.ResNet`.
+      depth, width, stem: of the backbone, see `resnet.ResNet`.
       head_features, dropout: of the heads, see `deeplab.DeepLabHead`.
       classifier_features, classifier_dropout: of the classification heads, see `classifier.Classifier`.
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
@@ -32,6 +32,7 @@ class MultiTaskModel(nn.Module):
     heads: tuple[tuple[str, str, int], ...]
     depth: int = 50
     width: int = 64
+    stem: str = "deep"
     head_features: int = 256
     dropout: float = 0.3
     classifier_features: tuple[int, int] = (64, 32)
@@ -54,9 +55,9 @@ class MultiTaskModel(nn.Module):
         backbone = resnet.ResNet(
             self.depth,
             self.width,
+            self.stem,
             **shared,
-            stem=layers.stem,
-            blocks=layers.blocks,
+            layers=(layers.stem, layers.blocks),
             points=self.points(),
             name="backbone",
         )
@@ -85,23 +86,26 @@ class MultiTaskModel(nn.Module):
             return self.widths
         dense = {"deeplab": deeplab.dense(self.head_features), "classifier": widths_lib.Classifier()}
         heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
-        return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points()), heads, self.attach)
+        return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points(), self.stem), heads, self.attach)
 
 
 def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskModel:
     """Builds the model of `config.model` with a head for each task.
 
     Raises:
-      UserError: an unknown depth, dtype or attachment point.
+      UserError: an unknown depth, stem, dtype or attachment point.
     """
     if config.depth not in resnet.STAGES:
         raise UserError(f"model.depth={config.depth}: the depths are {', '.join(map(str, resnet.STAGES))}")
+    if config.stem not in resnet.STEMS:
+        raise UserError(f"unknown model.stem={config.stem!r}; the stems are {', '.join(resnet.STEMS)}")
     if config.dtype not in DTYPES:
         raise UserError(f"model.dtype={config.dtype!r}: the dtypes are {', '.join(DTYPES)}")
     model = MultiTaskModel(
         heads=tuple((task.name, task.head, task.outputs) for task in tasks),
         depth=config.depth,
         width=config.width,
+        stem=config.stem,
         head_features=config.head_features,
         dropout=config.dropout,
         classifier_features=tuple(config.classifier_features),
@@ -131,11 +135,12 @@ def _widths(text, dense):
         widths = widths_lib.Widths.from_json(text)
     except ValueError as error:
         raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error
-    heads, blocks = len(dense.heads), len(dense.layers().blocks)
-    if (len(widths.heads), len(widths.blocks), widths.attach) != (heads, blocks, dense.attach):
+    layers = dense.layers()
+    given, wanted = ((len(of.heads), len(of.blocks), of.attach, len(of.stem.features)) for of in (widths, layers))
+    if given != wanted:
         raise UserError(
             f"config.model.widths is of a compact model with {len(widths.heads)} tasks and {len(widths.blocks)} "
-            f"blocks: neither config.tasks ({heads} now), model.depth={dense.depth} nor model.attach can be another "
-            "than when it was made"
+            f"blocks: neither config.tasks ({len(dense.heads)} now), model.depth={dense.depth}, "
+            f"model.stem={dense.stem} nor model.attach can be another than when it was made"
         )
     return widths

@@ -1,7 +1,8 @@
-"""Dilated ResNet-D 10, 18, 50 and 101: output stride 8, trained from scratch.
+"""Dilated ResNet 10, 18, 50 and 101: output stride 8.
 
-Stem of three 3x3 convolutions (ResNet-D), v1.5 bottlenecks (the stride sits in the 3x3), stages of width
+Stem of three 3x3 convolutions, v1.5 bottlenecks (the stride sits in the 3x3), stages of width
 64/128/256/512 with strides 1/2/1/1 and dilations 1/1/2/4, as in the released code of "Less is More".
+Other stems are those of networks with published ImageNet weights (`STEMS`).
 Padding is explicit and symmetric, as PyTorch's is, so that its weights give the same outputs here.
 """
 
@@ -19,6 +20,14 @@ STAGES = {10: (False, (1, 1, 1, 1)), 18: (False, (2, 2, 2, 2)), 50: (True, (3, 4
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 OUTPUT_STRIDE = 8
+# Outputs of the stem's convolutions, in widths of the first stage: one is a 7x7, three are 3x3.
+STEMS = {
+    "deep": (1, 1, 2),  # the paper's
+    "7x7": (1,),  # torchvision's
+    # timm's resnet50d (He et al. 2019, "Bag of Tricks", ResNet-D): shortcuts that change the width average 2x2 pixels
+    # in place of a stride; behind the strides that are a dilation here they average, too, as timm does it.
+    "resnet_d": (0.5, 0.5, 1),
+}
 BN_EPSILON = 1e-5
 
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -68,13 +77,24 @@ def _ones(x, stride: int):
     return jnp.ones((1, -(-x.shape[1] // stride), -(-x.shape[2] // stride), 1), x.dtype)
 
 
+def _averaged_2x2(x, stride: int):
+    """Means over 2x2 pixels, as timm's ResNet-D takes them: over those that there are, or at stride 1 zeros besides."""
+    if stride == 1:
+        return nn.avg_pool(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), (2, 2))
+    return nn.avg_pool(x, (2, 2), (stride, stride), padding="SAME", count_include_pad=False)
+
+
 class Block(nn.Module):
-    """Residual block: bottleneck (1x1, 3x3, 1x1) or basic (3x3, 3x3), as wide as `widths` says."""
+    """Residual block: bottleneck (1x1, 3x3, 1x1) or basic (3x3, 3x3), as wide as `widths` says.
+
+    `averages`: whether the shortcut's convolution reads means over 2x2 pixels, in place of a stride.
+    """
 
     widths: widths_lib.Block
     stride: int
     dilation: int
     bottleneck: bool
+    averages: bool = False
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
@@ -104,7 +124,8 @@ class Block(nn.Module):
             return nothing, inner
         if self.widths.shortcut == "conv":
             x = widths_lib.select(x, self.widths.shortcut_reads)
-            x = norm("downsample_bn")(convolve(features[-1], 1, self.stride, name="downsample_conv")(x))
+            x, stride = (_averaged_2x2(x, self.stride), 1) if self.averages else (x, self.stride)
+            x = norm("downsample_bn")(convolve(features[-1], 1, stride, name="downsample_conv")(x))
         elif self.widths.shortcut == "identity":
             x = x[..., : features[-1]]
         else:
@@ -115,25 +136,26 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Dilated ResNet-D.
+    """Dilated ResNet.
 
     Attributes:
       depth: 10, 18, 50 or 101.
       width: channels of the first stage (64 in the paper); the others follow from it.
+      stem: of `STEMS`.
       dtype: dtype of the computation; parameters and BatchNorm statistics are float32.
       axis_name: pmap axis that BatchNorm is synchronised over while training.
       bn_momentum: share of the old running statistics that a step keeps (PyTorch's 0.1 is 0.9 here).
-      stem, blocks: widths of every layer; None is dense, from `width`.
+      layers: widths of the stem and the blocks; None is dense, from `width`.
       points: where the features are read, of `points(depth)`; nothing behind the last of them is built. None: the end.
     """
 
     depth: int = 50
     width: int = 64
+    stem: str = "deep"
     dtype: jnp.dtype = jnp.float32
     axis_name: str | None = None
     bn_momentum: float = 0.9
-    stem: widths_lib.Stem | None = None
-    blocks: tuple[widths_lib.Block, ...] | None = None
+    layers: tuple[widths_lib.Stem, tuple[widths_lib.Block, ...]] | None = None
     points: tuple[str, ...] | None = None
 
     @nn.compact
@@ -143,10 +165,9 @@ class ResNet(nn.Module):
         With `points`, a tuple of the features at each of them; those in front of the last stride are averaged down to
         H/8, W/8. A compact model that nothing of x reaches gives [1, H/8, W/8, C].
         """
-        stem, blocks = dense(self.depth, self.width, self.points)
+        stem, blocks = self.layers or dense(self.depth, self.width, self.points, self.stem)
         size = tuple(-(-side // OUTPUT_STRIDE) for side in x.shape[1:3])
-        x = self._stem(x.astype(self.dtype), train, self.stem or stem)
-        blocks = blocks if self.blocks is None else self.blocks
+        x = self._stem(x.astype(self.dtype), train, stem)
         found = {"stem": x}
         for place, widths in zip(places(self.depth), blocks, strict=False):
             x, inner = Block(
@@ -154,6 +175,7 @@ class ResNet(nn.Module):
                 stride=place.stride,
                 dilation=place.dilation,
                 bottleneck=STAGES[self.depth][0],
+                averages=self.stem == "resnet_d" and place.stage > 0,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
                 bn_momentum=self.bn_momentum,
@@ -174,7 +196,13 @@ class ResNet(nn.Module):
             return jnp.broadcast_to(constant.astype(x.dtype), (1, *x[:, ::4, ::4].shape[1:3], features[-1]))
         x = _ones(x, 2) if dead else widths_lib.select(x, widths.reads)
         for i in range(dead + 1, len(features) + 1):
-            x = conv(features[i - 1], 3, 2 if i == 1 else 1, dtype=self.dtype, name=f"stem_conv{i}")(x)
+            x = conv(
+                features[i - 1],
+                7 if len(features) == 1 else 3,
+                2 if i == 1 else 1,
+                dtype=self.dtype,
+                name=f"stem_conv{i}",
+            )(x)
             x = nn.relu(batch_norm(self, train, f"stem_bn{i}")(x))
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros are as good as -inf behind a ReLU, and ONNX knows them
         return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
@@ -211,13 +239,13 @@ def points(depth: int) -> tuple[str, ...]:
 
 
 def dense(
-    depth: int, width: int, read: tuple[str, ...] | None = None
+    depth: int, width: int, read: tuple[str, ...] | None = None, stem: str = "deep"
 ) -> tuple[widths_lib.Stem, tuple[widths_lib.Block, ...]]:
     """Widths of the dense network: stem, and blocks as far as the last of the points `read`; None is all."""
     bottleneck = STAGES[depth][0]
     last = points(depth)[-1] if read is None else max(read, key=points(depth).index)
-    stem = widths_lib.Stem((width, width, 2 * width))
-    blocks, before = [], stem.stream
+    front = widths_lib.Stem(tuple(max(1, int(share * width)) for share in STEMS[stem]))
+    blocks, before = [], front.stream
     for place in places(depth) if last != "stem" else ():
         inner = width * 2**place.stage
         after = inner * (4 if bottleneck else 1)
@@ -230,4 +258,4 @@ def dense(
         before = after
         if place.name == block:
             break
-    return stem, tuple(blocks)
+    return front, tuple(blocks)

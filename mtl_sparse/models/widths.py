@@ -14,7 +14,7 @@ Ranges = tuple[tuple[int, int], ...]  # channels [start, stop) of each range, in
 
 @dataclasses.dataclass(frozen=True)
 class Stem:
-    """The three convolutions in front.
+    """The convolutions in front: three 3x3, or one 7x7.
 
     Attributes:
       features: outputs of each; the last is the width of the residual stream. 0 in the last: nobody reads it.
