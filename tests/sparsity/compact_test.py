@@ -21,10 +21,10 @@ HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1), ("attribute:Ma
 
 
 @functools.cache
-def dense(depth, dtype="float32", attach=()):
+def dense(depth, dtype="float32", attach=(), stem="deep"):
     """A small dense model with BatchNorm statistics like a trained one's: (model, flat parameters, statistics)."""
     model = multitask.MultiTaskModel(
-        HEADS, depth=depth, width=8, head_features=6, attach=attach, dtype=jnp.dtype(dtype)
+        HEADS, depth=depth, width=8, stem=stem, head_features=6, attach=attach, dtype=jnp.dtype(dtype)
     )
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     rng = np.random.default_rng(1)
@@ -43,9 +43,9 @@ def dense(depth, dtype="float32", attach=()):
     return model, params, statistics
 
 
-def with_zeros(depth, seed, share, scope="backbone", dead=(), dtype="float32", attach=()):
+def with_zeros(depth, seed, share, scope="backbone", dead=(), dtype="float32", attach=(), stem="deep"):
     """The model with groups of each kernel zero at random: a `share`, or everything where `dead` matches its path."""
-    model, params, statistics = dense(depth, dtype, attach)
+    model, params, statistics = dense(depth, dtype, attach, stem)
     rng = np.random.default_rng(seed)
     params = dict(params)
     for path, kernel in params.items():
@@ -100,14 +100,15 @@ CASES = dict(
     taps=st.booleans(),
     # Where the heads read, modulo the number of points; () is the end.
     attach=st.one_of(st.just(()), st.tuples(*[st.integers(0, 10**6)] * len(HEADS))),
+    stem=st.sampled_from(sorted(resnet.STEMS)),
 )
 UNHURRIED = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, taps, attach=()):
+def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, taps, attach=(), stem="deep"):
     points = resnet.points(depth)
     attach = tuple(points[place % len(points)] for place in attach)
-    model, variables = with_zeros(depth, seed, share, scope, dead, attach=attach)
+    model, variables = with_zeros(depth, seed, share, scope, dead, attach=attach, stem=stem)
     options = {"multiple": multiple, "size": SIZE if taps else None}
     small, small_variables = compact(model, variables, **options)
     assert_same_outputs(model, variables, small, small_variables, 1e-5)
@@ -119,7 +120,9 @@ def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, tap
 
 @settings(max_examples=3, **UNHURRIED)
 @given(**CASES)
-@example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False, attach=())  # logit near 0
+# A logit near 0.
+@example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False, attach=(), stem="deep")
+@example(depth=18, seed=3, share=None, scope="all", dead=["stem"], multiple=4, taps=True, attach=(), stem="resnet_d")
 def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
     check_outputs_and_idempotence(**case)
 
