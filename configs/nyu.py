@@ -61,6 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
             eps=1e-8,
             weight_decay=0.1,  # decoupled, on kernels
             l2=0.0,  # in the gradient, on all of the model, as in the paper's dense baselines (0.01, weight_decay=0)
+            restart_each_epoch=False,  # Adam's moments and step count; True is what the released code does
             schedule="plateau",  # or "constant", "cosine"
             plateau_epochs=5,  # stale epochs before the learning rate is multiplied by ...
             plateau_factor=0.1,
@@ -86,6 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
             bias_correction=True,  # of v in that metric; False is published
             fixed_norm=True,  # False is the published behaviour; see README, "Fixed-norm kernels"
             anneal_revival=True,  # a falling rate makes it harder to come back; False is published
+            penalty_in_gradient=False,  # besides the prox; True is what the released code does
             scope="backbone",  # or "all": the heads' kernels, too
         ),
         train=create(

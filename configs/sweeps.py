@@ -7,7 +7,9 @@
 penalties that act in so short a run.
 """
 
+import functools
 import itertools
+import operator
 
 from configs import celebamask_hq, demo, demo_faces, nyu
 from mtl_sparse.errors import UserError
@@ -81,6 +83,28 @@ def paper_baseline(small):
     return [{**settings, "optimizer.weight_decay": 0.0, "optimizer.l2": 0.01} for settings in fair_baseline(small)]
 
 
+def fidelity(small):
+    """What the released code does otherwise, each and together, and its dense rows and ours: docs/fidelity.md."""
+    restart = {"optimizer.restart_each_epoch": True}
+    unlearned = {"loss.weighting": "fixed", "loss.weights": (0.3679,) * len(ALL)}  # exp(-s), s = 1 and never updated
+    differences = [
+        {"sparsity.bias_correction": False},
+        {"sparsity.warmup_steps": 0},
+        {"sparsity.fixed_norm": False},
+        {"sparsity.anneal_revival": False},
+        {"sparsity.penalty_in_gradient": True},
+        restart,
+        unlearned,
+    ]
+    paper = functools.reduce(operator.or_, differences[:4])
+    released = functools.reduce(operator.or_, differences)
+    adam_l2 = {"optimizer.weight_decay": 0.0, "optimizer.l2": 0.01}
+    dense = {"sparsity.lambda_": 0.0}
+    rows = [{}, *differences, paper, released, dense, dense | adam_l2, dense | adam_l2 | restart | unlearned, adam_l2]
+    ours = {"sparsity.lambda_": DEMO_LAMBDAS[-1] if small else LAMBDAS[-1], "optimizer.weight_decay": 0.1}
+    return [{**ours, **row, "seed": seed} for row in rows for seed in (range(3) if small else SEEDS)]
+
+
 def _shrink(config, frames, size):
     """A demo's config at the size of a sweep's run, with a fixed lambda, which table and sweep set."""
     config.sparsity.update(target=0.0, start_step=0, warmup_steps=20)
@@ -126,6 +150,7 @@ SWEEPS = {
     "lomt": (lomt, four_tasks, small_four_tasks),
     "target_path": (target_path, nyu.get_config, small_rooms),
     "fair_baseline": (fair_baseline, nyu.get_config, small_rooms),
+    "fidelity": (fidelity, nyu.get_config, small_rooms),
     "paper_baseline": (paper_baseline, nyu.get_config, small_rooms),
 }
 

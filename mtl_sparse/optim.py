@@ -69,12 +69,18 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
             "bias_correction": sparsity.bias_correction,
             "fixed_norm": sparsity.fixed_norm,
             "anneal_revival": sparsity.anneal_revival,
+            "penalty_in_gradient": sparsity.penalty_in_gradient,
+            "restart_every": _restart_every(config, total_steps),
             "scope": sparsity.scope,
         }
         transform.proximal_adam(config.optimizer.learning_rate, **settings)  # inject_hyperparams calls it late
     except ValueError as error:
         raise UserError(f"config.sparsity: {error}") from error
     return optax.inject_hyperparams(transform.proximal_adam, static_args=tuple(settings))(rate, **settings)
+
+
+def _restart_every(config, total_steps):
+    return max(1, total_steps // config.train.epochs) if config.optimizer.restart_each_epoch else None
 
 
 def _target(sparsity, total_steps):

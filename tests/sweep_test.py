@@ -211,18 +211,20 @@ COUNTS = {
     "lomt": 1,
     "target_path": 6,
     "fair_baseline": 7,
+    "fidelity": 14,
     "paper_baseline": 7,
 }
 
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
 def test_named_sweeps_hold_valid_runs(name):
-    for size, seeds in (("", 5), (":demo", 3 if name == "lomt" else 2)):
+    for size, seeds in (("", 5), (":demo", 3 if name in ("lomt", "fidelity") else 2)):
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
         assert len(trials) == COUNTS[name] * seeds
         for trial in trials:
             run_lib.check_config(trial.config)
         assert len({trial.config.to_json() for trial in trials}) == len(trials)
+        assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
 
 
 def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path, trained, monkeypatch):

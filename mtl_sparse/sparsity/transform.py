@@ -49,6 +49,8 @@ def proximal_adam(
     bias_correction: bool = True,
     fixed_norm: bool | str = True,
     anneal_revival: bool = True,
+    penalty_in_gradient: bool = False,
+    restart_every: int | None = None,
     scope: str | None = None,
     rules: Mapping[str, int | None] = groups_lib.HWIO,
 ) -> optax.GradientTransformation:
@@ -92,6 +94,10 @@ def proximal_adam(
         threshold: one comes back when |m_g| > lambda c_g * highest / current rate. As the rate falls the zero
         pattern comes to rest as the weights do; otherwise groups near the threshold come and go with the noise
         of single batches until the end. False is published.
+      penalty_in_gradient: also add the group lasso's subgradient, lambda c_g w_g / |w_g|, to the gradient, so that it
+        goes through Adam's moments, as the released code of "Less is More" does. The method's is the prox alone.
+      restart_every: steps after which Adam's moments and step count start again from zero, as in the released code,
+        which makes a new optimizer every epoch. None is never.
       scope: which kernels are penalised, see `groups.find`.
       rules: their groups, see `groups.find`.
 
@@ -103,6 +109,10 @@ def proximal_adam(
     for name, value in (("start_step", start_step), ("warmup_steps", warmup_steps), ("debias_step", debias_step or 0)):
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
+    if restart_every is not None and restart_every < 1:
+        raise ValueError(f"restart_every must be >= 1, got {restart_every}")
+    if penalty_in_gradient and penalty != "group_lasso":
+        raise ValueError(f"penalty_in_gradient goes with penalty 'group_lasso', not {penalty!r}")
     penalizes = target is not None or callable(lambda_) or lambda_ > 0
     if not l2 >= 0:
         raise ValueError(f"l2 must be >= 0, got {l2}")
@@ -136,22 +146,42 @@ def proximal_adam(
             strength *= jnp.clip((count + (not warmup_steps) - start_step) / max(warmup_steps, 1), 0, 1)
         return strength if debias_step is None else jnp.where(count >= debias_step, 0, strength)
 
+    def add_subgradient(updates, params, strength):
+        kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope, rules)}
+
+        def add(path, update, param):
+            kernel = kernels.get(groups_lib.path_name(path))
+            if kernel is None:
+                return update
+            norm = jnp.sqrt(jnp.sum(jnp.square(param), _other_axes(kernel, param.ndim), keepdims=True))
+            weight = strength * _group_weight(group_weights, kernel)
+            return update + (weight * param / jnp.where(norm > 0, norm, 1)).astype(update.dtype)
+
+        return jax.tree_util.tree_map_with_path(add, updates, params)
+
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
         if l2:
             updates, _ = shrink.update(updates, shrink.init(params), params)
-        updates, adam_state = adam.update(updates, state.adam, params)
+        strength = strength_at(state.count, state.control)
+        if penalizes and penalty_in_gradient:
+            updates = add_subgradient(updates, params, strength)
+        adam_state = state.adam
+        if restart_every:
+            moments = adam_state[0]  # of optax.scale_by_adam, the first link of optax.adamw
+            kept = (state.count % restart_every != 0).astype(jnp.int32)
+            adam_state = (jax.tree.map(lambda leaf: leaf * kept.astype(leaf.dtype), moments), *adam_state[1:])
+        updates, adam_state = adam.update(updates, adam_state, params)
         count = optax.safe_increment(state.count)
         if not penalizes:
             return updates, state._replace(count=count, adam=adam_state)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         peak_rate = jnp.maximum(state.peak_rate, rate).astype(jnp.float32)
-        strength = strength_at(state.count, state.control)
         kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope, rules)}
-        moments = adam_state[0]  # of optax.scale_by_adam, the first link of optax.adamw
+        moments = adam_state[0]
         m, v = groups_lib.by_path(moments.mu), groups_lib.by_path(moments.nu)
-        m_correction, v_correction = (1 - b ** count.astype(jnp.float32) for b in (b1, b2))
+        m_correction, v_correction = (1 - b ** moments.count.astype(jnp.float32) for b in (b1, b2))
         zeros, thresholds = [], []
 
         def proximal_update(path, update, param):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -322,7 +324,50 @@ def test_reaches_the_group_lasso_optimum_without_recompiling():
     np.testing.assert_allclose(found, best, atol=2e-3)
 
 
+@pytest.mark.parametrize(("bias_correction", "lambda_"), [(True, 14.0), (False, 0.6)])
+def test_a_restart_is_a_new_optimizer(bias_correction, lambda_):
+    params = random_tree(0)
+    settings = {"bias_correction": bias_correction, "fixed_norm": False, "weight_decay": 0.1}
+    make = functools.partial(transform.proximal_adam, 1e-2, lambda_, **settings)
+    whole, _ = run(make(restart_every=3), params, steps=6)
+    parts = params
+    for start in (0, 3):
+        tx = make()
+        state = tx.init(parts)
+        for step in range(start, start + 3):
+            updates, state = tx.update(random_tree(100 + step), state, parts)
+            parts = optax.apply_updates(parts, updates)
+    kernel = whole["backbone"]["conv"]["kernel"]
+    assert 0 < int((kernel == 0).all((0, 1, 3)).sum()) < 8, "the penalty acts"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+    without, _ = run(make(), params, steps=6)
+    assert float(jnp.abs(without["head"]["kernel"] - whole["head"]["kernel"]).max()) > 1e-3
+
+
+def test_the_penalty_in_the_gradient_is_the_group_lassos_derivative():
+    params = random_tree(0)
+    params["backbone"]["conv"]["kernel"] = params["backbone"]["conv"]["kernel"].at[:, :, 2].set(0)
+    lambda_ = 0.05
+    tx = transform.proximal_adam(1e-2, lambda_, penalty_in_gradient=True, fixed_norm=False)
+    plain = transform.proximal_adam(1e-2, lambda_, fixed_norm=False)
+
+    def penalty(kernel):
+        squares = jnp.sum(kernel**2, (0, 1, 3))
+        return lambda_ * (3 * 3 * 16) ** 0.5 * jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.maximum(squares, 1e-30)), 0))
+
+    state, plain_state, expected = tx.init(params), plain.init(params), params
+    for step in range(3):
+        grads = random_tree(100 + step)
+        updates, state = tx.update(grads, state, params)
+        grads["backbone"]["conv"]["kernel"] += jax.grad(penalty)(expected["backbone"]["conv"]["kernel"])
+        plain_updates, plain_state = plain.update(grads, plain_state, expected)
+        params, expected = optax.apply_updates(params, updates), optax.apply_updates(expected, plain_updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, expected)
+
+
 BAD_ARGUMENTS = {
+    "restart": ({"restart_every": 0}, "restart_every must be >= 1, got 0"),
+    "gradient of l1": ({"penalty_in_gradient": True, "penalty": "l1"}, "goes with penalty 'group_lasso', not 'l1'"),
     "lambda": ({"lambda_": -1.0}, "lambda_ must be a number >= 0, got -1"),
     "metric": ({"metric": "euclid"}, "metric 'euclid'.*adaptive, plain"),
     "penalty": ({"penalty": "ridge"}, "penalty 'ridge'.*group_lasso, group_mcp, l1"),
