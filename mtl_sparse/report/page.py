@@ -16,6 +16,7 @@ td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } 
 
 _AGAINST = {
     "against_dense": "Sparse against dense",
+    "against_first": "Against the first row",
     "against_plain": "Heads at their tasks' layers against all at the end",
 }
 
@@ -37,6 +38,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     tables = {
         "summary": study_tables.summary(study),
         "against_dense": study_tables.against_dense(study),
+        "against_first": study_tables.against_first(study),
         "against_plain": study_tables.against_plain(study),
     }
     tables = {name: rows for name, rows in tables.items() if len(rows) > 1}

@@ -19,6 +19,7 @@ PAPER = {
     "depth": ("mae_normalized_stride8", "MAE", False),
     "edge": ("mae_stride8", "MAE", False),
 }
+_MOST_COLUMNS = 4  # of settings
 _DENSE = {"sparsity.lambda_": 0.0, "sparsity.target": 0.0}
 
 
@@ -56,12 +57,14 @@ class Row:
       tasks: of its runs.
       runs: seed -> contents of its results.json.
       folders: seed -> the run's folder.
+      changes: those of `settings` that are others than in the study's first row.
     """
 
     settings: dict
     tasks: tuple[str, ...]
     runs: dict[int, dict]
     folders: dict[int, pathlib.Path]
+    changes: dict = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> dict:
@@ -111,6 +114,11 @@ class Study:
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(task for row in self.rows for task in row.tasks))
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether so many settings differ that rows are told by what they change of the first one."""
+        return len(self.rows[0].settings.keys() - {"tasks"}) > _MOST_COLUMNS
 
     def gain(self, row: Row) -> Figure | None:
         """Delta_m in percent over the row's seeds: the mean over tasks of the relative gain on the single-task runs.
@@ -222,7 +230,9 @@ def _rows(found):
         if run["seed"] in row.runs:
             raise UserError(f"{folder} and {row.folders[run['seed']]} are the same run twice: leave one out")
         row.runs[run["seed"]], row.folders[run["seed"]] = run, folder
-    return tuple(rows.values())
+    first, *others = rows.values()
+    changed = ({name: value for name, value in row.settings.items() if value != first.settings[name]} for row in others)
+    return first, *(dataclasses.replace(row, changes=of) for row, of in zip(others, changed, strict=True))
 
 
 def _settings(config):

@@ -53,6 +53,12 @@ def against_plain(study: study_lib.Study) -> Rows:
     return _against(study, rows, "LOMT", "plain")
 
 
+def against_first(study: study_lib.Study) -> Rows:
+    """Where many settings differ, each row minus the first one in the tasks of both, paired over seeds."""
+    bases = {i: study.rows[0] for i in range(1, len(study.rows)) if study.is_ablation}
+    return _against(study, bases, "row", "first")
+
+
 def _against(study, bases, ours, theirs) -> Rows:
     """A line for each metric of each row in `bases` {place in study.rows: its base, or None}; "better" at p < 0.05."""
     names = settings_names(study)
@@ -61,7 +67,7 @@ def _against(study, bases, ours, theirs) -> Rows:
         row = study.rows[i]
         if base is None:
             continue
-        for task in row.tasks:
+        for task in [task for task in row.tasks if task in base.tasks]:
             found = study_lib.compare(row, base, task)
             _, name, higher = study_lib.metric(task, next(iter(row.runs.values())))
             known = math.isfinite(found.p)
@@ -81,12 +87,17 @@ def _against(study, bases, ours, theirs) -> Rows:
 
 
 def settings_names(study) -> list[str]:
-    """The tasks and the settings that differ between rows."""
+    """The tasks and the settings that differ between rows; where they are many, "changes" for all of them."""
+    if study.is_ablation:
+        return ["tasks", "changes"]
     return ["tasks", *sorted(study.rows[0].settings.keys() - {"tasks"})]
 
 
 def setting(row, name: str) -> str:
     """A setting of a row as a table shows it."""
+    if name == "changes":
+        changes = {key: value for key, value in row.changes.items() if key != "tasks"}
+        return ", ".join(f"{short(key)} {show(value)}" for key, value in changes.items()) or "(the first row)"
     return show(row.tasks if name == "tasks" else row.settings[name])
 
 

@@ -71,6 +71,27 @@ def test_rows_are_runs_that_differ_in_their_seed_alone(folders):
     assert set(found.rows[0].settings) == {"tasks", "sparsity.lambda_"}
 
 
+def test_many_settings_are_told_by_what_they_change(tmp_path):
+    made = []
+    for seed in range(2):
+        made.append(write_run(tmp_path / f"first{seed}", BOTH, 1e-5, seed, iou=0.3 + 0.01 * seed, mae=0.13))
+        other = write_run(tmp_path / f"other{seed}", BOTH, 0.0, seed, iou=0.32 + 0.02 * seed, mae=0.12)
+        results = json.loads((other / "results.json").read_text())
+        results["config"]["optimizer"].update(l2=0.01, weight_decay=0.0)
+        results["config"]["sparsity"].update(warmup_steps=0, fixed_norm=False)
+        (other / "results.json").write_text(json.dumps(results))
+        made.append(other)
+    found = study.read(made)
+    head, first, *_, other = study_tables.summary(found)
+    assert head[:2] == ("tasks", "changes") and first[1] == "(the first row)"
+    assert other[1] == "l2 0.01, weight_decay 0, fixed_norm False, lambda 0, warmup_steps 0"
+    head, iou, mae = study_tables.against_first(found)
+    assert head[2:4] == ("metric", "row - first")
+    assert iou[2:4] == ("segmentation IoU", "+0.0250") and mae[2:4] == ("depth MAE", "-0.0100")
+    few = study.read([made[0], write_run(tmp_path / "few", BOTH, 1e-4, 0, iou=0.3, mae=0.1)])
+    assert study_tables.summary(few)[0][:2] == ("tasks", "lambda") and len(study_tables.against_first(few)) == 1
+
+
 def test_mean_and_spread_by_hand(folders):
     figure = row(study.read(folders), BOTH, 1e-5).figure("segmentation")
     mean = (0.33 + 0.36 + 0.35) / 3
