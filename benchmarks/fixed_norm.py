@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
-from flax import jax_utils
 from matplotlib.figure import Figure
 
 from configs import demo
@@ -82,7 +81,7 @@ def measure(config) -> dict:
     for step in range(1, run.total_steps + 1):
         state, _ = step_fn(state, next(batches))
         if step % _EVERY == 0 or step == run.total_steps:
-            row = jax.device_get(probe(jax_utils.unreplicate(state), initial))
+            row = jax.device_get(probe(state, initial))
             row = {name: np.asarray(value).tolist() for name, value in row.items() if name != "norms"}
             rows.append({"step": step, **row})
             if step % (10 * _EVERY) == 0:

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import jax_utils
 
+from benchmarks import ours
 from configs import nyu
-from mtl_sparse import optim, tasks, train, weighting
+from mtl_sparse import tasks
 from mtl_sparse.benchmark import timed
 from mtl_sparse.models import multitask
-from mtl_sparse.run import AXIS
 from mtl_sparse.sparsity import groups, prox
 
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each function is timed.")
@@ -70,30 +69,10 @@ def operators(shapes: list[tuple[int, ...]]) -> dict:
     }
 
 
-def training_steps(config) -> dict:
+def training_steps() -> dict:
     """The training step with and without the penalty, each on its own state."""
-    rows = tasks.resolve(config)
-    model = multitask.build(config.model, rows, axis_name=AXIS)
-    side, batch_size = _SIZE.value, _BATCH.value
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.normal(size=(1, batch_size, side, side, 3)).astype(np.float32),
-        "segmentation": rng.integers(0, 40, (1, batch_size, side, side)).astype(np.int32),
-        "depth": rng.uniform(0.1, 1, (1, batch_size, side, side)).astype(np.float32),
-        "normals": np.broadcast_to(np.float32([0, 0, 1]), (1, batch_size, side, side, 3)),
-    }
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))
-    params = {"model": variables["params"], "weighting": weighting.init("uncertainty", [row.name for row in rows])}
-    steps = {}
-    for name, lambda_ in (("without penalty (AdamW)", 0.0), ("with penalty", config.sparsity.lambda_)):
-        config.sparsity.update(lambda_=lambda_, warmup_steps=0)
-        tx = optim.build(config, 100)
-        state = train.TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
-        step = functools.partial(train.train_step, model=model, tasks=rows, tx=tx, loss_config=config.loss, seed=0)
-        steps[name] = functools.partial(
-            jax.pmap(step, axis_name=AXIS), jax_utils.replicate(state, jax.local_devices()[:1]), batch
-        )
-    return steps
+    make = functools.partial(ours.training_step, size=_SIZE.value, batch=_BATCH.value)
+    return {"without penalty (AdamW)": make(penalty=False), "with penalty": make(penalty=True)}
 
 
 def main(_):
@@ -108,7 +87,7 @@ def main(_):
     report(seconds, "copy of the three arrays")
     if _STEP.value:
         print(f"\ntraining step, {', '.join(config.tasks)}, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}")
-        steps = timed(training_steps(config), _ROUNDS.value)
+        steps = timed(training_steps(), _ROUNDS.value)
         report(steps, "without penalty (AdamW)")
         share = np.median(seconds["group_lasso, adaptive"]) / np.median(steps["with penalty"])
         print(f"group_lasso alone is {100 * share:.1f} % of the step with the penalty")

@@ -83,22 +83,18 @@ def shard(batch: Batch) -> Batch:
 
 
 def replicate(tree):
-    """A copy of each leaf on every local device, [local devices, ...], the form that pmap takes.
-
-    Laid out as pmap lays out its results, so that what is compiled for a state serves for the next one, too.
-    """
-    count = jax.local_device_count()
-    return jax.device_put(jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), tree), _over_devices())
+    """The tree on every local device, as pmap takes and returns what is not mapped (`in_axes` and `out_axes` None)."""
+    return jax.device_put(tree, _sharding())
 
 
-def _over_devices() -> jax.NamedSharding:
+def _sharding(*axes) -> jax.NamedSharding:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("devices",))
-    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def prefetch_to_device(batches: Iterator[Batch], size: int = 2) -> Iterator[dict[str, jax.Array]]:
     """Keeps `size` sharded batches on the devices ahead of the one in use."""
-    queue, sharding = collections.deque(), _over_devices()
+    queue, sharding = collections.deque(), _sharding("devices")
 
     def fill(count):
         for batch in itertools.islice(batches, count):

@@ -57,10 +57,10 @@ def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
 def make_evaluator(model, tasks: Sequence[Task]) -> Callable:
     """Compiles `eval_sums` once; returns evaluate(variables, batches) -> {"<task>/<metric>": value}.
 
-    `variables` are replicated over the local devices, `batches` host batches with a `mask`. Every example
+    `variables` are on every local device (`loader.replicate`), `batches` host batches with a `mask`. Every example
     counts once; the result does not depend on the batch size. "<task>/loss" is among the values.
     """
-    step = jax.pmap(functools.partial(eval_sums, model=model, tasks=tasks))
+    step = jax.pmap(functools.partial(eval_sums, model=model, tasks=tasks), in_axes=(None, 0))
 
     def evaluate(variables, batches: Iterator[loader.Batch]) -> dict[str, float]:
         return _values(tasks, (_total(step(variables, loader.shard(batch)), batch) for batch in batches))

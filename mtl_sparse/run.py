@@ -50,7 +50,7 @@ class Run:
       config: as from configs/nyu.py.
       tasks: its rows of the task table.
       data: sources of stored frames.
-      model: with BatchNorm and dropout of the training step's axis.
+      model: with BatchNorm and dropout of the training step's axis, where there are several devices.
       tx: the optimizer.
       steps_per_epoch, total_steps: of the whole run.
       settled_step: from this step on a checkpoint may be the best one, see `optim.settled_step`.
@@ -136,7 +136,8 @@ def setup(config) -> Run:
     """
     check_config(config)
     tasks = tasks_lib.resolve(config)
-    model = multitask.build(config.model, tasks, axis_name=AXIS)
+    # BatchNorm of a single device has nothing to synchronise, and XLA fuses it better.
+    model = multitask.build(config.model, tasks, axis_name=AXIS if jax.device_count() > 1 else None)
     data = datasets.load(config.data, [task.label for task in tasks])
     steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
     total_steps = config.train.epochs * steps_per_epoch

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from absl import logging
 from clu import parameter_overview
-from flax import jax_utils
 
 from input_pipeline import loader
 from mtl_sparse import checkpoints, compaction, evaluate, logs, optim, results, weighting
@@ -44,7 +43,7 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
     """One step of one device, to be pmapped over `AXIS`.
 
     Args:
-      state: replicated.
+      state: the same on every device.
       batch: this device's share of the global batch, {"image": [B, H, W, 3], label: [B, H, W, ...]}.
       loss_config: config.loss.
       seed: of the dropout.
@@ -71,13 +70,15 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
         return combined, (losses, updates["batch_stats"])
 
     (loss, (losses, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
-    # The losses are sums over all devices already, so each device's gradient counts the others' losses, too.
-    grads = jax.lax.pmean(grads, AXIS)
+    if jax.lax.axis_size(AXIS) > 1:  # of one device it would be a copy
+        # The losses are sums over all devices already, so each device's gradient counts the others' losses, too.
+        grads = jax.lax.pmean(grads, AXIS)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = {
         "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
+        # By products: optax.tree.norm squares first, and those squares, which Adam needs, too, would be written out.
+        "grad_norm": jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))),
         "learning_rate": optim.learning_rate(opt_state),
         "lambda": optim.lambda_(opt_state),
     }
@@ -87,12 +88,15 @@ def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed:
 
 
 def make_train_step(run: Run):
-    """`train_step` of a run, compiled over the local devices; the state's buffers are reused."""
+    """`train_step` of a run, compiled over the local devices; the state's buffers are reused.
+
+    The state and the scalars have no axis of devices: with one, XLA copies the whole state in every step.
+    """
     config = run.config
     step = functools.partial(
         train_step, model=run.model, tasks=run.tasks, tx=run.tx, loss_config=config.loss, seed=config.seed
     )
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
 
 
 def validation_score(values: dict[str, float], tasks) -> float:
@@ -181,7 +185,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
                 score = validation_score(values, run.tasks)
                 if not math.isfinite(score):
                     logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
-                sparsity = stats.sparsity(jax_utils.unreplicate(state.params["model"]), config.sparsity.scope)
+                sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
                 values |= {
                     "score": score,
                     "sparsity/group": sparsity.group,
@@ -190,12 +194,12 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
                 }
                 log.write(step, "validation", values)
                 improved, state = _end_epoch(run, progress, step, score, state)
-                lambda_ = float(optim.lambda_(jax_utils.unreplicate(state.opt_state)))
+                lambda_ = float(optim.lambda_(state.opt_state))
                 _say_epoch(run, step, values, sparsity, lambda_, improved)
                 if improved:
-                    saved.save("best", step, _host(state), dataclasses.asdict(progress))
+                    saved.save("best", step, jax.device_get(state), dataclasses.asdict(progress))
             if epoch_ends or saves:
-                saved.save("latest", step, _host(state), dataclasses.asdict(progress))
+                saved.save("latest", step, jax.device_get(state), dataclasses.asdict(progress))
             if progress.stopped:
                 logging.info("Stopping early: no better validation score for %d epochs", config.train.early_stop_epochs)
                 break
@@ -204,17 +208,12 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
         saved.wait()
 
 
-def _host(state):
-    """One copy of a replicated state, on the host."""
-    return jax.tree.map(lambda x: x[0], jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, state)))
-
-
 def _write_pending(log, pending, saved):
     """Fetches the scalars of the steps since the last call, checks each, and logs their mean."""
     if not pending:
         return
     steps = [step for step, _ in pending]
-    rows = [jax_utils.unreplicate(row) for row in jax.device_get([scalars for _, scalars in pending])]
+    rows = jax.device_get([scalars for _, scalars in pending])
     pending.clear()
     for step, row in zip(steps, rows, strict=True):
         wrong = [f"{name}={value}" for name, value in row.items() if not np.isfinite(value)]

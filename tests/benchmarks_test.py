@@ -1,10 +1,14 @@
 """The benchmarks on something small: that they measure what they say, not how fast it is."""
 
+import functools
+import time
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compact, fixed_norm, prox
+from benchmarks import compact, fixed_norm, loader, ours, peers, prox
 from mtl_sparse.benchmark import timed
 
 
@@ -45,3 +49,75 @@ def test_compaction_is_timed_for_each_share():
     ratios = [float(line.split("|")[5].strip()[:-1]) for line in lines[2:]]
     assert ratios[0] == 1 < ratios[3] < ratios[1]
     assert compact.costs(2).mac > 0
+
+
+SMALL = {"size": 32, "batch": 2, "width": 4, "head_features": 4}
+SHALLOW = {**SMALL, "depth": 10}
+
+
+def test_our_step_and_inference_do_what_they_say():
+    batch = peers.random_batch(16, 2)
+    assert {name: value.shape[:3] for name, value in batch.items()} == dict.fromkeys(batch, (2, 16, 16))
+    step = ours.training_step(**SHALLOW)
+    before = step.__closure__
+    step()
+    states = [cell.cell_contents for cell in before if hasattr(cell.cell_contents, "step")]
+    assert [int(state.step) for state in states] == [1]
+    outputs = ours.inference(**SHALLOW)()
+    assert {name: raw.shape for name, raw in outputs.items()} == {
+        "segmentation": (2, 4, 4, 40),
+        "depth": (2, 4, 4, 1),
+        "normals": (2, 4, 4, 3),
+    }
+    assert ours.macs(32, depth=18) < ours.macs(32) < ours.macs(64) / 3.9
+
+
+def failing(**settings):
+    raise ValueError(f"no such {settings['thing']}")
+
+
+def test_peers_take_turns_in_processes_of_their_own():
+    pair = {"ours": ("tests.benchmarks_test", "sleeper", {"seconds": 0.02}),
+            "theirs": ("tests.benchmarks_test", "sleeper", {"seconds": 0.1})}  # fmt: skip
+    seconds = peers.alternate(pair, 3)
+    assert seconds["ours"].shape == (3,) and (seconds["ours"] < seconds["theirs"]).all()
+    with pytest.raises(RuntimeError, match="theirs: ValueError: no such thing"):
+        peers.alternate({"theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}, 1)
+
+
+def sleeper(*, seconds):
+    return functools.partial(time.sleep, seconds)
+
+
+def test_the_loader_is_timed_on_stored_frames(tmp_path):
+    rates = loader.images_per_second(32, 12, 2, tmp_path, stored=(48, 64))
+    assert rates.shape == (2,) and (rates > 0).all()
+    assert list(tmp_path.glob("**/*.array_record*")), "stored, not drawn as they are read"
+
+
+def test_pytorchs_step_is_the_same_step():
+    """The losses of its first step on the same weights, and a proximal step that zeroes what ours does."""
+    torch = pytest.importorskip("torch", reason="extra torch")
+    from benchmarks import torch_peer
+    from mtl_sparse.sparsity import prox as prox_lib
+
+    assert torch_peer.inference(variant="PyTorch, shared", **SMALL)() is None
+    losses = [torch_peer.training_step(variant=name, penalty=True, **SMALL)() for name in list(torch_peer.VARIANTS)[:3]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[1], rel=2e-2), "dropout falls on other pixels there"
+    rng = np.random.default_rng(0)
+    z = np.linspace(0.02, 0.2, 6)[:, None] * rng.normal(size=(3, 3, 6, 5))
+    v = np.exp(rng.normal(-46, 2, (3, 3, 6, 5)))
+    kernel = torch.nn.Parameter(torch.from_numpy(z.transpose(3, 2, 0, 1).copy()))
+    optimizer = torch.optim.Adam([kernel])
+    optimizer.state[kernel] = {
+        "exp_avg_sq": torch.from_numpy(v.transpose(3, 2, 0, 1).copy()),
+        "step": torch.tensor(1.0, dtype=torch.float64),
+    }
+    torch_peer.proximal_step([kernel], optimizer)
+    with jax.enable_x64(True):
+        metric = jnp.sqrt(v / (1 - 0.999)) + torch_peer.EPSILON
+        expected = prox_lib.group_lasso(jnp.asarray(z), torch_peer.RATE * torch_peer.LAMBDA * 45**0.5, metric)
+    zero = (np.asarray(expected) == 0).all((0, 1, 3))
+    assert 0 < zero.sum() < 6
+    np.testing.assert_allclose(kernel.detach().numpy().transpose(2, 3, 1, 0), expected, rtol=1e-6, atol=1e-12)

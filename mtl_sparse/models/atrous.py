@@ -1,18 +1,23 @@
-"""Convolutions computed in the way that is fastest: 1x1 as a product, 3x3 at a large rate as a sum over taps."""
+"""Convolutions computed in the way that is fastest: 1x1 as a product, 3x3 at a large rate as a sum over taps.
+
+Both have their gradients written out. Derived by JAX, the kernel's would be made transposed, of the larger of two
+operands, and the taps' a sum of nine whole kernels that are zero but for one tap: 15 % of a training step on a CPU.
+"""
 
 import contextlib
 import contextvars
+import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mtl_sparse.errors import UserError
 
-# From this rate on, the taps are taken one by one. XLA's CPU convolution slows with the rate although most
-# taps of a large rate meet only padding on an ASPP feature map (32x32 and less).
-_FIRST_TAPPED_RATE = 5
-
+# What a product costs when the taps are taken one by one, over its cost in the plain convolution, which also computes
+# those with padding. Measured on two CPU cores, forward and both gradients: 1.0 to 1.2 (docs/benchmarks.md).
+_TAP_COST = 1.2
 
 _plain = contextvars.ContextVar("plain", default=False)
 
@@ -28,22 +33,58 @@ def plain_convolutions():
 
 
 def _by_taps(size, rate) -> bool:
-    """Whether a sum over taps is faster than the plain convolution, forward and backward, as measured on a CPU.
-
-    At rate 4, that of the last stage, it is where maps are so small (16x16) that a quarter of an outer tap's products
-    are with padding; at rate 1 and 2 it never is.
-    """
-    return not _plain.get() and (rate >= _FIRST_TAPPED_RATE or (rate == 4 and 4 * rate >= max(size)))
+    """Whether a 3x3 convolution at dilation `rate` of a map of `size` costs less as a sum over taps."""
+    return not _plain.get() and _TAP_COST * _pixels(size, (3, 3), rate) < 9 * size[0] * size[1]
 
 
 def conv(x, kernel, strides, padding, *, rhs_dilation, **settings):
     """`lax.conv_general_dilated` for NHWC and HWIO, as `nn.Conv` calls it: 1x1 as a product, 3x3 by taps if faster."""
     if kernel.shape[:2] == (1, 1) and not _plain.get():
-        return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+        return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     rate = rhs_dilation[0]
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and _by_taps(x.shape[1:3], rate):
         return conv3x3(x, kernel, rate)
     return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **settings)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    """x [..., I] @ kernel [I, O]."""
+    return x @ kernel
+
+
+def _product_backward(residuals, dy):
+    x, kernel = residuals
+    return _to_input(dy, kernel), _to_kernel(x, dy)
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+def _to_input(dy, kernel):
+    """Gradient [..., I] of a product's input."""
+    return lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+
+
+def _to_kernel(x, dy):
+    """Gradient [I, O] of a product's kernel: the smaller of the two operands is the one that is transposed."""
+    over = tuple(range(x.ndim - 1))
+    if x.shape[-1] <= dy.shape[-1]:
+        return lax.dot_general(x, dy, ((over, over), ((), ())))
+    return lax.dot_general(dy, x, ((over, over), ((), ()))).T
+
+
+def max_pool(x):
+    """Largest of each 3x3 window at stride 2, padding 1; x [B, H, W, C] is not negative.
+
+    A maximum over rows and one over columns: its gradient needs no indices, which `nn.max_pool`'s writes out.
+    """
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros are as good as -inf here, and ONNX knows them
+    for axis in (1, 2):
+        last = x.shape[axis] - 2
+        first, middle, third = (lax.slice_in_dim(x, i, last + i, 2, axis) for i in range(3))
+        x = jnp.maximum(jnp.maximum(first, middle), third)
+    return x
 
 
 def conv3x3(x, kernel, rate: int):
@@ -76,22 +117,47 @@ def conv3x3(x, kernel, rate: int):
             rhs_dilation=(rate, rate),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+    return _sum_of_taps(x, kernel, rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sum_of_taps(x, kernel, rate):
     out = jnp.zeros((*x.shape[:3], kernel.shape[3]), x.dtype)
-    for i, j, (top, bottom), (left, right), dy, dx in _windows(x.shape[1:3], taps, rate):
-        window = x[:, top + dy : bottom + dy, left + dx : right + dx]
-        out = out.at[:, top:bottom, left:right].add(window @ kernel[i, j])
+    for i, j, to, of in _windows(x.shape[1:3], kernel.shape[:2], rate):
+        out = out.at[to].add(x[of] @ kernel[i, j])
     return out
 
 
+def _sum_of_taps_backward(rate, residuals, dy):
+    x, kernel = residuals
+    taps, dx = kernel.shape[:2], jnp.zeros_like(x)
+    dk = [[jnp.zeros(kernel.shape[2:], kernel.dtype)] * taps[1] for _ in range(taps[0])]
+    for i, j, to, of in _windows(x.shape[1:3], taps, rate):
+        dx = dx.at[of].add(_to_input(dy[to], kernel[i, j]))
+        dk[i][j] = _to_kernel(x[of], dy[to])
+    return dx, jnp.stack([jnp.stack(row) for row in dk])
+
+
+_sum_of_taps.defvjp(lambda x, kernel, rate: (_sum_of_taps(x, kernel, rate), (x, kernel)), _sum_of_taps_backward)
+
+
 def _windows(size, taps, rate):
-    """Taps that meet real pixels: (row, column in the kernel, rows, columns of the output, offset of the input)."""
+    """Taps that meet real pixels: (row, column in the kernel, index of the output's window, of the input's)."""
     height, width = size
     for i in range(taps[0]):
         for j in range(taps[1]):
             dy, dx = (i - taps[0] // 2) * rate, (j - taps[1] // 2) * rate
             rows, columns = (max(0, -dy), min(height, height - dy)), (max(0, -dx), min(width, width - dx))
             if rows[0] < rows[1] and columns[0] < columns[1]:
-                yield i, j, rows, columns, dy, dx
+                to = slice(None), slice(*rows), slice(*columns)
+                of = slice(None), slice(rows[0] + dy, rows[1] + dy), slice(columns[0] + dx, columns[1] + dx)
+                yield i, j, to, of
+
+
+def _pixels(size, taps, rate) -> int:
+    """Output pixels that the taps reach, summed over the taps."""
+    windows = [to for _, _, to, _ in _windows(size, taps, rate)]
+    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, rows, columns in windows)
 
 
 def macs(size: tuple[int, int], kernel_shape: tuple[int, ...], rate: int) -> int:
@@ -99,8 +165,7 @@ def macs(size: tuple[int, int], kernel_shape: tuple[int, ...], rate: int) -> int
     if not _by_taps(size, rate):
         pixels = size[0] * size[1] * kernel_shape[0] * kernel_shape[1]
     else:
-        windows = _windows(size, kernel_shape[:2], rate)
-        pixels = sum((bottom - top) * (right - left) for _, _, (top, bottom), (left, right), _, _ in windows)
+        pixels = _pixels(size, kernel_shape[:2], rate)
     return pixels * kernel_shape[2] * kernel_shape[3]
 
 

@@ -204,8 +204,7 @@ class ResNet(nn.Module):
                 name=f"stem_conv{i}",
             )(x)
             x = nn.relu(batch_norm(self, train, f"stem_bn{i}")(x))
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros are as good as -inf behind a ReLU, and ONNX knows them
-        return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2))
+        return atrous.max_pool(x)
 
 
 @dataclasses.dataclass(frozen=True)

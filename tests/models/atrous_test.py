@@ -1,10 +1,11 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from mtl_sparse.models import atrous
+from mtl_sparse.models import atrous, resnet
 
 
 @pytest.mark.parametrize("rate", [1, 4, 5, 7, 8, 12])
@@ -28,3 +29,71 @@ def test_equals_the_plain_convolution_with_gradients(rate, size):
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (3, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_product_equals_the_plain_1x1_with_gradients(inputs, outputs, stride):
+    keys = jax.random.split(jax.random.key(inputs), 2)
+    x, kernel = jax.random.normal(keys[0], (2, 7, 4, inputs)), jax.random.normal(keys[1], (1, 1, inputs, outputs))
+    settings = {"rhs_dilation": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def loss(conv):
+        call = lambda x, k: conv(x, k, (stride, stride), [(0, 0)] * 2, **settings)  # noqa: E731
+        return jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(call(x, k))), (0, 1))(x, kernel)
+
+    for a, b in zip(jax.tree.leaves(loss(atrous.conv)), jax.tree.leaves(loss(lax.conv_general_dilated)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9), (2, 3), (1, 1)])
+def test_max_pool_is_flaxs_with_its_gradient(size):
+    """Behind a ReLU, as in the stem: where several pixels of a window are zero, their gradient is zero anyway."""
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+
+    def loss(pool):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(pool(jax.nn.relu(x)))))(x)
+
+    settings = {"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}
+    for a, b in zip(loss(atrous.max_pool), loss(lambda x: nn.max_pool(x, **settings)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_the_gradients_of_the_whole_backbone_are_those_of_plain_convolutions():
+    """With the last stage's convolutions by taps; in float64, so that only the method can differ."""
+    with jax.enable_x64(True):
+        model = resnet.ResNet(10, 2, dtype=jnp.float64)
+        images = jax.random.normal(jax.random.key(0), (1, 64, 64, 3), jnp.float64)
+        variables = jax.jit(model.init)(jax.random.key(1), images)
+        variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+
+        def loss(params):
+            features, _ = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.square(features))
+
+        ours = jax.jit(jax.value_and_grad(loss))(variables["params"])
+        with atrous.plain_convolutions():
+            plain = jax.jit(jax.value_and_grad(lambda params: loss(params)))(variables["params"])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "by_taps"),
+    [
+        ((16, 16), 1, False),
+        ((16, 16), 2, False),  # 84 % of the products are with pixels
+        ((16, 16), 4, True),  # 69 %
+        ((32, 32), 4, False),  # 84 %
+        ((32, 32), 12, True),
+        ((8, 8), 2, True),
+        ((90, 120), 6, False),
+        ((4, 64), 3, True),
+    ],
+)
+def test_taps_are_taken_where_they_cost_less(size, rate, by_taps):
+    products = atrous.macs(size, (3, 3, 2, 5), rate)
+    rows, columns = (1 + 2 * max(0, side - rate) / side for side in size)
+    whole = 9 * size[0] * size[1] * 10
+    assert products == (round(size[0] * rows * size[1] * columns * 10) if by_taps else whole)
+    with atrous.plain_convolutions():
+        assert atrous.macs(size, (3, 3, 2, 5), rate) == whole

@@ -1,0 +1,62 @@
+"""This package's training step and model, made ready to be timed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.peers import random_batch
+from configs import nyu
+from input_pipeline import loader
+from mtl_sparse import cost, optim, tasks, train, weighting
+from mtl_sparse.models import multitask
+from mtl_sparse.run import AXIS
+
+TASKS = ("segmentation", "depth", "normals")
+
+
+def _config(names, penalty, **model):
+    config = nyu.get_config()
+    config.tasks = tuple(names)
+    config.model.update(model)
+    config.sparsity.update(lambda_=config.sparsity.lambda_ if penalty else 0.0, warmup_steps=0)
+    return config
+
+
+def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, **model):
+    """A function () -> None that takes one step of configs/nyu.py, with other settings of its model where given."""
+    config = _config(names, penalty, **model)
+    rows = tasks.resolve(config)
+    network = multitask.build(config.model, rows, axis_name=AXIS if jax.device_count() > 1 else None)
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    params = {"model": variables["params"], "weighting": weighting.init("uncertainty", names)}
+    tx = optim.build(config, 100)
+    state = train.TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
+    step = functools.partial(train.train_step, model=network, tasks=rows, tx=tx, loss_config=config.loss, seed=0)
+    step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    state = loader.replicate(jax.device_get(state))
+    data = next(loader.prefetch_to_device(iter([random_batch(size, batch)])))
+
+    def call():
+        nonlocal state
+        state, scalars = step(state, data)
+        jax.block_until_ready(scalars)
+
+    return call
+
+
+def inference(*, size: int, batch: int, names=TASKS, **model):
+    """A function () -> None that runs the whole dense model in evaluation mode."""
+    config = _config(names, False, **model)
+    network = multitask.build(config.model, tasks.resolve(config))
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    images = jnp.asarray(random_batch(size, batch)["image"])
+    apply = jax.jit(network.apply)
+    return lambda: jax.block_until_ready(apply(variables, images))
+
+
+def macs(size: int, names=TASKS, **model) -> int:
+    """Multiply-accumulates of the model's forward pass on one image."""
+    config = _config(names, False, **model)
+    network = multitask.build(config.model, tasks.resolve(config))
+    return sum(layer.macs for layer in cost.layers(network, (size, size)).values())

@@ -1,0 +1,64 @@
+"""What a training step costs as it grows: image size, batch, tasks, depth, and (virtual) devices.
+
+    python -m benchmarks.scaling [--rounds 3]
+
+Each row changes one thing of ResNet-50, three tasks, 128x128, batch 4. Devices are virtual ones of the same CPU:
+their rows show what splitting costs, not what it gains.
+"""
+
+import argparse
+import os
+
+import numpy as np
+from absl import logging
+
+from benchmarks import ours, peers
+from mtl_sparse.report.tables import markdown
+
+BASE = {"size": 128, "batch": 4}
+ROWS = {
+    "base": {},
+    "64x64": {"size": 64},
+    "256x256": {"size": 256},
+    "batch 1": {"batch": 1},
+    "batch 8": {"batch": 8},
+    "one task": {"names": ours.TASKS[:1]},
+    "two tasks": {"names": ours.TASKS[:2]},
+    "ResNet-18": {"depth": 18},
+    "ResNet-101": {"depth": 101},
+    "2 devices": {"devices": 2},
+    "4 devices": {"devices": 4},
+}
+
+
+def on_devices(*, devices: int = 1, **settings):
+    """`ours.training_step` on that many virtual CPU devices; to be called before JAX has started."""
+    if devices > 1:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return ours.training_step(**settings)
+
+
+def table(rounds: int, rows=ROWS, **base) -> str:
+    """Markdown: each row against the base, timed in alternation with it."""
+    base = {**BASE, **base}
+    lines = [("", "ms", "of the base", "10 to 90 %", "GMAC/s")]
+    for name, change in rows.items():
+        settings = {**base, **change}
+        make = "benchmarks.scaling", "on_devices"
+        pair = {"base": (*make, base), name: (*make, settings)}
+        seconds = peers.alternate(pair, rounds)
+        ratio, median = seconds[name] / seconds["base"], float(np.median(seconds[name]))
+        low, high = np.quantile(ratio, [0.1, 0.9])
+        model = {key: value for key, value in settings.items() if key not in ("batch", "devices")}
+        work = 3 * settings["batch"] * ours.macs(**model) / 1e9
+        lines.append((name, f"{1e3 * median:.0f}", f"{np.median(ratio):.2f}", f"{low:.2f} .. {high:.2f}",
+                      f"{work / median:.0f}"))  # fmt: skip
+        logging.info("%s: %s ms, %s of the base", *lines[-1][:3])
+    return markdown(lines)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    print(table(parser.parse_args().rounds))

@@ -1,0 +1,132 @@
+"""The same model and training step in plain PyTorch, written from the paper's description, to compare with.
+
+`tests/torch_reference.py` has the model. A step is: forward in training mode, three losses, uncertainty weights,
+backward, AdamW (fused), and with a penalty the proximal step in Adam's metric by five Newton iterations, vectorised
+over each kernel's groups. The released scheme runs the backbone once for each task; its own proximal step is several
+times slower than the one here.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.peers import random_batch
+from tests.torch_reference import Model
+
+TASKS = {"segmentation": ("deeplab", 40), "depth": ("deeplab", 1), "normals": ("deeplab", 3)}
+RELEASED = "PyTorch, released scheme"
+# name: (one pass of the backbone for all tasks?, channels last?, compiled?)
+VARIANTS = {
+    RELEASED: (False, False, False),
+    "PyTorch, shared": (True, False, False),
+    "PyTorch, shared, channels last": (True, True, False),
+    "PyTorch, shared, channels last, compiled": (True, True, True),
+}
+RATE, LAMBDA, EPSILON = 1e-4, 1e-5, 1e-8
+
+
+class Repeated(nn.Module):
+    """The model with one pass of the backbone for each task."""
+
+    def __init__(self, model: Model) -> None:
+        """Keep the model."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Map images to each task's raw prediction."""
+        return {task: self.model.decoders[task](self.model.backbone(images)) for task in self.model.tasks}
+
+
+@torch.no_grad()
+def proximal_step(kernels: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Group lasso over the input channels of each kernel [O, I, H, W], in the metric of Adam's state."""
+    for kernel in kernels:
+        state = optimizer.state[kernel]
+        z = kernel.transpose(0, 1).flatten(1)
+        v = state["exp_avg_sq"].transpose(0, 1).flatten(1)
+        d = torch.sqrt(v / (1 - 0.999 ** state["step"].item())) + EPSILON
+        t = RATE * LAMBDA * z.shape[1] ** 0.5
+        dz = d * z
+        norm = dz.norm(dim=1, keepdim=True)
+        theta = ((norm - t) / d.amax(1, keepdim=True)).clamp(min=0)
+        for _ in range(5):  # Newton on |dz / (d theta + t)|^2 = 1, from below
+            q = dz / (d * theta + t)
+            slope = -2 * (q * q * d / (d * theta + t)).sum(1, keepdim=True)
+            theta = theta - ((q * q).sum(1, keepdim=True) - 1) / slope
+        x = torch.where(norm > t, z * (d * theta) / (d * theta + t), 0)
+        kernel.copy_(x.reshape(kernel.shape[1], kernel.shape[0], *kernel.shape[2:]).transpose(0, 1))
+
+
+def _tensors(batch, layout, device):
+    """A batch as PyTorch's tensors, NCHW, labels at an eighth of the size."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in batch.items()}
+    tensors = {name: value if name == "image" else value[:, 4::8, 4::8] for name, value in tensors.items()}
+    moved = {name: value.permute(0, 3, 1, 2) if value.ndim == 4 else value for name, value in tensors.items()}
+    moved["segmentation"] = moved["segmentation"].long()
+    return {**moved, "image": moved["image"].contiguous(memory_format=layout)}
+
+
+def _losses(raw, batch):
+    depth = torch.sigmoid(raw["depth"][:, 0].float())
+    normals = functional.normalize(torch.tanh(raw["normals"].float()), dim=1)
+    logits = raw["segmentation"].float()
+    return {
+        "segmentation": functional.cross_entropy(logits, batch["segmentation"], label_smoothing=0.1),
+        "depth": functional.mse_loss(depth, batch["depth"]),
+        "normals": (1 - (normals * batch["normals"]).sum(1)).mean(),
+    }
+
+
+def _made(variant, width, head_features, device, dtype):
+    """(model, what to call, memory layout, context of the forward pass)."""
+    shared, last, compiled = VARIANTS[variant]
+    layout = torch.channels_last if last else torch.contiguous_format
+    torch.manual_seed(0)
+    model = Model(50, TASKS, width, head_features)
+    model = (model if shared else Repeated(model)).to(device, memory_format=layout)
+    context = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    return model, torch.compile(model) if compiled else model, layout, context
+
+
+def training_step(
+    *, variant, size, batch, penalty=False, width=64, head_features=256, device="cpu", dtype="float32"
+):  # fmt: skip
+    """Return a function () -> loss that takes one step."""
+    model, call, layout, context = _made(variant, width, head_features, device, dtype)
+    model.train()
+    scales = nn.Parameter(torch.ones(len(TASKS), device=device))
+    optimizer = torch.optim.AdamW([*model.parameters(), scales], lr=RATE, weight_decay=0.1, fused=True)
+    backbone = [value for name, value in model.named_parameters() if "backbone" in name and value.ndim == 4]
+    data = _tensors(random_batch(size, batch), layout, device)
+
+    def step():
+        with context:
+            raw = call(data["image"])
+        losses = torch.stack(list(_losses(raw, data).values()))
+        loss = (torch.exp(-scales) * losses + scales).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if penalty:
+            proximal_step(backbone, optimizer)
+        return loss.item()
+
+    return step
+
+
+def inference(*, variant, size, batch, width=64, head_features=256, device="cpu", dtype="float32"):
+    """Return a function () -> None that runs the whole model in evaluation mode."""
+    model, call, layout, context = _made(variant, width, head_features, device, dtype)
+    model.eval()
+    x = _tensors(random_batch(size, batch), layout, device)["image"]
+
+    def run():
+        with torch.inference_mode(), context:
+            raw = call(x)
+        next(iter(raw.values())).sum().item()  # blocks on a GPU, too
+
+    return run
