@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.import_reference_test import PATH, drawn, images
-
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STRIDES_DILATIONS = ((1, 1), (2, 1), (1, 2), (1, 4))
 
@@ -158,6 +156,8 @@ CASES = {
 @torch.no_grad()
 def outputs() -> dict[str, np.ndarray]:
     """What the archive holds: "<case>/shapes", and "<case>/<height>x<width>/<decoder>", NHWC or [B]."""
+    from tests.import_reference_test import drawn, images
+
     found = {}
     for case, (depth, tasks, sizes) in CASES.items():
         model = Model(depth, tasks, width=8, head_features=16, single=case == "single").eval()
@@ -173,4 +173,6 @@ def outputs() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
+    from tests.import_reference_test import PATH
+
     np.savez_compressed(PATH, **outputs())

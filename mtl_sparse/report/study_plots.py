@@ -1,5 +1,7 @@
 """A study's pictures: metrics and sparsity against lambda, sparsity over the run, layers, Pareto plot, latency."""
 
+import textwrap
+
 import numpy as np
 from matplotlib import colormaps
 
@@ -12,14 +14,18 @@ def draw(study: study_lib.Study, folder) -> dict[str, object]:
     """Draws the pictures that the study has the runs for into `folder`; returns {title: path}."""
     folder.mkdir(exist_ok=True)
     found = {}
-    makers = {
-        "Metrics against lambda": metrics_over_lambda,
-        "Zero groups against lambda": sparsity_over_lambda,
-        "Metrics against sparsity": pareto,
-        "Sparsity over the run": sparsity_over_steps,
-        "Groups left by layer": groups_per_layer,
-        "Latency against sparsity": latency,
-    }
+    makers = (
+        {"What each change does": ablation}
+        if study.is_ablation
+        else {
+            "Metrics against lambda": metrics_over_lambda,
+            "Zero groups against lambda": sparsity_over_lambda,
+            "Metrics against sparsity": pareto,
+            "Sparsity over the run": sparsity_over_steps,
+            "Groups left by layer": groups_per_layer,
+            "Latency against sparsity": latency,
+        }
+    )
     for title, make in makers.items():
         figure = make(study)
         if figure is not None:
@@ -31,6 +37,41 @@ def label(study, row, without=()) -> str:
     """The tasks of a row and its settings that are not in `without`, but for those that it does not use."""
     names = [name for name in settings_names(study) if name not in without and setting(row, name)]
     return ", ".join(setting(row, name) if name == "tasks" else f"{short(name)} {setting(row, name)}" for name in names)
+
+
+def ablation(study):
+    """Each row's metrics and % zero groups beside those of the first row, mean and spread over seeds."""
+    rows = study.rows
+    labels = [setting(row, "changes") for row in rows]
+    if len({row.tasks for row in rows}) > 1:
+        labels = [f"{setting(row, 'tasks')}: {text}" for row, text in zip(rows, labels, strict=True)]
+    labels = [textwrap.fill(text, 46) for text in labels]
+    heights = [1 + text.count("\n") for text in labels]
+    places = np.cumsum(heights) - np.array(heights) / 2
+    panels = {_zero_label(rows): lambda row: _scaled(_zero(row))}
+    for task in study.tasks:
+        run = next(next(iter(row.runs.values())) for row in rows if task in row.tasks)
+        _, name, higher = study_lib.metric(task, run)
+        panels[f"{task.removeprefix('attribute:')} {name} {'↑' if higher else '↓'}"] = lambda row, task=task: (
+            row.figure(task) if task in row.tasks else None
+        )
+    figure = plots.new_figure(figsize=(3.5 + 2.3 * len(panels), 1 + 0.22 * sum(heights)))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, of) in zip(axes, panels.items(), strict=True):
+        if of(rows[0]):
+            axis.axvline(of(rows[0]).mean, color="0.8", linewidth=1, zorder=0)
+        for place, row in zip(places, rows, strict=True):
+            if of(row):
+                color = "0.55" if row.is_dense else _color(0.3, 2)
+                axis.errorbar(of(row).mean, place, xerr=np.nan_to_num(of(row).std), fmt="o", capsize=2, color=color)
+        axis.set(xlabel=name)
+    axes[0].set(ylim=(sum(heights), 0))
+    axes[0].set_yticks(places, labels, fontsize=8)
+    return plots.plain(figure)
+
+
+def _scaled(figure, factor=100):
+    return study_lib.Figure(factor * figure.mean, factor * figure.std, figure.n)
 
 
 def _color(index, count):
