@@ -12,7 +12,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags
 from ml_collections import config_flags
 
-from mtl_sparse import logs
+from mtl_sparse import compile_cache, logs
 from mtl_sparse.errors import UserError
 
 
@@ -178,6 +178,7 @@ def main(argv):
     named = argument if stem == "run" else f"{named}_lomt" if _JOB.value == "lomt" and stem != "sweeps" else named
     workdir = _WORKDIR.value or named
     logs.show()
+    compile_cache.enable()
     config = _CONFIG.value
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
     config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
@@ -196,6 +197,8 @@ def _parse(argv):
     """absl's flags, with what is wrong told in one sentence."""
     # A tuple's flag takes Python or names with commas between, but trips over a colon there, as in attribute:Smiling.
     for arguments in (argv, sys.argv):  # config_flags looks for overrides in the second
+        if "--job=import" in arguments and not any(a.partition("=")[0] == "--config" for a in arguments):
+            arguments.insert(1, f"--config={pathlib.Path(__file__).parent / 'configs' / 'nyu.py'}")
         for i, argument in enumerate(arguments):
             flag, _, value = argument.partition("=")
             if flag in ("--config.tasks", "--config.model.attach") and value[:1] not in tuple("([\"'"):

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.peers import random_batch
 from configs import nyu
@@ -32,14 +33,14 @@ def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, *
     params = {"model": variables["params"], "weighting": weighting.init("uncertainty", names)}
     tx = optim.build(config, 100)
     state = train.TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
-    step = functools.partial(train.train_step, model=network, tasks=rows, tx=tx, loss_config=config.loss, seed=0)
-    step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    step = functools.partial(train.train_step, model=network, tasks=rows, tx=tx, loss_config=config.loss)
+    step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
     state = loader.replicate(jax.device_get(state))
     data = next(loader.prefetch_to_device(iter([random_batch(size, batch)])))
 
     def call():
         nonlocal state
-        state, scalars = step(state, data)
+        state, scalars = step(state, data, np.uint32(0))
         jax.block_until_ready(scalars)
 
     return call

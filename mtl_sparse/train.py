@@ -39,14 +39,14 @@ class Progress:
     stopped: bool = False
 
 
-def train_step(state: TrainState, batch, *, model, tasks, tx, loss_config, seed: int):
+def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config):
     """One step of one device, to be pmapped over `AXIS`.
 
     Args:
       state: the same on every device.
       batch: this device's share of the global batch, {"image": [B, H, W, 3], label: [B, H, W, ...]}.
+      seed: of the dropout, an integer; an argument, so that runs that differ in it share one compiled program.
       loss_config: config.loss.
-      seed: of the dropout.
 
     Returns:
       (state, {"loss", "grad_norm", "learning_rate", "<task>/loss", ...}): scalars over the global batch.
@@ -93,10 +93,9 @@ def make_train_step(run: Run):
     The state and the scalars have no axis of devices: with one, XLA copies the whole state in every step.
     """
     config = run.config
-    step = functools.partial(
-        train_step, model=run.model, tasks=run.tasks, tx=run.tx, loss_config=config.loss, seed=config.seed
-    )
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    step = functools.partial(train_step, model=run.model, tasks=run.tasks, tx=run.tx, loss_config=config.loss)
+    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
+    return lambda state, batch: mapped(state, batch, np.uint32(config.seed))
 
 
 def validation_score(values: dict[str, float], tasks) -> float:

@@ -76,8 +76,8 @@ def test_the_loss_of_a_step_is_that_of_its_batch(run):
     model = run.model.clone(dropout=0.0, classifier_dropout=(0.0, 0.0))
     step = functools.partial(train.train_step, model=model, tasks=run.tasks, tx=run.tx, loss_config=run.config.loss)
     state, batch = run.init_state(), next(run.train_batches(0))
-    mapped = jax.pmap(functools.partial(step, seed=0), axis_name=run_lib.AXIS, in_axes=(None, 0), out_axes=None)
-    _, scalars = mapped(loader.replicate(state), loader.shard(batch))
+    mapped = jax.pmap(step, axis_name=run_lib.AXIS, in_axes=(None, 0, None), out_axes=None)
+    _, scalars = mapped(loader.replicate(state), loader.shard(batch), 0)
     outputs, _ = model.clone(axis_name=None).apply(
         state.variables, batch["image"], train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
     )

@@ -31,6 +31,7 @@ BAD = {
         ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=1"],
         ["/nowhere/NYUD_MT does not exist"],
     ),
+    "nothing to import": (["--job=import", "--checkpoint=/nowhere/weights.pt"], ["/nowhere/weights.pt does not exist"]),
     "unknown task": (["--config=configs/nyu.py", "--config.tasks=('albedo',)"], ["'albedo'", "segmentation"]),
     "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["lambda_", "-1"]),
 }

@@ -246,6 +246,25 @@ print(json.dumps([five_losses({str(rooms)!r}), test]))
         assert test[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+def test_the_seed_is_an_argument_of_the_compiled_step(rooms, monkeypatch):
+    """Runs that differ in it share one program of the compile cache."""
+    made = []
+
+    def pmap(function, **settings):
+        made.append((function.func, set(function.keywords), settings["in_axes"]))
+        return lambda *arguments: made.append(arguments)
+
+    config = tiny(rooms)
+    config.seed = 7
+    run = run_lib.setup(config)
+    monkeypatch.setattr(jax, "pmap", pmap)
+    train.make_train_step(run)("state", "batch")
+    assert made == [
+        (train.train_step, {"model", "tasks", "tx", "loss_config"}, (None, 0, None)),
+        ("state", "batch", 7),
+    ]
+
+
 def test_without_penalty_a_step_is_adams(rooms):
     """The whole step with lambda 0 against a step written out with plain optax, single task."""
     import optax

@@ -88,6 +88,11 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     head, iou, mae = study_tables.against_first(found)
     assert head[2:4] == ("metric", "row - first")
     assert iou[2:4] == ("segmentation IoU", "+0.0250") and mae[2:4] == ("depth MAE", "-0.0100")
+    pictures = study_plots.draw(found, tmp_path / "plots")
+    assert [path.name for path in pictures.values()] == ["ablation.png"]
+    zero, iou, mae = study_plots.ablation(found).axes
+    assert [label.get_text() for label in zero.get_yticklabels()][0] == "(the first row)"
+    assert [bar.lines[0].get_xdata()[0] for bar in iou.containers] == pytest.approx([0.305, 0.33])
     few = study.read([made[0], write_run(tmp_path / "few", BOTH, 1e-4, 0, iou=0.3, mae=0.1)])
     assert study_tables.summary(few)[0][:2] == ("tasks", "lambda") and len(study_tables.against_first(few)) == 1
 
