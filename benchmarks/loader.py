@@ -11,6 +11,7 @@ import pathlib
 import tempfile
 import time
 
+import cv2
 import numpy as np
 
 from configs import nyu
@@ -36,6 +37,7 @@ def images_per_second(size: int, frames: int, rounds: int, folder: pathlib.Path,
 
 
 def main() -> None:
+    cv2.setNumThreads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--frames", type=int, default=48, help="rooms to render, five sixths of them to train on")

@@ -1,10 +1,10 @@
-"""What the released code's second sigmoid costs an attribute: drawn faces, single tasks, dense, each form with each seed.
+"""What the released code's second sigmoid costs an attribute: drawn faces, single tasks, dense.
 
     python -m benchmarks.second_sigmoid [--seeds 2] [--folder runs/second_sigmoid]
 
-There the head's sigmoid is followed by that of the loss, and an attribute counts as seen from 0.4 of the first one on.
-Here the head gives a logit. Both as in `configs/sweeps.py:table2:demo` otherwise, with the paper's dropout (0.6 and 0.4)
-and with the demo's (0.2).
+There the head's sigmoid is followed by that of the loss, and an attribute counts as seen from 0.4 of the first one.
+Here the head gives a logit. Both as in `configs/sweeps.py:table2:demo` otherwise, each with the paper's dropout (0.6
+and 0.4) and with the demo's (0.2).
 """
 
 import argparse
