@@ -1,0 +1,14 @@
+"""Everything that docs/benchmarks.md tells of speed, one after the other, about half an hour on two cores.
+
+python -m benchmarks
+"""
+
+import subprocess
+import sys
+
+COMMANDS = ("step", "inference", "prox", "compact", "loader", "scaling")
+
+if __name__ == "__main__":
+    for name in COMMANDS:
+        print(f"\npython -m benchmarks.{name}\n", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
