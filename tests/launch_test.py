@@ -57,6 +57,7 @@ def test_training_from_the_command_line(rooms, tmp_path):
         "--config.data.embedded.frames=0",
         f"--config.data.folder={rooms}",
         "--config.data.size=(32, 48)",
+        "--config.model.depth=10",
         "--config.model.width=4",
         "--config.model.head_features=4",
         "--config.train.batch_size=8",
