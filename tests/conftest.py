@@ -22,6 +22,25 @@ from input_pipeline import datasets
 from input_pipeline.synthetic import faces as faces_lib
 from input_pipeline.synthetic import rooms as rooms_lib
 
+# Files with the longest tests, in this order before all others, so that two workers end together.
+LONGEST = (
+    "train",
+    "compact",
+    "sweep",
+    "compaction",
+    "colabs",
+    "lomt",
+    "import_reference",
+    "attributes",
+    "readme",
+    "launch",
+)
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"{name}_test" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory) -> pathlib.Path:

@@ -49,7 +49,7 @@ def test_a_data_set_of_your_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     text = snippet("DATASETS[")
     assert "epochs = 10\n" in text
-    shorter = "epochs = 2; config.run.summary_rounds = 0; config.model.update(width=8, head_features=8)\n"
+    shorter = "epochs = 2; config.run.summary_rounds = 0; config.model.update(depth=10, width=8, head_features=8)\n"
     exec(text.replace("epochs = 10\n", shorter), {})
     results = json.loads((tmp_path / "runs" / "discs" / "results.json").read_text())
     assert results["frames"] == {"train": 320, "validation": 32, "test": 64}

@@ -97,6 +97,7 @@ def test_a_folder_of_another_sweep_is_refused(config, tmp_path, trained):
         run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trial_is_trained_in_a_process_of_its_own(rooms, tmp_path):
     config = tiny(rooms)
     config.train.epochs, config.tasks = 1, ("depth",)

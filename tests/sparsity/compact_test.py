@@ -246,6 +246,10 @@ def test_heads_inside_blocks_keep_what_they_read():
     assert set(backbone["layer4_1"]) == {"conv1", "bn1"} and blocks[-1].shortcut == "none"
     assert blocks[9].dead == 1 and backbone["layer3_2"]["conv2"]["kernel"].shape[2] == 1, "the head reads a constant"
     check_outputs_and_idempotence(50, 1, 0.3, "backbone", dead, 4, True, [resnet.points(50).index(p) for p in attach])
+
+
+@pytest.mark.slow
+def test_heads_inside_blocks_that_are_dead_or_read_nothing():
     # A head on a first convolution without live inputs, which stays for it and reads a map of ones.
     attach, dead = ("layer3_0/conv1", "layer3_2/conv1", "layer3_5"), ["layer3_0/conv1", "layer3_2/conv2"]
     model, variables = with_zeros(50, 2, 0.3, dead=dead, attach=attach)
@@ -285,6 +289,7 @@ def test_taps_that_meet_only_padding_go_and_a_larger_image_is_refused():
         outputs(small, small_variables, (104, 128))
 
 
+@pytest.mark.slow
 def test_a_compact_model_trains_on():
     model, variables = with_zeros(18, 1, 0.6, "all", ["layer3_1/conv1", "layer4_1/conv2"])
     small, small_variables = compact(model, variables, size=SIZE)
