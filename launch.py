@@ -3,7 +3,9 @@
 import errno
 import os
 import pathlib
+import signal
 import sys
+import traceback
 
 # TensorFlow only prepares data and writes event files here; its start-up notes would drown the run's own.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -12,8 +14,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags
 from ml_collections import config_flags
 
-from mtl_sparse import compile_cache, logs
-from mtl_sparse.errors import UserError
+from mtl_sparse import compile_cache, logs, processes
+from mtl_sparse.errors import Stopped, UserError
+
+# Errors of files that say what to put right: disk full, quota, file too large, no permission, read-only.
+_TELLING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _train(config, workdir):
@@ -165,6 +170,14 @@ _CLUSTER = flags.DEFINE_string("cluster", "", "'slurm' runs a sweep there, 'loca
 _CLUSTER_SETTINGS = flags.DEFINE_string(
     "cluster_settings", "", "Of submitit's executor: 'slurm_partition=gpu,timeout_min=600,gpus_per_node=1'."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT of process 0 of a run over several processes, which are started alike but for --process_id; 'auto' "
+    "where SLURM or Open MPI tells JAX all of it. For --job=train and evaluate.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of a run with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _JOB = flags.DEFINE_string("job", "train", "; ".join(f"{name}: {text}" for name, (_, text) in JOBS.items()))
 
 
@@ -177,7 +190,11 @@ def main(argv):
     named = os.path.join("runs", "_".join(filter(None, (stem, *argument.split(":")))))
     named = argument if stem == "run" else f"{named}_lomt" if _JOB.value == "lomt" and stem != "sweeps" else named
     workdir = _WORKDIR.value or named
-    logs.show()
+    if _COORDINATOR.value:
+        if _JOB.value not in ("train", "evaluate"):
+            raise UserError(f"--coordinator is for --job=train and evaluate; --job={_JOB.value} takes one process")
+        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    logs.show(warnings_only=not processes.is_first())
     compile_cache.enable()
     config = _CONFIG.value
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
@@ -211,21 +228,34 @@ def _parse(argv):
         _exit(" ".join(sentence.split()) if ours else f"cannot use these settings: {' '.join(text.split())}")
 
 
-def _exit(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _exit(message, code=2):
+    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
+    if _COORDINATOR.value:  # at once, so that the other processes, which wait for this one, end, too
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(argv=None):
-    """Entry point: errors that the user can put right are one sentence and exit code 2."""
+    """Entry point: errors that the user can put right are one sentence and exit code 2; a stopped run is 75."""
     try:
         app.run(main, argv=argv, flags_parser=_parse)
     except UserError as error:
         _exit(error)
+    except Stopped as stopped:
+        _exit(stopped, os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        _exit("interrupted; what was saved is kept", 128 + signal.SIGINT)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        if error.errno not in _TELLING:
             raise
         _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again")
+    except Exception as error:
+        if not _COORDINATOR.value:
+            raise
+        traceback.print_exc()
+        _exit(f"this process or one it waited for failed ({type(error).__name__}, see above); what was saved is kept")
 
 
 if __name__ == "__main__":

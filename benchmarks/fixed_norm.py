@@ -40,7 +40,7 @@ VARIANTS = {
 
 def make_probe(run):
     """Function of a TrainState -> {name: value}: what the figure shows."""
-    kernels = groups.find(run.state_shapes().params["model"], run.config.sparsity.scope)
+    kernels = groups.find(run.state_shapes.params["model"], run.config.sparsity.scope)
 
     @jax.jit
     def probe(state, initial_norms):

@@ -115,6 +115,8 @@ def get_config() -> ml_collections.ConfigDict:
             log_every_steps=50,
             checkpoint_every_steps=500,  # besides the end of every epoch
             progress_every_secs=30.0,
+            # Steps in a row that may be not finite: they change nothing and are counted. 0: the first ends the run.
+            skip_not_finite=0,
             sample_frames=6,  # test frames on the sheet of pictures
             summary_rounds=10,  # timings of dense and compact model at the end of a training; 0 is none
         ),

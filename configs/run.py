@@ -22,8 +22,10 @@ def get_config(folder: str = ""):
 
 
 def _update(config, values):
-    """Takes over the values; settings that the run does not know keep their default."""
+    """Takes over the values; what the run does not know keeps its default, and what says nothing is left out."""
     for name, value in values.items():
+        if value in ("", []) and name not in config:  # a setting that is gone, and that the run did not use
+            continue
         if name not in config or isinstance(value, dict) != isinstance(config[name], ConfigDict):
             raise UserError(
                 f"config.json of that run has the setting {name!r} of another version of mtl-sparse: use that one"

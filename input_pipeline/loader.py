@@ -23,11 +23,11 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches of this process, beginning with the one of step `start_step`.
+    """Endless shuffled batches, this process's part of each, beginning with the one of step `start_step`.
 
     The data are a function of (seed, step) alone: every epoch has its own order, a run that resumes at a step
-    sees what an uninterrupted one sees there, and a global batch holds the same frames on any number of
-    processes.
+    sees what an uninterrupted one sees there, and a global batch holds the same frames in the same places on any
+    number of processes.
 
     Args:
       source: stored frames, random access.
@@ -37,7 +37,7 @@ def train_batches(
       num_workers: worker processes; 0 reads in threads of this process.
     """
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count)[start_step:]
+    dataset = dataset.batch(batch_size // process_count)[process_index::process_count][start_step:]
     return iter(_prefetched(dataset, num_workers))
 
 
@@ -52,7 +52,7 @@ def eval_batches(
     """Every frame of this process's share once, in order; the last batch is padded with `mask` 0 examples."""
     total = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(total).map(_PaddedExample(source, transform))
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count)
+    dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     return iter(_prefetched(dataset, num_workers=0))  # starting processes would take longer than a split
 
 

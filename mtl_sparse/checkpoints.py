@@ -1,12 +1,19 @@
 """Orbax checkpoints of a run: the latest ones, to go on from, and the best one by validation."""
 
+import contextlib
+import os
 import pathlib
+import re
+import zlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import traverse_util
 
+from mtl_sparse import processes
 from mtl_sparse.errors import UserError
 from mtl_sparse.sparsity.groups import path_name
 
@@ -16,19 +23,31 @@ KINDS = ("latest", "best")
 class Checkpoints:
     """`checkpoints/latest/<step>` and `checkpoints/best/<step>` below a run's folder.
 
-    A checkpoint is a tree of arrays and a JSON dictionary. Saves are asynchronous and atomic; a save removes
-    older ones only after it is complete.
+    A checkpoint is a tree of arrays and a JSON dictionary, with a checksum of the arrays. Saves are asynchronous and
+    atomic; a save removes older ones only after it is complete. Of several processes the first one writes and reads,
+    and tells the others.
     """
 
-    def __init__(self, workdir: str | pathlib.Path):
+    def __init__(self, workdir: str | pathlib.Path, *, owned: bool = False):
+        """Args: workdir; owned, whether no other process writes here: then what killed saves have left is removed."""
         self.folder = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+        self._owned = owned
         self._managers = {}
 
     def _manager(self, kind):
         if kind not in self._managers:
+            (self.folder / kind).mkdir(parents=True, exist_ok=True)
+            alone = {"create": False}
+            if jax.process_count() > 1:  # each process for itself
+                me = jax.process_index()
+                alone["multiprocessing_options"] = ocp.options.MultiprocessingOptions(me, {me}, f"{kind}{me}")
             self._managers[kind] = ocp.CheckpointManager(
                 self.folder / kind,
-                options=ocp.CheckpointManagerOptions(max_to_keep=2 if kind == "latest" else 1),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=2 if kind == "latest" else 1,
+                    cleanup_tmp_directories=self._owned,
+                    **alone,
+                ),
                 # named so that a manager that has saved nothing yet can read what is there
                 item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
             )
@@ -36,89 +55,144 @@ class Checkpoints:
 
     def step(self, kind: str) -> int | None:
         """Step of the newest checkpoint of a kind, None where there is none."""
-        if not (self.folder / kind).is_dir():
-            return None
-        return self._manager(kind).latest_step()
+        return processes.on_first(lambda: self._step(kind))
+
+    def _step(self, kind):
+        return self._manager(kind).latest_step() if (self.folder / kind).is_dir() else None
 
     def save(self, kind: str, step: int, state: Any, progress: dict) -> None:
-        """Starts saving `state` (a tree of host arrays) and `progress` (JSON values) as the one of `step`."""
-        manager = self._manager(kind)
-        if manager.latest_step() != step:
-            tree = traverse_util.unflatten_dict(_flatten(state), sep="/")
-            manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress)),
-            )
+        """Starts saving `state` (a tree of host arrays) and `progress` (JSON values) as the one of `step`.
+
+        Raises:
+          OSError: this save, or the one before, found the disk full or the folder not writable.
+        """
+        if not processes.is_first():
+            return
+        with _as_os_error(self.folder):
+            manager = self._manager(kind)
+            if manager.latest_step() != step:
+                leaves = _flatten(state)
+                tree = traverse_util.unflatten_dict(leaves, sep="/")
+                progress = {**progress, "checksum": _checksum(leaves)}
+                manager.save(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress)),
+                )
 
     def restore(self, kind: str, like: Any) -> tuple[Any, dict]:
         """Newest checkpoint of a kind as (state, progress).
+
+        A damaged one of the latest is put aside, into `checkpoints/damaged`, and the one before it is taken.
 
         Args:
           like: tree of arrays or jax.ShapeDtypeStruct: the state that the model of this config has.
 
         Raises:
-          UserError: there is none, or it is of another model (with the first differing names).
+          UserError: there is none, it is of another model (with the first differing names), or none is whole.
         """
-        step = self.step(kind)
-        if step is None:
-            raise UserError(f"no {kind} checkpoint in {self.folder}; train first with this --workdir")
-        manager = self._manager(kind)
-        like_leaves = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _flatten(like).items()}
-        saved = traverse_util.flatten_dict(manager.item_metadata(step)["state"].tree, sep="/")
-        _check_same_model(self.folder / kind / str(step), saved, like_leaves)
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(traverse_util.unflatten_dict(like_leaves, sep="/")),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        leaves = traverse_util.flatten_dict(restored["state"], sep="/")
-        state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
-        return state, restored["progress"]
+        state = None
 
-    def read(self, kind: str, step: int) -> dict:
-        """A checkpoint's state as it was saved: nested dictionaries of NumPy arrays."""
+        def read():
+            nonlocal state
+            leaves, progress, folder = self.read(kind)
+            _check_same_model(folder, _shapes(leaves), _shapes(_flatten(like)))
+            state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], like)
+            return progress
+
+        progress = processes.on_first(read)
+        if state is None:  # another process has it
+            state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        return processes.from_first(state), progress
+
+    def read(self, kind: str) -> tuple[dict[str, np.ndarray], dict, pathlib.Path]:
+        """Newest checkpoint of a kind as it was saved, see `restore`: (leaves by path, progress, its folder)."""
+        lost = []
+        while (step := self._step(kind)) is not None:
+            folder = self.folder / kind / str(step)
+            try:
+                return *self._leaves(kind, step), folder
+            except Exception as error:  # whatever a library says of damaged files
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if kind == "best":
+                raise UserError(
+                    f"checkpoint {folder} is damaged ({reason}); put a copy of it back, or train in another --workdir"
+                )
+            lost.append(self._put_aside(folder))
+            logging.warning("Checkpoint %s is damaged (%s): it is now %s", folder, reason, lost[-1])
+        if lost:
+            raise UserError(
+                f"no {kind} checkpoint of {self.folder} is whole ({', '.join(map(str, lost))} are damaged); put a copy "
+                "of one back, or train in another --workdir"
+            )
+        raise UserError(f"no {kind} checkpoint in {self.folder}; train first with this --workdir")
+
+    def _leaves(self, kind, step):
         manager = self._manager(kind)
         saved = traverse_util.flatten_dict(manager.item_metadata(step)["state"].tree, sep="/")
         like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.items()}
-        tree = traverse_util.unflatten_dict(like, sep="/")
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(tree))
-        return jax.device_get(manager.restore(step, args=args)["state"])
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(traverse_util.unflatten_dict(like, sep="/")),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        leaves, progress = jax.device_get(traverse_util.flatten_dict(restored["state"], sep="/")), restored["progress"]
+        if progress.pop("checksum", None) not in (None, _checksum(leaves)):  # None: of a version without
+            raise ValueError("its arrays are not those that were saved")
+        return leaves, progress
+
+    def _put_aside(self, folder):
+        """Moves a damaged checkpoint out of the way of those to come; returns where it is."""
+        name = f"{folder.parent.name}_{folder.name}"
+        (self.folder / "damaged").mkdir(exist_ok=True)
+        others = len(list((self.folder / "damaged").glob(f"{name}*")))
+        self._managers.pop(folder.parent.name).close()
+        return folder.rename(self.folder / "damaged" / (f"{name}_{others}" if others else name))
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
+        """Returns when every save has reached the disk.
+
+        Raises:
+          OSError: one did not, see `save`.
+        """
+        with _as_os_error(self.folder):
+            for manager in self._managers.values():
+                manager.wait_until_finished()
 
     def close(self) -> None:
+        """Ends what is under way. It raises nothing: `wait` is what tells of a save that failed."""
         for manager in self._managers.values():
-            manager.close()
+            try:
+                manager.close()
+            except Exception as error:
+                logging.warning("The last save of %s failed: %s", manager.directory, error)
         self._managers = {}
 
 
-def read_variables(workdir: str | pathlib.Path, like) -> dict:
+def read_variables(workdir: str | pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     """{"params", "batch_stats"} of a run's best checkpoint, as NumPy arrays, whatever its optimizer.
 
     Args:
-      like: the variables that the model has, arrays or jax.ShapeDtypeStruct.
+      shapes: of the variables that the model has, by path, as `multitask.shapes` gives them.
 
     Raises:
-      UserError: there is none, or it is of another model.
+      UserError: there is none, it is damaged, or it is of another model.
     """
     saved = Checkpoints(workdir)
     try:
-        step = saved.step("best")
-        if step is None:
-            raise UserError(f"no best checkpoint in {saved.folder}; train first with this --workdir")
-        state = saved.read("best", step)
+        leaves, _, folder = saved.read("best")
     finally:
         saved.close()
-    found = {"params": state["params"]["model"], "batch_stats": state.get("batch_stats", {})}
-    leaves = {f"params/{path}": leaf for path, leaf in _flatten(found["params"]).items()}
-    leaves |= {f"batch_stats/{path}": leaf for path, leaf in _flatten(found["batch_stats"]).items()}
-    _check_same_model(saved.folder / "best" / str(step), leaves, _flatten(like))
-    return found
+    parts = {"params": "params/model/", "batch_stats": "batch_stats/"}
+    found = {
+        f"{part}/{name.removeprefix(prefix)}": leaf
+        for part, prefix in parts.items()
+        for name, leaf in leaves.items()
+        if name.startswith(prefix)
+    }
+    _check_same_model(folder, _shapes(found), shapes)
+    return {"batch_stats": {}, **traverse_util.unflatten_dict(found, sep="/")}
 
 
 def _flatten(tree) -> dict[str, Any]:
@@ -126,9 +200,11 @@ def _flatten(tree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def _shapes(leaves):
+    return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+
 def _check_same_model(folder, saved, like):
-    saved = {name: tuple(leaf.shape) for name, leaf in saved.items()}
-    like = {name: tuple(leaf.shape) for name, leaf in like.items()}
     if saved == like:
         return
     differing = [
@@ -141,3 +217,24 @@ def _check_same_model(folder, saved, like):
         f"checkpoint {folder} is of another model than this config's ({shown}); "
         "use the config it was trained with, or another --workdir"
     )
+
+
+def _checksum(leaves) -> int:
+    """CRC-32 of the arrays, one after the other by name."""
+    value = 0
+    for name in sorted(leaves):
+        value = zlib.crc32(np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8), value)
+    return value
+
+
+@contextlib.contextmanager
+def _as_os_error(folder):
+    """Raises what the storage library says of a full disk, or of a folder that it may not write, as an OSError."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if not code:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error

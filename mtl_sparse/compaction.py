@@ -35,7 +35,7 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     expected = records.read_json(workdir / "results.json")
     saved = checkpoints.Checkpoints(workdir)
     try:
-        state, progress = saved.restore("best", run.state_shapes())
+        state, progress = saved.restore("best", run.state_shapes)
     finally:
         saved.close()
     size = tuple(config.data.size)

@@ -1,6 +1,7 @@
 """What a model costs, layer by layer: parameters and multiply-accumulates (MACs)."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -28,8 +29,9 @@ class LayerCost:
         return math.prod(self.kernel)
 
 
+@functools.lru_cache(maxsize=16)
 def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
-    """Cost of every convolution and dense layer of a model on an image [*size, 3], by "/"-joined path."""
+    """Cost of each convolution and dense layer on an image [*size, 3], by "/"-joined path; do not change it."""
     found = {}
 
     def record(call, args, kwargs, context):

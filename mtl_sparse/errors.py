@@ -1,4 +1,4 @@
-"""The one error that is meant for the user's eyes."""
+"""What ends a run early and is told in one sentence."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     Its message is one sentence that names the thing and the way out; `launch.py` prints it without a
     traceback and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved where it is; `launch.py` exits with code 75, "try again later"."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import loader
+from mtl_sparse import processes
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
 from mtl_sparse.tasks import Task
 
@@ -58,9 +59,11 @@ def make_evaluator(model, tasks: Sequence[Task]) -> Callable:
     """Compiles `eval_sums` once; returns evaluate(variables, batches) -> {"<task>/<metric>": value}.
 
     `variables` are on every local device (`loader.replicate`), `batches` host batches with a `mask`. Every example
-    counts once; the result does not depend on the batch size. "<task>/loss" is among the values.
+    counts once; the result does not depend on the batch size, nor on how many processes have a share of the batches
+    each. "<task>/loss" is among the values.
     """
-    step = jax.pmap(functools.partial(eval_sums, model=model, tasks=tasks), in_axes=(None, 0))
+    sums = functools.partial(eval_sums, model=model, tasks=tasks)
+    step = jax.pmap(sums, in_axes=(None, 0), devices=jax.local_devices())
 
     def evaluate(variables, batches: Iterator[loader.Batch]) -> dict[str, float]:
         return _values(tasks, (_total(step(variables, loader.shard(batch)), batch) for batch in batches))
@@ -79,8 +82,13 @@ def _total(sums, batch):
     return jax.tree.map(add, jax.device_get(sums))
 
 
+def _sum(totals):
+    """Sum of the batches' totals, those of all processes."""
+    return processes.total(functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), totals))
+
+
 def _values(tasks, totals):
-    total = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), totals)
+    total = _sum(totals)
     values = {}
     for task in tasks:
         sums = total[task.name]
@@ -119,9 +127,7 @@ def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch])
             sums[task.name] = {"target": jnp.sum(jnp.where(kept, target, 0), places), "count": jnp.sum(valid, places)}
         return jax.tree.map(lambda x: x[None], sums)
 
-    total = functools.reduce(
-        lambda a, b: jax.tree.map(np.add, a, b), (_total(targets(batch), batch) for batch in batches)
-    )
+    total = _sum(_total(targets(batch), batch) for batch in batches)
     return {name: sums["target"] / np.maximum(sums["count"], 1) for name, sums in total.items()}
 
 

@@ -3,15 +3,18 @@
 import importlib.util
 import json
 import logging as stdlib_logging
+import os
 import pathlib
 import time
 
 from absl import logging
 
+from mtl_sparse.errors import UserError
 
-def show() -> None:
+
+def show(*, warnings_only: bool = False) -> None:
     """Shows how a run goes: this project's log lines and all warnings. launch.py calls it, a notebook can."""
-    logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.WARNING if warnings_only else logging.INFO)
     logging.get_absl_handler().addFilter(_worth_reading)
 
 
@@ -31,7 +34,7 @@ class MetricLog:
         """Args: workdir; start_step, the step that the run goes on from: later lines are of a lost stretch."""
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+        kept = [line for line in lines if line.endswith("\n") and _step(self._path, line) <= start_step]
         if kept != lines:
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(kept))
@@ -46,6 +49,7 @@ class MetricLog:
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # before the checkpoint that says this step is done
         if self._writer is not None:
             self._writer.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
@@ -53,6 +57,15 @@ class MetricLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _step(path, line):
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} has a damaged line, {line[:60]!r} ({error}); take it out, or train in another --workdir"
+        ) from error
 
 
 def tensorboard_available() -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import loader
-from mtl_sparse import checkpoints, cost, evaluate, optim
+from mtl_sparse import checkpoints, cost, evaluate, optim, processes
 from mtl_sparse import run as run_lib
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.sparsity import stats
@@ -23,7 +23,7 @@ def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
     """Evaluates the best checkpoint of a run on the test split and writes its report again."""
     run = run_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
-    records.check(workdir, config, run.data)
+    processes.on_first(lambda: records.check(workdir, config, run.data))
     saved = checkpoints.Checkpoints(workdir)
     try:
         return write(run, workdir, saved)
@@ -33,12 +33,16 @@ def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
 
 def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> dict:
     """Evaluates the best checkpoint and the constant predictor; writes results.json and plots, prints the table."""
-    config = run.config
-    state, _ = saved.restore("best", run.state_shapes())
+    state, _ = saved.restore("best", run.state_shapes)
     logging.info("Evaluating the best checkpoint (step %d) on %d test frames", int(state.step), len(run.data.test))
     test = run.evaluator(loader.replicate(state.variables), run.eval_batches("test"))
     constants = evaluate.constant_predictions(run.tasks, run.eval_batches("train"))
     constant = evaluate.evaluate_constant(run.tasks, constants, run.eval_batches("test"))
+    return processes.on_first(lambda: _write(run, workdir, state, test, constant))
+
+
+def _write(run, workdir, state, test, constant):
+    config = run.config
     sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
     size = tuple(config.data.size)
     compact = run_lib.compact(config, run.model, state.variables)
@@ -69,7 +73,7 @@ def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoint
         "frames": {split: len(names) for split, names in run.data.names.items()},
         "config": json.loads(config.to_json()),
         "versions": {name: _version(name) for name in _VERSIONED},
-        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     records.write_json(workdir / "results.json", results)
     _save_samples(run, workdir, state.variables)

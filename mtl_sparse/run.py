@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
-from mtl_sparse import checkpoints, evaluate, imagenet, optim, weighting
+from mtl_sparse import checkpoints, evaluate, imagenet, optim, processes, weighting
 from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
@@ -88,15 +88,19 @@ class Run:
             seed=self.config.seed,
             start_step=start_step,
             num_workers=self.config.run.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     def eval_batches(self, split: str):
-        """Host batches of a split, once, padded to what the devices share equally."""
-        devices = jax.local_device_count()
+        """Host batches of this process's share of a split, once, padded to what the devices share equally."""
+        devices = jax.device_count()
         return loader.eval_batches(
             getattr(self.data, split),
             self.eval_transform(),
             batch_size=-(-self.config.train.eval_batch_size // devices) * devices,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
     def init_state(self) -> TrainState:
@@ -107,13 +111,17 @@ class Run:
         source = self.config.model.init_from
         if not source:
             return state
-        if pathlib.Path(source).expanduser().is_file():
+        path = pathlib.Path(source).expanduser()
+        if not path.exists():
+            raise UserError(f"model.init_from={source!r} does not exist: name a run's folder or a file of weights")
+        if path.is_file():
             given = imagenet.start(source, self.model, state.variables)
         else:
-            given = checkpoints.read_variables(source, state.variables)
+            given = checkpoints.read_variables(source, multitask.shapes(self.model))
         params = {**state.params, "model": given["params"]}
         return state.replace(params=params, batch_stats=given["batch_stats"], opt_state=self.tx.init(params))
 
+    @functools.cached_property
     def state_shapes(self) -> TrainState:
         """`init_state` as jax.ShapeDtypeStruct, without computing it."""
         return jax.eval_shape(self._init, jax.random.key(self.config.seed))
@@ -138,7 +146,7 @@ def setup(config) -> Run:
     tasks = tasks_lib.resolve(config)
     # BatchNorm of a single device has nothing to synchronise, and XLA fuses it better.
     model = multitask.build(config.model, tasks, axis_name=AXIS if jax.device_count() > 1 else None)
-    data = datasets.load(config.data, [task.label for task in tasks])
+    data = processes.in_turn(lambda: datasets.load(config.data, [task.label for task in tasks]))
     steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
     total_steps = config.train.epochs * steps_per_epoch
     tx = optim.build(config, total_steps)
@@ -160,9 +168,7 @@ def load_model(workdir, config):
       UserError: no such run, or a model that does not fit its checkpoint.
     """
     model = multitask.build(config.model, tasks_lib.resolve(config))
-    height, width = config.data.size
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))
-    return model, checkpoints.read_variables(workdir, like)
+    return model, checkpoints.read_variables(workdir, multitask.shapes(model))
 
 
 def compact(config, model, variables):
@@ -191,6 +197,7 @@ def check_config(config) -> None:
         "run.checkpoint_every_steps": 1,
         "run.log_every_steps": 1,
         "run.num_workers": 0,
+        "run.skip_not_finite": 0,
         "run.sample_frames": 1,
         "run.summary_rounds": 0,
         "compact.multiple": 1,
@@ -231,9 +238,7 @@ def check_config(config) -> None:
         raise UserError(f"data.size={size}: (height, width), both multiples of the output stride {OUTPUT_STRIDE}")
     if config.data.depth_target not in ("normalized", "metres"):
         raise UserError(f"unknown data.depth_target={config.data.depth_target!r}; it is 'normalized' or 'metres'")
-    if jax.process_count() > 1:
-        raise UserError("training over several processes is not supported yet; start one process for all devices")
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if config.train.batch_size % devices:
         raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {devices} devices")
     optim.check(config)

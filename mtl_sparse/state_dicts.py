@@ -7,12 +7,11 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 from flax import traverse_util
 
 from mtl_sparse.errors import UserError
-from mtl_sparse.models import resnet
+from mtl_sparse.models import multitask, resnet
 
 _SHOWN = 5  # differing keys in an error
 # (pattern of a PyTorch module's name, our name with {} for its groups, kind of layer), see `place`.
@@ -142,8 +141,7 @@ def variables(model, tensors: Sequence[Tensor], unknown: Sequence[str], what: st
     """
     leaves = {tensor.path: tensor.value for tensor in tensors if tensor.path}
     sources = {tensor.path: tensor.key for tensor in tensors if tensor.path}
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)))
-    expected = {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    expected = multitask.shapes(model)
     problems = {
         "left over": list(unknown) + [sources[path] for path in leaves if path not in expected],
         "missing": [path for path in expected if path not in leaves],

@@ -1,7 +1,9 @@
 """The training run: a pure train step, and the one loop around it."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 
@@ -13,8 +15,8 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
-from mtl_sparse import checkpoints, compaction, evaluate, logs, optim, results, weighting
-from mtl_sparse.errors import UserError
+from mtl_sparse import checkpoints, compaction, evaluate, logs, optim, processes, results, weighting
+from mtl_sparse.errors import Stopped, UserError
 from mtl_sparse.report import records
 from mtl_sparse.run import AXIS, Run, TrainState, setup
 from mtl_sparse.sparsity import stats
@@ -31,15 +33,20 @@ class Progress:
       stale_epochs: epochs since then.
       plateau_epochs: epochs since then or since the learning rate was last lowered.
       stopped: whether early stopping has ended the run.
+      skipped, skipped_in_a_row: steps that were not finite, see config.run.skip_not_finite.
+      pending: (step, scalars) of the steps since the last line of metrics.jsonl.
     """
 
     best: float = math.inf
     stale_epochs: int = 0
     plateau_epochs: int = 0
     stopped: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    pending: list = dataclasses.field(default_factory=list)
 
 
-def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config):
+def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config, skip_not_finite=False):
     """One step of one device, to be pmapped over `AXIS`.
 
     Args:
@@ -47,9 +54,11 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config)
       batch: this device's share of the global batch, {"image": [B, H, W, 3], label: [B, H, W, ...]}.
       seed: of the dropout, an integer; an argument, so that runs that differ in it share one compiled program.
       loss_config: config.loss.
+      skip_not_finite: whether a step whose loss or gradient is not finite changes nothing but the step count.
 
     Returns:
-      (state, {"loss", "grad_norm", "learning_rate", "<task>/loss", ...}): scalars over the global batch.
+      (state, {"loss", "grad_norm", "learning_rate", "<task>/loss", ...}): scalars over the global batch; "skipped",
+      1 where the step was, with skip_not_finite.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -84,16 +93,28 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config)
     }
     scalars |= {f"{task}/loss": value for task, value in losses.items()}
     scalars |= {f"{task}/log_variance": value for task, value in params["weighting"].items()}
-    return TrainState(state.step + 1, params, batch_stats, opt_state), scalars
+    new = TrainState(state.step + 1, params, batch_stats, opt_state)
+    if skip_not_finite:
+        finite = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state).replace(step=new.step)
+        scalars["skipped"] = 1 - finite.astype(jnp.int32)
+    return new, scalars
 
 
 def make_train_step(run: Run):
-    """`train_step` of a run, compiled over the local devices; the state's buffers are reused.
+    """`train_step` of a run, compiled over the devices of all processes; the state's buffers are reused.
 
     The state and the scalars have no axis of devices: with one, XLA copies the whole state in every step.
     """
     config = run.config
-    step = functools.partial(train_step, model=run.model, tasks=run.tasks, tx=run.tx, loss_config=config.loss)
+    step = functools.partial(
+        train_step,
+        model=run.model,
+        tasks=run.tasks,
+        tx=run.tx,
+        loss_config=config.loss,
+        skip_not_finite=config.run.skip_not_finite > 0,
+    )
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
     return lambda state, batch: mapped(state, batch, np.uint32(config.seed))
 
@@ -110,7 +131,8 @@ def validation_score(values: dict[str, float], tasks) -> float:
 def train(config, workdir: str | pathlib.Path) -> dict:
     """Trains, evaluates the best checkpoint on the test split, and writes the report.
 
-    Goes on from the latest checkpoint in `workdir` where there is one.
+    Goes on from the latest checkpoint in `workdir` where there is one. Of several processes, which all call it, the
+    first one writes; `workdir` need not exist for the others, the data must.
 
     Args:
       config: as from configs/nyu.py.
@@ -120,13 +142,36 @@ def train(config, workdir: str | pathlib.Path) -> dict:
       The contents of results.json.
 
     Raises:
-      UserError: see `setup`; a workdir of another config or data; a step, or every validation,
-        that is not finite.
+      UserError: see `setup`; a workdir of another config or data, or that another process is at; a step, or every
+        validation, that is not finite.
+      Stopped: SIGTERM or Ctrl-C asked for it; the step is saved.
+      OSError: the disk is full or the folder not writable; what was saved is kept.
     """
     run = setup(config)
+    _check_alike(run)
     workdir = pathlib.Path(workdir).expanduser()
-    records.claim(workdir, config, run.data)
-    saved = checkpoints.Checkpoints(workdir)
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: held.enter_context(records.held(workdir)))
+        processes.on_first(lambda: records.claim(workdir, config, run.data))
+        return _train(run, workdir)
+
+
+def _check_alike(run):
+    """Raises UserError where another process of this run has other settings or data than the first."""
+    config = json.loads(run.config.to_json())
+    config["run"] = {}
+    theirs = processes.on_first(lambda: [config, run.data.fingerprint])
+
+    def check():
+        if theirs != [config, run.data.fingerprint]:
+            what = "data" if theirs[0] == config else "settings"
+            raise UserError(f"process {jax.process_index()} has other {what} than process 0; give all of them the same")
+
+    processes.in_turn(check)
+
+
+def _train(run, workdir):
+    saved = checkpoints.Checkpoints(workdir, owned=True)
     try:
         _fit(run, workdir, saved)
         if saved.step("best") is None:
@@ -135,8 +180,8 @@ def train(config, workdir: str | pathlib.Path) -> dict:
                 "sparsity.lambda_ or optimizer.learning_rate, in another --workdir"
             )
         found = results.write(run, workdir, saved)
-        state, _ = saved.restore("best", run.state_shapes())
-        print(compaction.summary(run, state.variables))
+        state, _ = saved.restore("best", run.state_shapes)
+        processes.on_first(lambda: print(compaction.summary(run, state.variables)))
         return found
     finally:
         saved.close()
@@ -146,29 +191,33 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
     """The loop: from the latest checkpoint to the last step or an early stop."""
     config = run.config
     if saved.step("latest") is not None:
-        state, restored = saved.restore("latest", run.state_shapes())
+        state, restored = saved.restore("latest", run.state_shapes)
         progress = Progress(**restored)
         logging.info("Going on from step %d of %s", int(state.step), workdir)
     else:
-        state, progress = jax.device_get(run.init_state()), Progress()
-        _log_overview(state, workdir)
+        state, progress = processes.from_first(jax.device_get(run.init_state())), Progress()
+        processes.on_first(lambda: _log_overview(state, workdir))
     start = int(state.step)
     if start >= run.total_steps or progress.stopped:
         return
 
     step_fn = make_train_step(run)
     state = loader.replicate(state)
-    log = logs.MetricLog(workdir, start)
+    log = logs.MetricLog(workdir, start) if processes.is_first() else None
     report_progress = logs.progress_reporter(run.total_steps, config.run.progress_every_secs)
     batches = loader.prefetch_to_device(run.train_batches(start))
-    pending = []
     logging.info(
         "Training %d steps (%d epochs of %d frames) on %d device(s); the first step compiles",
-        run.total_steps - start, config.train.epochs, len(run.data.train), jax.local_device_count(),
+        run.total_steps - start, config.train.epochs, len(run.data.train), jax.device_count(),
     )  # fmt: skip
     if run.settled_step > start:
         logging.info("The best checkpoint will be one from step %d on, when the sparsity is settled", run.settled_step)
-    try:
+
+    def save(kind):
+        saved.save(kind, step, jax.device_get(state), dataclasses.asdict(progress))
+
+    pending = progress.pending
+    with processes.stop_requests() as asked_to_stop, contextlib.closing(log) if log else contextlib.nullcontext():
         for step in range(start + 1, run.total_steps + 1):
             state, scalars = step_fn(state, next(batches))
             pending.append((step, scalars))
@@ -178,7 +227,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
             epoch_ends = step % run.steps_per_epoch == 0
             saves = step % config.run.checkpoint_every_steps == 0
             if epoch_ends or saves or step % config.run.log_every_steps == 0:
-                _write_pending(log, pending, saved)
+                _write_pending(run, log, progress, saved)
             if epoch_ends:
                 values = run.evaluator(state.variables, run.eval_batches("validation"))
                 score = validation_score(values, run.tasks)
@@ -191,40 +240,69 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
                     "sparsity/parameter": sparsity.parameter,
                     "sparsity/weight": sparsity.weight,
                 }
-                log.write(step, "validation", values)
+                if log:
+                    log.write(step, "validation", values)
                 improved, state = _end_epoch(run, progress, step, score, state)
                 lambda_ = float(optim.lambda_(state.opt_state))
                 _say_epoch(run, step, values, sparsity, lambda_, improved)
                 if improved:
-                    saved.save("best", step, jax.device_get(state), dataclasses.asdict(progress))
+                    save("best")
             if epoch_ends or saves:
-                saved.save("latest", step, jax.device_get(state), dataclasses.asdict(progress))
+                save("latest")
             if progress.stopped:
                 logging.info("Stopping early: no better validation score for %d epochs", config.train.early_stop_epochs)
                 break
-    finally:
-        log.close()
+            if asked_to_stop(step) and step < run.total_steps:
+                _fetch(pending, saved)
+                save("latest")
+                saved.wait()
+                raise Stopped(
+                    f"stopped at step {step} of {run.total_steps}, as asked; the same command goes on from there"
+                )
         saved.wait()
 
 
-def _write_pending(log, pending, saved):
-    """Fetches the scalars of the steps since the last call, checks each, and logs their mean."""
-    if not pending:
+def _fetch(pending, saved):
+    """Makes the scalars of `pending` numbers, and checks that they are finite but for those of skipped steps."""
+    pending[:] = [(step, {name: float(value) for name, value in row.items()}) for step, row in jax.device_get(pending)]
+    for step, row in pending:
+        wrong = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
+        if wrong and not row.get("skipped"):
+            raise _not_finite(step, wrong, saved)
+
+
+def _not_finite(step, wrong, saved):
+    latest = saved.step("latest")
+    kept = f"the checkpoint of step {latest} is kept" if latest is not None else "none was saved yet"
+    return UserError(
+        f"training is not finite at step {step} ({', '.join(wrong)}); {kept}; try a lower optimizer.learning_rate or "
+        "sparsity.lambda_ in another --workdir, and look at the data of that step; run.skip_not_finite=10 skips up to "
+        "10 such steps in a row"
+    )
+
+
+def _write_pending(run, log, progress: Progress, saved):
+    """Fetches the scalars of the steps since the last call, checks each, and logs the mean of those not skipped."""
+    if not progress.pending:
         return
-    steps = [step for step, _ in pending]
-    rows = jax.device_get([scalars for _, scalars in pending])
-    pending.clear()
-    for step, row in zip(steps, rows, strict=True):
-        wrong = [f"{name}={value}" for name, value in row.items() if not np.isfinite(value)]
-        if wrong:
-            latest = saved.step("latest")
-            kept = f"the checkpoint of step {latest} is kept" if latest is not None else "none was saved yet"
-            raise UserError(
-                f"training is not finite at step {step} ({', '.join(wrong)}); {kept}; try a lower "
-                "optimizer.learning_rate or sparsity.lambda_ in another --workdir, and look at the data of that step"
-            )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    log.write(steps[-1], "train", means)
+    _fetch(progress.pending, saved)
+    rows = []
+    for step, row in progress.pending:
+        if row.pop("skipped", 0):
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            logging.warning("Step %d was not finite and is skipped, %d so far", step, progress.skipped)
+            if progress.skipped_in_a_row > run.config.run.skip_not_finite:
+                raise _not_finite(step, [f"{progress.skipped_in_a_row} steps in a row"], saved)
+        else:
+            progress.skipped_in_a_row = 0
+            rows.append(row)
+    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+    if run.config.run.skip_not_finite:
+        values["skipped"] = progress.skipped
+    if log:
+        log.write(progress.pending[-1][0], "train", values)
+    progress.pending.clear()
 
 
 def _end_epoch(run, progress: Progress, step: int, score: float, state):

@@ -1,5 +1,6 @@
 """Small configs and data that the tests share."""
 
+import atexit
 import os
 import pathlib
 import shutil
@@ -9,7 +10,9 @@ import tempfile
 # optimise the code, and compile each model once.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One cache for the workers and their subprocesses; JAX locks it where it has a size to keep to.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax_cache_"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

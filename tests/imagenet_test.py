@@ -1,6 +1,5 @@
 """ImageNet weights as a start, against torchvision and timm themselves (imagenet_reference.py)."""
 
-import json
 import pathlib
 
 import jax
@@ -12,7 +11,7 @@ from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask, resnet
 from tests.conftest import tiny
-from tests.import_reference_test import drawn, images
+from tests.import_reference_test import images, weights_of
 
 PATH = pathlib.Path(__file__).parent / "data" / "imagenet_reference.npz"
 SIZES = ((64, 64), (43, 53))
@@ -21,13 +20,9 @@ REFERENCE = dict(np.load(PATH)) if PATH.exists() else {}
 KINDS = {"resnet18": "7x7", "resnet50": "7x7", "resnet18d": "resnet_d", "resnet50d": "resnet_d"}
 
 
-def weights_of(network):
-    return drawn({name: tuple(shape) for name, shape in json.loads(str(REFERENCE[f"{network}/shapes"])).items()})
-
-
 @pytest.mark.parametrize("network", KINDS)
 def test_features_are_those_of_torchvision_and_timm(network):
-    state = weights_of(network)
+    state = weights_of(network, REFERENCE)
     model, variables = imagenet.from_state_dict(state)
     assert (model.depth, model.width, model.stem) == (int(network[6:8]), 64, KINDS[network])
     apply = jax.jit(model.apply)
@@ -55,13 +50,13 @@ def test_backbones_have_the_published_size(stem, depth, parameters):
 
 def test_a_run_starts_from_a_file(rooms, tmp_path):
     """The backbone, as far as it is built, has the file's weights, the heads their own, and the optimizer none yet."""
-    np.savez(tmp_path / "resnet18.npz", **weights_of("resnet18"))
+    np.savez(tmp_path / "resnet18.npz", **weights_of("resnet18", REFERENCE))
     config = tiny(rooms)
     config.model.update(depth=18, width=64, stem="7x7", attach=("layer2_1/conv1",) * len(config.tasks))
     plain = run_lib.setup(config).init_state()
     config.model.init_from = str(tmp_path / "resnet18.npz")
     state = run_lib.setup(config).init_state()
-    _, given = imagenet.from_state_dict(weights_of("resnet18"))
+    _, given = imagenet.from_state_dict(weights_of("resnet18", REFERENCE))
     backbone = state.params["model"]["backbone"]
     assert "layer2_1" in backbone and "layer3_0" not in backbone
     for name, layer in backbone.items():
@@ -78,7 +73,7 @@ def test_a_run_starts_from_a_file(rooms, tmp_path):
 
 
 def test_weights_that_do_not_fit(rooms, tmp_path):
-    state = weights_of("resnet18")
+    state = weights_of("resnet18", REFERENCE)
     np.savez(tmp_path / "resnet18.npz", **state)
     model = multitask.MultiTaskModel((("depth", "deeplab", 1),), depth=50, stem="7x7")
     with pytest.raises(

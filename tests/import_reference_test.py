@@ -43,8 +43,9 @@ def images(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).normal(size=(2, height, width, 3)).astype(np.float32)
 
 
-def weights_of(case):
-    return drawn({name: tuple(shape) for name, shape in json.loads(str(REFERENCE[f"{case}/shapes"])).items()})
+def weights_of(case, reference=REFERENCE):
+    """The state dictionary that the outputs stored under this name were computed with."""
+    return drawn({name: tuple(shape) for name, shape in json.loads(str(reference[f"{case}/shapes"])).items()})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -78,7 +78,7 @@ def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path, monkeypatch
     assert traced == {"train_step": 1, "eval_sums": 1}
     assert 0.02 < reported["group"] < 1
     saved = checkpoints.Checkpoints(tmp_path)
-    state, _ = saved.restore("best", run_lib.setup(config).state_shapes())
+    state, _ = saved.restore("best", run_lib.setup(config).state_shapes)
     saved.close()
     groups = zero = 0
     for kernel in jax.tree.leaves(state.params["model"]["backbone"]):
@@ -260,7 +260,7 @@ def test_the_seed_is_an_argument_of_the_compiled_step(rooms, monkeypatch):
     monkeypatch.setattr(jax, "pmap", pmap)
     train.make_train_step(run)("state", "batch")
     assert made == [
-        (train.train_step, {"model", "tasks", "tx", "loss_config"}, (None, 0, None)),
+        (train.train_step, {"model", "tasks", "tx", "loss_config", "skip_not_finite"}, (None, 0, None)),
         ("state", "batch", 7),
     ]
 
@@ -414,7 +414,7 @@ def test_variants_run_to_their_report(config, tmp_path, settings):
     if "depth" in settings["tasks"]:
         assert {"depth/mae", "depth/mae_normalized"} <= results["test"].keys()
     saved = checkpoints.Checkpoints(tmp_path)
-    state, _ = saved.restore("latest", run_lib.setup(config).state_shapes())
+    state, _ = saved.restore("latest", run_lib.setup(config).state_shapes)
     saved.close()
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {"float32"}
     if "model.attach" in settings:

@@ -1,10 +1,14 @@
 """The multi-task model: one pass of the shared backbone, one head a task."""
 
 import difflib
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import classifier, deeplab, resnet
@@ -87,6 +91,13 @@ class MultiTaskModel(nn.Module):
         dense = {"deeplab": deeplab.dense(self.head_features), "classifier": widths_lib.Classifier()}
         heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
         return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points(), self.stem), heads, self.attach)
+
+
+@functools.lru_cache(maxsize=16)
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every variable of a model of images [B, H, W, 3], by "/"-joined path; do not change it."""
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)))
+    return {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 
 def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskModel:

@@ -1,9 +1,12 @@
 """A run's folder as data: who owns it, its metrics, results and sample predictions."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
 
 import numpy as np
+from absl import logging
 
 from input_pipeline.transforms import unnormalize_image
 from mtl_sparse.errors import UserError
@@ -27,6 +30,26 @@ def read_json(path: pathlib.Path):
         raise UserError(f"{path} is missing: {path.parent} holds no such run, or it has not come that far") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}); run the job that writes it again") from error
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path):
+    """While it is open no other process can hold this run's folder; a process that is killed lets go of it.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {workdir}; wait until it has ended, or give another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            logging.warning("%s cannot be locked (%s): start no second process on it", workdir, error.strerror)
+        yield
 
 
 def claim(workdir: pathlib.Path, config, data) -> None:
@@ -91,8 +114,13 @@ def read_metrics(workdir: pathlib.Path) -> dict[str, dict[str, tuple[np.ndarray,
     if not path.exists():
         raise UserError(f"{path} is missing: {workdir} holds no run")
     series = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n"):  # it is being written
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} has a damaged line, {line[:60]!r} ({error}); take it out") from error
         for name, value in row.items():
             if name not in ("step", "split"):
                 series.setdefault(row["split"], {}).setdefault(name, []).append((row["step"], value))

@@ -52,8 +52,7 @@ def compact(
 
 
 def _check_fits(model, variables):
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)))
-    expected = {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(shapes).items()}
+    expected = multitask.shapes(model)
     given = {"/".join(path): np.shape(leaf) for path, leaf in traverse_util.flatten_dict(dict(variables)).items()}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):

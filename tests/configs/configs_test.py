@@ -67,7 +67,12 @@ def test_a_run_of_another_version_is_named(tmp_path):
     config = importlib.import_module("configs.nyu").get_config()
     (tmp_path / "config.json").write_text(config.to_json())
     assert run.get_config(str(tmp_path)).to_json() == config.to_json()
-    for changed in ({"data": {"rooms": {"frames": 3}}}, {"loss": {"weights": {"depth": 1.0}}}):
+    without_use = {"seed": 3, "train": {"init_from": "", "epochs": 7}, "model": {"gone": []}}
+    (tmp_path / "config.json").write_text(json.dumps(without_use))
+    kept = run.get_config(str(tmp_path))
+    assert (kept.seed, kept.train.epochs) == (3, 7) and "init_from" not in kept.train
+    used = {"train": {"init_from": "runs/first"}}
+    for changed in ({"data": {"rooms": {"frames": 3}}}, {"loss": {"weights": {"depth": 1.0}}}, used):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         name = next(iter(next(iter(changed.values()))))
         with pytest.raises(UserError, match=f"setting '{name}' of another version"):
