@@ -1,6 +1,5 @@
 """python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]"""
 
-import errno
 import os
 import pathlib
 import signal
@@ -15,10 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mtl_sparse import compile_cache, logs, processes
-from mtl_sparse.errors import Stopped, UserError
-
-# Errors of files that say what to put right: disk full, quota, file too large, no permission, read-only.
-_TELLING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+from mtl_sparse.errors import OF_THE_DISK, Stopped, UserError, as_os_error
 
 
 def _train(config, workdir):
@@ -190,16 +186,17 @@ def main(argv):
     named = os.path.join("runs", "_".join(filter(None, (stem, *argument.split(":")))))
     named = argument if stem == "run" else f"{named}_lomt" if _JOB.value == "lomt" and stem != "sweeps" else named
     workdir = _WORKDIR.value or named
+    logs.show()
     if _COORDINATOR.value:
         if _JOB.value not in ("train", "evaluate"):
             raise UserError(f"--coordinator is for --job=train and evaluate; --job={_JOB.value} takes one process")
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    logs.show(warnings_only=not processes.is_first())
     compile_cache.enable()
     config = _CONFIG.value
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
     config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
-    JOBS[_JOB.value][0](config, workdir)
+    with as_os_error(workdir):
+        JOBS[_JOB.value][0](config, workdir)
 
 
 def _config_file():
@@ -248,7 +245,7 @@ def run(argv=None):
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", 128 + signal.SIGINT)
     except OSError as error:
-        if error.errno not in _TELLING:
+        if error.errno not in OF_THE_DISK:
             raise
         _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again")
     except Exception as error:

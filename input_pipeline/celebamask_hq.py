@@ -226,9 +226,7 @@ def read_face(folder: pathlib.Path, name: str) -> dict:
         mask_path = _mask_folder(folder, name) / f"{int(name):05d}_{part}.png"
         if not mask_path.exists():
             continue
-        mask = cv2.imread(str(mask_path), cv2.IMREAD_GRAYSCALE)
-        if mask is None:
-            raise UserError(f"mask {mask_path} cannot be decoded; replace the file")
+        mask = published.read_image(mask_path, f"take {part} of that face away", cv2.IMREAD_GRAYSCALE)
         if parts is None:
             parts = np.zeros(mask.shape, np.uint8)
         finer = image.shape[0] // mask.shape[0]

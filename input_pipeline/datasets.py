@@ -162,19 +162,20 @@ def _open_published(dataset: Published, config) -> Data:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
         )
-    builder = tfds.builder_from_directory(str(target))
-    metadata = builder.info.metadata
+    with published.told_as_damaged(target):
+        builder = tfds.builder_from_directory(str(target))
+        metadata = dict(builder.info.metadata)
+        stored = {split: published.Stored(builder.as_data_source(split=split), target) for split in published.SPLITS}
+        lists, fingerprint = {split: list(metadata["splits"][split]) for split in stored}, metadata["fingerprint"]
     if folder is not None and folder.is_dir():
-        if module.fingerprint(folder, config.split) != metadata["fingerprint"]:
+        if module.fingerprint(folder, config.split) != fingerprint:
             raise UserError(
                 f"{folder}{f' or {config.split}' if config.split else ''} has changed since {prepared} was prepared "
                 f"from it; delete {prepared} to prepare it again, or name another config.data.prepared"
             )
     elif bool(config.split) != metadata.get("given_split", False) or (
-        config.split and published.read_splits(config.split) != metadata["splits"]
+        config.split and published.read_splits(config.split) != lists
     ):
         raise UserError(f"{prepared} was prepared with other lists than those of config.data.split={config.split!r}")
-    sources = {split: module.frames(builder.as_data_source(split=split), config) for split in published.SPLITS}
-    return Data(
-        **sources, names=metadata["splits"], fingerprint=metadata["fingerprint"], classes=tuple(module.classes(config))
-    )
+    frames = {split: module.frames(source, config) for split, source in stored.items()}
+    return Data(**frames, names=lists, fingerprint=fingerprint, classes=tuple(module.classes(config)))

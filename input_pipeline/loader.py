@@ -2,12 +2,15 @@
 
 import collections
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
+
+from mtl_sparse.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -35,10 +38,27 @@ def train_batches(
       batch_size: global; each process gets its equal share.
       seed: of the order and of the augmentations.
       num_workers: worker processes; 0 reads in threads of this process.
+
+    Raises:
+      UserError: worker processes were killed, and new ones, too.
     """
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
-    dataset = dataset.batch(batch_size // process_count)[process_index::process_count][start_step:]
-    return iter(_prefetched(dataset, num_workers))
+    dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
+    step, last_loss = start_step, -1
+    while True:
+        try:
+            for batch in _prefetched(dataset[step:], num_workers):
+                yield batch
+                step += 1
+        except RuntimeError as error:
+            if "was terminated unexpectedly" not in str(error):
+                raise
+            if step == last_loss:
+                raise UserError(
+                    "a data worker was killed twice at the same step, perhaps for its memory; try fewer run.num_workers"
+                ) from error
+            last_loss = step
+            logging.warning("A data worker was killed before step %d; new ones go on from there", step + 1)
 
 
 def eval_batches(
@@ -73,7 +93,14 @@ def _prefetched(dataset, num_workers):
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which a notebook never parses
         flags.FLAGS.mark_as_parsed()
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+    options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+    return dataset.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+
+
+def _ignore_ctrl_c(worker, count):
+    """A terminal sends Ctrl-C to the workers, too, but the run still needs them to end well."""
+    del worker, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def shard(batch: Batch) -> Batch:

@@ -162,14 +162,12 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
     path = _existing(folder, "image", name)
     image = published.read_image(path, f"take {name} out of gt_sets")
     path = _existing(folder, "segmentation", name)
-    segmentation = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if segmentation is None:
-        raise UserError(f"label {path} cannot be decoded; replace the file or take {name} out of gt_sets")
+    segmentation = published.read_image(path, f"take {name} out of gt_sets", cv2.IMREAD_UNCHANGED)
     frame = {"segmentation": segmentation}
     for key in ("depth", "normals", "edge"):
         path = _existing(folder, key, name)
         try:
-            frame[key] = np.load(path, allow_pickle=False)
+            frame[key] = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim any size
         except (ValueError, EOFError, OSError) as error:
             raise UserError(f"label {path} is not a readable .npy array ({error}); replace the file") from error
     for key, label in frame.items():

@@ -1,16 +1,20 @@
 """What the builders of published folders share: lists of frames by JSON file or by seed, and checked images."""
 
+import contextlib
 import json
+import math
 import pathlib
 from collections.abc import Collection, Sequence
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from mtl_sparse.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: a small file can claim any number
 
 
 class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -23,6 +27,38 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def record(self, lists: dict[str, list[str]], fingerprint: str) -> None:
         """Keeps in the metadata which frames are in which split, and of which state of the folder."""
         self.info.metadata.update(splits=lists, given_split=bool(self._split), fingerprint=fingerprint)
+
+
+class Stored:
+    """A split as it was prepared: random access to frames, that tells of one which cannot be read."""
+
+    def __init__(self, source: Sequence[dict], folder: pathlib.Path):
+        """Args: source, of the builder; folder, that holds it, for messages."""
+        self._source, self._folder = source, folder
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with told_as_damaged(self._folder):
+            return self._source[index]
+
+
+@contextlib.contextmanager
+def told_as_damaged(folder: pathlib.Path):
+    """Raises what libraries say of files that TFDS has written, and that are no longer what they were, as UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"the prepared data in {folder} cannot be read ({reason}); delete that folder, and with config.data.folder "
+            "set they are prepared again"
+        ) from error
 
 
 def read_splits(path: str, known: Collection[str] | None = None) -> dict[str, list[str]]:
@@ -68,16 +104,29 @@ def draw_splits(names: Sequence[str], fractions: Sequence[float], seed: int) -> 
     return [[names[i] for i in sorted(part)] for part in parts]
 
 
-def read_image(path: pathlib.Path, way_out: str) -> np.ndarray:
-    """An image file as uint8 BGR [H, W, 3].
+def read_image(path: pathlib.Path, way_out: str, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """An image file as OpenCV decodes it with these flags: uint8 BGR [H, W, 3] by default.
 
     Raises:
-      UserError: it does not decode, or is a JPEG that was cut short; the message ends with "or <way_out>".
+      UserError: it does not decode, is a JPEG that was cut short, or has more than `MAX_PIXELS`, which is found before
+        any of them is decoded; the message ends with "or <way_out>".
     """
-    data = path.read_bytes()
+    try:
+        with Image.open(path) as header:
+            pixels = header.width * header.height
+    except Image.DecompressionBombError:
+        pixels = math.inf
+    except (OSError, ValueError, SyntaxError):  # not an image that Pillow knows
+        pixels = 0
+    if pixels > MAX_PIXELS:
+        raise UserError(f"image {path} has more than {MAX_PIXELS:,} pixels; replace the file, or {way_out}")
+    data = path.read_bytes() if pixels else b""
     # OpenCV fills what a cut JPEG lacks with grey; its end-of-image marker tells.
     whole = b"\xff\xd9" in data[-4096:] or not data.startswith(b"\xff\xd8")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data and whole else None
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data and whole else None
+    except cv2.error:
+        image = None
     if image is None:
         raise UserError(f"image {path} cannot be decoded; replace the file, or {way_out}")
     return image

@@ -1,9 +1,6 @@
 """Orbax checkpoints of a run: the latest ones, to go on from, and the best one by validation."""
 
-import contextlib
-import os
 import pathlib
-import re
 import zlib
 from typing import Any
 
@@ -64,20 +61,19 @@ class Checkpoints:
         """Starts saving `state` (a tree of host arrays) and `progress` (JSON values) as the one of `step`.
 
         Raises:
-          OSError: this save, or the one before, found the disk full or the folder not writable.
+          ValueError or OSError: of the library, where this save, or the one before, could not be written.
         """
         if not processes.is_first():
             return
-        with _as_os_error(self.folder):
-            manager = self._manager(kind)
-            if manager.latest_step() != step:
-                leaves = _flatten(state)
-                tree = traverse_util.unflatten_dict(leaves, sep="/")
-                progress = {**progress, "checksum": _checksum(leaves)}
-                manager.save(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress)),
-                )
+        manager = self._manager(kind)
+        if manager.latest_step() != step:
+            leaves = _flatten(state)
+            tree = traverse_util.unflatten_dict(leaves, sep="/")
+            progress = {**progress, "checksum": _checksum(leaves)}
+            manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress)),
+            )
 
     def restore(self, kind: str, like: Any) -> tuple[Any, dict]:
         """Newest checkpoint of a kind as (state, progress).
@@ -151,14 +147,9 @@ class Checkpoints:
         return folder.rename(self.folder / "damaged" / (f"{name}_{others}" if others else name))
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk.
-
-        Raises:
-          OSError: one did not, see `save`.
-        """
-        with _as_os_error(self.folder):
-            for manager in self._managers.values():
-                manager.wait_until_finished()
+        """Returns when every save has reached the disk; raises as `save` does where one has not."""
+        for manager in self._managers.values():
+            manager.wait_until_finished()
 
     def close(self) -> None:
         """Ends what is under way. It raises nothing: `wait` is what tells of a save that failed."""
@@ -225,16 +216,3 @@ def _checksum(leaves) -> int:
     for name in sorted(leaves):
         value = zlib.crc32(np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8), value)
     return value
-
-
-@contextlib.contextmanager
-def _as_os_error(folder):
-    """Raises what the storage library says of a full disk, or of a folder that it may not write, as an OSError."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if not code:
-            raise
-        number = int(code[1])
-        raise OSError(number, os.strerror(number), str(folder)) from error

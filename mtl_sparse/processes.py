@@ -41,7 +41,8 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--coordinator={coordinator!r}: the processes did not find each other ({error})") from error
-    logging.info("Process %d of %d", jax.process_index(), jax.process_count())
+    if not is_first():  # one that tells how the run goes is enough
+        logging.set_verbosity(logging.WARNING)
 
 
 def is_first() -> bool:

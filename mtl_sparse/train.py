@@ -145,7 +145,6 @@ def train(config, workdir: str | pathlib.Path) -> dict:
       UserError: see `setup`; a workdir of another config or data, or that another process is at; a step, or every
         validation, that is not finite.
       Stopped: SIGTERM or Ctrl-C asked for it; the step is saved.
-      OSError: the disk is full or the folder not writable; what was saved is kept.
     """
     run = setup(config)
     _check_alike(run)
