@@ -225,9 +225,10 @@ def _parse(argv):
         _exit(" ".join(sentence.split()) if ours else f"cannot use these settings: {' '.join(text.split())}")
 
 
-def _exit(message, code=2):
+def _exit(message, code=2, at_once=False):
     print(f"error: {message}" if code == 2 else message, file=sys.stderr)
-    if _COORDINATOR.value:  # at once, so that the other processes, which wait for this one, end, too
+    # At once means without waiting for threads of a save that failed, or for the other processes, which wait for this.
+    if at_once or _COORDINATOR.value:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -247,7 +248,7 @@ def run(argv=None):
     except OSError as error:
         if error.errno not in OF_THE_DISK:
             raise
-        _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again")
+        _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again", at_once=True)
     except Exception as error:
         if not _COORDINATOR.value:
             raise

@@ -13,6 +13,7 @@ from absl import flags, logging
 from mtl_sparse.errors import UserError
 
 Batch = dict[str, np.ndarray]
+_EPOCHS = 2**32  # without end: Grain's own repetition overflows with batches of one
 
 
 def train_batches(
@@ -42,7 +43,7 @@ def train_batches(
     Raises:
       UserError: worker processes were killed, and new ones, too.
     """
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(_EPOCHS).random_map(transform)
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
     step, last_loss = start_step, -1
     while True:

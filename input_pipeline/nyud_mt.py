@@ -111,7 +111,7 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
             if key == "test":
                 continue
             raise UserError(f"{path} is missing; an NYUD_MT folder lists its frames there, one name a line")
-        lists[key] = path.read_text().split()
+        lists[key] = path.read_text(errors="replace").replace("\0", " ").split()
         if not lists[key]:
             raise UserError(f"{path} is empty; it must name at least one frame")
     seen = {}
@@ -168,8 +168,10 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
         path = _existing(folder, key, name)
         try:
             frame[key] = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim any size
-        except (ValueError, EOFError, OSError) as error:
+        except Exception as error:  # NumPy reads the header as Python: it may be any error of that
             raise UserError(f"label {path} is not a readable .npy array ({error}); replace the file") from error
+        if frame[key].dtype.kind not in "fiub":
+            raise UserError(f"label {path} holds {frame[key].dtype}, no real numbers; replace the file")
     for key, label in frame.items():
         shape = (*image.shape[:2], 3) if key == "normals" else image.shape[:2]
         if label.shape != shape:

@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: the latest ones, to go on from, and the best one by validation."""
 
+import json
 import pathlib
 import zlib
 from typing import Any
@@ -20,7 +21,7 @@ KINDS = ("latest", "best")
 class Checkpoints:
     """`checkpoints/latest/<step>` and `checkpoints/best/<step>` below a run's folder.
 
-    A checkpoint is a tree of arrays and a JSON dictionary, with a checksum of the arrays. Saves are asynchronous and
+    A checkpoint is a tree of arrays and a JSON dictionary, with a checksum of both. Saves are asynchronous and
     atomic; a save removes older ones only after it is complete. Of several processes the first one writes and reads,
     and tells the others.
     """
@@ -43,6 +44,9 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=2 if kind == "latest" else 1,
                     cleanup_tmp_directories=self._owned,
+                    # Made in a thread, folders that cannot be made leave other threads waiting for them. Time is taken
+                    # from the clock: with a short limit, one that is set forward during a save would end the run.
+                    async_options=ocp.AsyncOptions(timeout_secs=10 * 86400, create_directories_asynchronously=False),
                     **alone,
                 ),
                 # named so that a manager that has saved nothing yet can read what is there
@@ -69,7 +73,7 @@ class Checkpoints:
         if manager.latest_step() != step:
             leaves = _flatten(state)
             tree = traverse_util.unflatten_dict(leaves, sep="/")
-            progress = {**progress, "checksum": _checksum(leaves)}
+            progress = {**progress, "checksum": _checksum(leaves, progress)}
             manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(tree), progress=ocp.args.JsonSave(progress)),
@@ -134,8 +138,8 @@ class Checkpoints:
             ),
         )
         leaves, progress = jax.device_get(traverse_util.flatten_dict(restored["state"], sep="/")), restored["progress"]
-        if progress.pop("checksum", None) not in (None, _checksum(leaves)):  # None: of a version without
-            raise ValueError("its arrays are not those that were saved")
+        if progress.pop("checksum", None) != _checksum(leaves, progress):
+            raise ValueError("it is not what was saved")
         return leaves, progress
 
     def _put_aside(self, folder):
@@ -210,9 +214,9 @@ def _check_same_model(folder, saved, like):
     )
 
 
-def _checksum(leaves) -> int:
-    """CRC-32 of the arrays, one after the other by name."""
-    value = 0
+def _checksum(leaves, progress) -> int:
+    """CRC-32 of the JSON values, and of the arrays one after the other by name."""
+    value = zlib.crc32(json.dumps(progress, sort_keys=True).encode())
     for name in sorted(leaves):
         value = zlib.crc32(np.ascontiguousarray(leaves[name]).reshape(-1).view(np.uint8), value)
     return value

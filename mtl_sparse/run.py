@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -94,11 +95,12 @@ class Run:
 
     def eval_batches(self, split: str):
         """Host batches of this process's share of a split, once, padded to what the devices share equally."""
-        devices = jax.device_count()
+        devices, frames = jax.device_count(), getattr(self.data, split)
+        size = min(self.config.train.eval_batch_size, len(frames))
         return loader.eval_batches(
-            getattr(self.data, split),
+            frames,
             self.eval_transform(),
-            batch_size=-(-self.config.train.eval_batch_size // devices) * devices,
+            batch_size=-(-size // devices) * devices,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -147,7 +149,9 @@ def setup(config) -> Run:
     # BatchNorm of a single device has nothing to synchronise, and XLA fuses it better.
     model = multitask.build(config.model, tasks, axis_name=AXIS if jax.device_count() > 1 else None)
     data = processes.in_turn(lambda: datasets.load(config.data, [task.label for task in tasks]))
-    steps_per_epoch = max(1, len(data.train) // config.train.batch_size)
+    if config.train.batch_size > len(data.train):
+        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {len(data.train)} training frames")
+    steps_per_epoch = len(data.train) // config.train.batch_size
     total_steps = config.train.epochs * steps_per_epoch
     tx = optim.build(config, total_steps)
     settled_step = optim.settled_step(config, total_steps)
@@ -177,47 +181,86 @@ def compact(config, model, variables):
     return compact_lib.compact(model, variables, size=size, multiple=config.compact.multiple)
 
 
+# Least value of settings by dotted path, and those that are below 1, or at most 1.
+_AT_LEAST = {
+    "seed": 0,
+    "data.max_scale": 1,
+    "data.embedded.frames": 0,
+    "data.embedded.seed": 0,
+    "loss.label_smoothing": 0,
+    "loss.pos_weight": 0,
+    "loss.threshold": 0,
+    "model.bn_momentum": 0,
+    "model.dropout": 0,
+    "model.head_features": 1,
+    "model.width": 1,
+    "optimizer.b1": 0,
+    "optimizer.b2": 0,
+    "optimizer.eps": 0,
+    "optimizer.l2": 0,
+    "optimizer.min_learning_rate": 0,
+    "optimizer.plateau_epochs": 1,
+    "optimizer.plateau_factor": 0,
+    "optimizer.weight_decay": 0,
+    "sparsity.target_ramp": 0,
+    "train.batch_size": 1,
+    "train.early_stop_epochs": 0,
+    "train.epochs": 1,
+    "train.eval_batch_size": 1,
+    "compact.multiple": 1,
+    "lomt.active": 0,
+    "lomt.vote": 0,
+    "benchmark.rounds": 1,
+    "run.checkpoint_every_steps": 1,
+    "run.log_every_steps": 1,
+    "run.num_workers": 0,
+    "run.progress_every_secs": 0,
+    "run.sample_frames": 1,
+    "run.skip_not_finite": 0,
+    "run.summary_rounds": 0,
+}
+_BELOW_ONE = (
+    "loss.label_smoothing",
+    "loss.threshold",
+    "model.bn_momentum",
+    "model.dropout",
+    "optimizer.b1",
+    "optimizer.b2",
+)
+_AT_MOST_ONE = ("optimizer.plateau_factor", "sparsity.target_ramp", "lomt.active", "lomt.vote")
+# Tuples by dotted path, and what they hold.
+_HOLD = {"tasks": str, "data.size": int, "model.attach": str, "benchmark.batch_sizes": int}
+_MOST = 2**31 - 1  # of whole numbers
+
+
 def check_config(config) -> None:
     """Raises UserError for settings that cannot work; what only the data can tell is checked with the data."""
-    at_least = {
-        "data.max_scale": 1,
-        "data.embedded.frames": 0,
-        "data.embedded.seed": 0,
-        "loss.label_smoothing": 0,
-        "model.bn_momentum": 0,
-        "model.dropout": 0,
-        "model.head_features": 1,
-        "loss.pos_weight": 0,
-        "loss.threshold": 0,
-        "model.width": 1,
-        "optimizer.weight_decay": 0,
-        "optimizer.b1": 0,
-        "optimizer.b2": 0,
-        "optimizer.plateau_epochs": 1,
-        "run.checkpoint_every_steps": 1,
-        "run.log_every_steps": 1,
-        "run.num_workers": 0,
-        "run.skip_not_finite": 0,
-        "run.sample_frames": 1,
-        "run.summary_rounds": 0,
-        "compact.multiple": 1,
-        "train.batch_size": 1,
-        "train.early_stop_epochs": 0,
-        "train.epochs": 1,
-        "train.eval_batch_size": 1,
-    }
+    values = dict(_leaves(config))
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value}: it must be a finite number")
+        if isinstance(value, int) and value > _MOST:
+            raise UserError(f"{name}={value}: it must be at most {_MOST}")
+    for name, kind in _HOLD.items():
+        if not all(isinstance(item, kind) for item in values[name]):
+            what = "whole numbers" if kind is int else "names"
+            raise UserError(f"{name}={tuple(values[name])}: it holds {what}")
+    at_least = dict(_AT_LEAST)
     if config.data.embedded.frames > 0:
         at_least |= {"data.embedded.height": 8, "data.embedded.width": 8}
         if config.data.embedded.frames < 12:
             raise UserError(f"data.embedded.frames={config.data.embedded.frames}: it must be 0, or at least 12")
-    below_one = {
-        "loss.label_smoothing",
-        "loss.threshold",
-        "model.bn_momentum",
-        "model.dropout",
-        "optimizer.b1",
-        "optimizer.b2",
-    }
+    for name, least in at_least.items():
+        if not values[name] >= least:
+            raise UserError(f"{name}={values[name]}: it must be at least {least}")
+    for name in _BELOW_ONE:
+        if not values[name] < 1:
+            raise UserError(f"{name}={values[name]}: it must be below 1")
+    for name in _AT_MOST_ONE:
+        if not values[name] <= 1:
+            raise UserError(f"{name}={values[name]}: it must be at most 1")
+    if min(config.benchmark.batch_sizes, default=0) < 1:
+        raise UserError(f"benchmark.batch_sizes={tuple(config.benchmark.batch_sizes)}: at least one, each at least 1")
     features, dropout = tuple(config.model.classifier_features), tuple(config.model.classifier_dropout)
     numbers = all(isinstance(x, int) for x in features) and all(isinstance(x, int | float) for x in dropout)
     if not (
@@ -227,12 +270,6 @@ def check_config(config) -> None:
             f"model.classifier_features={features}, model.classifier_dropout={dropout}: of its two layers, at least 1 "
             "channel each, and rates from 0 to below 1"
         )
-    for name, least in at_least.items():
-        value = functools.reduce(getattr, name.split("."), config)
-        if not value >= least:
-            raise UserError(f"{name}={value}: it must be at least {least}")
-        if name in below_one and not value < 1:
-            raise UserError(f"{name}={value}: it must be below 1")
     size = tuple(config.data.size)
     if len(size) != 2 or any(side < OUTPUT_STRIDE or side % OUTPUT_STRIDE for side in size):
         raise UserError(f"data.size={size}: (height, width), both multiples of the output stride {OUTPUT_STRIDE}")
@@ -243,3 +280,12 @@ def check_config(config) -> None:
         raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {devices} devices")
     optim.check(config)
     weighting.check(config.loss.weighting, config.loss.weights, config.tasks)
+
+
+def _leaves(config, prefix=""):
+    """(dotted path, value) of every setting."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

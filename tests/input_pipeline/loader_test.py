@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 
 import jax
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
+from mtl_sparse.errors import UserError
 from tests.conftest import tiny
 
 
@@ -59,7 +61,44 @@ def test_processes_share_the_same_global_batches():
     parts = [take(train(process_index=index, process_count=2), 5) for index in (0, 1)]
     for step in range(5):
         assert len(parts[0][step]["image"]) == 2
-        assert sorted(numbers([parts[0][step], parts[1][step]])) == sorted(numbers([whole[step]]))
+        assert numbers([parts[0][step], parts[1][step]]) == numbers([whole[step]]), "in the same places, too"
+
+
+def test_batches_of_one():
+    assert sorted(numbers(take(train(batch_size=1), 10))) == list(range(10))
+    both = [numbers(take(train(batch_size=2, process_index=index, process_count=2), 5)) for index in (0, 1)]
+    assert sorted(both[0] + both[1]) == list(range(10))
+
+
+def kill_a_worker():
+    victim, *_ = [child for child in multiprocessing.active_children() if child.is_alive()]
+    victim.kill()
+    victim.join()
+
+
+def test_a_data_worker_that_is_killed_is_replaced():
+    """The batches are those of an undisturbed run, none left out and none twice."""
+    batches, seen = train(num_workers=2), []
+    for _ in range(3):
+        seen += take(batches, 2)
+        kill_a_worker()
+    seen += take(batches, 6)
+    for ours, want in zip(seen, take(train(), 12), strict=True):
+        np.testing.assert_array_equal(ours["image"], want["image"])
+        np.testing.assert_array_equal(ours["draw"], want["draw"])
+
+
+def test_data_workers_that_keep_dying_are_told(monkeypatch):
+    def dies(dataset, num_workers):
+        yield from itertools.islice(dataset, 2)
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    prefetched = loader._prefetched
+    monkeypatch.setattr(loader, "_prefetched", lambda dataset, workers: dies(prefetched(dataset, 0), workers))
+    assert len(take(train(num_workers=2), 7)) == 7, "as long as there are new batches it goes on"
+    monkeypatch.setattr(loader, "_prefetched", lambda dataset, workers: dies([], workers))
+    with pytest.raises(UserError, match="killed twice at the same step.*fewer run.num_workers"):
+        next(train(num_workers=2))
 
 
 def test_worker_processes_give_the_same_batches():

@@ -1,0 +1,121 @@
+"""One training step, and what the loop does at the end of an epoch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from input_pipeline import loader
+from mtl_sparse import optim, train
+from mtl_sparse import run as run_lib
+from tests.conftest import tiny
+
+
+def test_the_seed_is_an_argument_of_the_compiled_step(rooms, monkeypatch):
+    """Runs that differ in it share one program of the compile cache."""
+    made = []
+
+    def pmap(function, **settings):
+        made.append((function.func, set(function.keywords), settings["in_axes"]))
+        return lambda *arguments: made.append(arguments)
+
+    config = tiny(rooms)
+    config.seed = 7
+    run = run_lib.setup(config)
+    monkeypatch.setattr(jax, "pmap", pmap)
+    train.make_train_step(run)("state", "batch")
+    assert made == [
+        (train.train_step, {"model", "tasks", "tx", "loss_config", "skip_not_finite"}, (None, 0, None)),
+        ("state", "batch", 7),
+    ]
+
+
+def test_without_penalty_a_step_is_adams(rooms):
+    """The whole step with lambda 0 against a step written out with plain optax, single task."""
+    import optax
+
+    config = tiny(rooms)
+    config.tasks = ("depth",)
+    config.loss.weighting = "equal"
+    config.sparsity.lambda_ = 0.0
+    config.model.dropout = 0.0
+    config.optimizer.schedule = "constant"
+    run = run_lib.setup(config)
+    state = run.init_state()
+    batch = next(run.train_batches(0))
+
+    def loss(params):
+        model = run.model.clone(axis_name=None)
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        raw, _ = model.apply(variables, batch["image"], train=True, mutable=["batch_stats"])
+        label = batch["depth"][:, 4::8, 4::8]
+        valid = label > 0
+        return jnp.sum(jnp.where(valid, (jax.nn.sigmoid(raw["depth"][..., 0]) - label) ** 2, 0)) / valid.sum()
+
+    adam = optax.adam(config.optimizer.learning_rate)
+    params = state.params["model"]
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    updates, _ = adam.update(grads, adam.init(params), params)
+    want = optax.apply_updates(params, updates)
+    new, scalars = train.make_train_step(run)(loader.replicate(state), loader.shard(batch))
+    assert float(scalars["depth/loss"]) == pytest.approx(float(value), rel=1e-5)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params["model"], want)
+    # Adam's first step is +- the rate: a rounding of a gradient near zero can turn it, so compare most weights.
+    close = jax.tree.map(lambda a, b: jnp.abs(a - b) < 1e-5, new.params["model"], want)
+    share = np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(close)]))
+    assert share > 0.999, moved
+
+
+def end_epochs(config, scores):
+    """What the loop does at the ends of epochs with these scores: [(best, learning rate, stopped)]."""
+    run = run_lib.setup(config)
+    state = run.init_state()
+    progress, seen = train.Progress(), []
+    for epoch, score in enumerate(scores, 1):
+        best, state = train._end_epoch(run, progress, epoch * run.steps_per_epoch, score, state)
+        seen.append((best, pytest.approx(float(optim.learning_rate(state.opt_state))), progress.stopped))
+    return seen
+
+
+def test_early_stop_and_plateau(rooms):
+    config = tiny(rooms)
+    config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-4)
+    config.train.update(early_stop_epochs=5, epochs=10)
+    assert end_epochs(config, (1.0, 0.5, 0.6, 0.6, 0.7, 0.5, 0.5)) == [
+        (True, 2e-3, False),
+        (True, 2e-3, False),
+        (False, 2e-3, False),
+        (False, 2e-4, False),
+        (False, 2e-4, False),
+        (False, 1e-4, False),
+        (False, 1e-4, True),
+    ]
+
+
+def test_the_rate_stays_until_the_sparsity_is_settled(rooms):
+    """Pruning makes the score worse for a while; 10 epochs, the penalty starts after the sixth."""
+    config = tiny(rooms)
+    config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-9)
+    config.train.epochs = 10
+    config.sparsity.start_step = 12
+    rates = [rate for _, rate, _ in end_epochs(config, range(1, 11))]
+    assert rates == [2e-3] * 7 + [2e-4, 2e-4, 2e-5]
+
+
+def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms):
+    """10 epochs of 2 steps: lambda is frozen after step 12, the pattern after step 16."""
+    config = tiny(rooms)
+    config.train.update(early_stop_epochs=2, epochs=10)
+    config.sparsity.update(target=0.5, target_freeze=0.6)
+    scores = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.5, 0.6, 0.6)
+    best = [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best]
+    assert best == [6, 8], "epoch 6 is the first that counts"
+    assert [stopped for *_, stopped in end_epochs(config, scores)] == [False] * 9 + [True]
+    config.sparsity.debias_at = 0.8
+    assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best] == [8]
+
+
+def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
+    tasks = run_lib.setup(tiny(rooms)).tasks
+    values = {"segmentation/loss": 4.0, "depth/loss": 0.5, "normals/loss": 0.5}
+    assert train.validation_score(values, tasks) == pytest.approx(1.0)
