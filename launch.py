@@ -1,5 +1,6 @@
 """python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]"""
 
+import gc
 import os
 import pathlib
 import signal
@@ -195,6 +196,7 @@ def main(argv):
     config = _CONFIG.value
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
     config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
+    gc.set_threshold(200_000, 20, 100)  # tracing makes objects that live: looking for garbage among them takes long
     with as_os_error(workdir):
         JOBS[_JOB.value][0](config, workdir)
 
