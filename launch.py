@@ -230,7 +230,7 @@ def _parse(argv):
 def _exit(message, code=2, at_once=False):
     print(f"error: {message}" if code == 2 else message, file=sys.stderr)
     # At once means without waiting for threads of a save that failed, or for the other processes, which wait for this.
-    if at_once or _COORDINATOR.value:
+    if at_once or (flags.FLAGS.is_parsed() and _COORDINATOR.value):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -95,10 +95,11 @@ class Run:
 
     def eval_batches(self, split: str):
         """Host batches of this process's share of a split, once, padded to what the devices share equally."""
-        devices, frames = jax.device_count(), getattr(self.data, split)
-        size = min(self.config.train.eval_batch_size, len(frames))
+        devices = jax.device_count()
+        most = max(len(self.data.train), len(self.data.validation), len(self.data.test))  # one shape for all splits
+        size = min(self.config.train.eval_batch_size, most)
         return loader.eval_batches(
-            frames,
+            getattr(self.data, split),
             self.eval_transform(),
             batch_size=-(-size // devices) * devices,
             process_index=jax.process_index(),

@@ -43,6 +43,7 @@ def test_fixed_norm_probe_and_figure(config):
     assert [len(axis.lines) for axis in figure.axes] == [3, 3, 3, 4]
 
 
+@pytest.mark.slow
 def test_compaction_is_timed_for_each_share():
     lines = compact.patterns(32, 1, rounds=2, shares=(0.6,), depth=18, width=8).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["dense", "compact", "multiple of 4", "4, no gather"]
@@ -55,6 +56,7 @@ SMALL = {"size": 32, "batch": 2, "width": 4, "head_features": 4}
 SHALLOW = {**SMALL, "depth": 10, "names": ("depth",)}
 
 
+@pytest.mark.slow
 def test_our_step_and_inference_do_what_they_say():
     batch = peers.random_batch(16, 2)
     assert {name: value.shape[:3] for name, value in batch.items()} == dict.fromkeys(batch, (2, 16, 16))

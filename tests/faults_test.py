@@ -86,9 +86,10 @@ def befalls():
 
 
 def depth(rooms):
-    """Six steps in three epochs of one task."""
+    """Six steps in three epochs of one task, on the front of the backbone alone, which compiles sooner."""
     config = tiny(rooms)
     config.tasks = ("depth",)
+    config.model.attach = ("layer1_0",)
     config.train.epochs = 3
     config.run.log_every_steps = 3
     return config
@@ -165,12 +166,13 @@ def test_a_run_that_breaks_anywhere_goes_on(whole, rooms, tmp_path, befalls):
 
 def flip(path):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
+    for place in range(0, len(data), 64):  # one alone may fall where nothing is read
+        data[place] ^= 16
     path.write_bytes(data)
 
 
 DAMAGE = {
-    "a bit of the arrays": lambda folder: flip(largest(folder)),
+    "bits of the arrays": lambda folder: flip(largest(folder)),
     "arrays cut short": lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:1000]),
     "no arrays": lambda folder: shutil.rmtree(folder / "state"),
     "no progress": lambda folder: shutil.rmtree(folder / "progress"),
@@ -351,26 +353,24 @@ def wait_for(process, condition):
         time.sleep(0.01)
 
 
-def test_stopped_killed_and_started_again_a_run_ends_the_same(rooms, tmp_path):
+def test_stopped_killed_and_started_again_a_run_ends_the_same(whole, rooms, tmp_path):
     """By launch.py: SIGTERM, which is exit code 75, then kill -9 at a random moment, then to the end."""
     config, workdir = depth(rooms), tmp_path / "run"
-    config.train.epochs = 12
-    train.train(config, tmp_path / "whole")
     process = start(config, workdir)
-    wait_for(process, (workdir / "checkpoints" / "best" / "2").exists)
+    wait_for(process, (workdir / "checkpoints" / "latest" / "1").exists)
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and said.splitlines()[-1].startswith("stopped at step "), said
     stopped_at = int(newest(workdir).name)
-    assert 2 <= stopped_at < 24
+    assert 1 <= stopped_at < 6
     process = start(config, workdir)
     wait_for(process, lambda: int(newest(workdir).name) > stopped_at)
     time.sleep(random.Random(0).uniform(0, 0.3))
     process.kill()
     process.communicate()
-    assert int(newest(workdir).name) < 24
+    assert int(newest(workdir).name) <= 6 and not (workdir / "results.json").exists()
     train.train(config, workdir)
-    assert_ends_as(tmp_path / "whole", workdir)
+    assert_ends_as(whole, workdir)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
+import struct
 import subprocess
 import sys
+import zlib
 
 import cv2
 import numpy as np
@@ -78,6 +80,22 @@ def set_class_41(label):
     return label
 
 
+def png_that_claims(width, height):
+    """A PNG of a few bytes whose header has this size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def claim_shape(path, shape):
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
 BAD_FOLDERS = {
     "no data folder": (lambda folder: folder.rename(folder.with_name("gone")), "does not exist.*config.data.folder"),
     "no list": (lambda folder: (folder / "gt_sets" / "val.txt").unlink(), "val.txt is missing"),
@@ -110,6 +128,18 @@ BAD_FOLDERS = {
             (folder / "normals" / "00003.npy").read_bytes()[:200]
         ),
         "normals/00003.npy is not a readable .npy",
+    ),
+    "image that claims too many pixels": (
+        lambda folder: (folder / "segmentation" / "00003.png").write_bytes(png_that_claims(30_000, 30_000)),
+        "segmentation/00003.png has more than 67,108,864 pixels",
+    ),
+    "array that claims a terabyte": (
+        lambda folder: claim_shape(folder / "depth" / "00003.npy", (500_000, 500_000)),
+        "depth/00003.npy is not a readable .npy",
+    ),
+    "array of words": (
+        lambda folder: np.save(folder / "edge" / "00003.npy", np.full((32, 48), "edge")),
+        "edge/00003.npy holds <U4, no real numbers",
     ),
     "pickled array": (
         lambda folder: np.save(folder / "edge" / "00003.npy", np.array([{}]), allow_pickle=True),
