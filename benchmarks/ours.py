@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.peers import random_batch
 from configs import nyu
 from input_pipeline import loader
-from mtl_sparse import cost, optim, tasks, train, weighting
+from mtl_sparse import compile_cache, cost, optim, tasks, train, weighting
 from mtl_sparse.models import multitask
 from mtl_sparse.run import AXIS
 
@@ -26,6 +26,7 @@ def _config(names, penalty, **model):
 
 def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, **model):
     """A function () -> None that takes one step of configs/nyu.py, with other settings of its model where given."""
+    compile_cache.enable()
     config = _config(names, penalty, **model)
     rows = tasks.resolve(config)
     network = multitask.build(config.model, rows, axis_name=AXIS if jax.device_count() > 1 else None)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from mtl_sparse import processes, train
-from mtl_sparse.errors import UserError
+from mtl_sparse.errors import Stopped, UserError
 from tests.conftest import tiny
 
 SCRIPT = """
@@ -60,20 +62,44 @@ def start(rooms, folder, count, devices):
 
 @pytest.fixture(scope="module")
 def one(rooms, tmp_path_factory):
-    """(lines of metrics.jsonl, test metrics) of the run on one device."""
+    """(test metrics, lines of metrics.jsonl, folder as it was after step 8) of the run on one device."""
     folder = tmp_path_factory.mktemp("run")
-    return train.train(twenty_steps(rooms), folder)["test"], rows(folder)
+    make_train_step = train.make_train_step
+
+    def stopping(run):
+        step_fn, taken = make_train_step(run), []
+
+        def step(*arguments):
+            taken.append(1)
+            if len(taken) == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step_fn(*arguments)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="step 8 of 20"):
+        patch.setattr(train, "make_train_step", stopping)
+        train.train(twenty_steps(rooms), folder)
+    half = shutil.copytree(folder, tmp_path_factory.mktemp("half"), dirs_exist_ok=True)
+    return train.train(twenty_steps(rooms), folder)["test"], rows(folder), half
 
 
-@pytest.mark.parametrize(("count", "devices"), [(1, 4), (2, 2)])
-def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_path, count, devices):
-    test, lines = one
+@pytest.mark.parametrize(
+    ("count", "devices", "goes_on"), [(1, 4, True), (2, 2, False), pytest.param(1, 4, False, marks=pytest.mark.slow)]
+)
+def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_path, count, devices, goes_on):
+    """From the start, or from a checkpoint that one device wrote."""
+    test, lines, half = one
+    if goes_on:
+        shutil.copytree(half, tmp_path, dirs_exist_ok=True)
+        assert len(rows(tmp_path)) < len(lines)
     for process in start(rooms, tmp_path, count, devices):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-2000:]
         number, theirs = json.loads(out.splitlines()[-1])  # every process has the results
         assert number == 4 and theirs == pytest.approx(test, rel=1e-4, abs=1e-6)
     assert json.loads((tmp_path / "results.json").read_text())["test"] == theirs
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1 + goes_on, "one process writes"
     assert sum(row["split"] == "train" for row in lines) == 20
     assert np.ptp([row["loss"] for row in lines if row["split"] == "train"]) > 0.01
     for ours, others in zip(lines, rows(tmp_path), strict=True):
