@@ -7,7 +7,9 @@ import fcntl
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -20,11 +22,13 @@ from absl import logging
 from mtl_sparse import benchmark
 from mtl_sparse import run as run_lib
 from mtl_sparse import tasks as tasks_lib
-from mtl_sparse.errors import UserError
+from mtl_sparse.errors import Stopped, UserError
 from mtl_sparse.models import multitask
 from mtl_sparse.report import records
 
 CLUSTERS = ("slurm", "local")  # of submitit
+# Exit codes of a run that was asked to stop: see launch.py, and SIGTERM before it listens to that.
+_STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +213,7 @@ def _run_all(trials, workdir, options) -> list[str]:
         running = {pool.submit(run_trial, folder): name for name, folder in folders.items()}
         try:
             return [running[done] for done in concurrent.futures.as_completed(running)
-                    if not progress.tell(running[done], done.result())]  # fmt: skip
+                    if not _finished(running[done], done.result(), progress)]  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -231,16 +235,24 @@ def _submit(folders, workdir, options, progress) -> list[str]:
     jobs = dict(zip(folders, executor.map_array(run_trial, list(folders.values())), strict=True))
     failed = []
     for name, job in jobs.items():
-        if not progress.tell(name, job.result()):
+        if not _finished(name, job.result(), progress):
             failed.append(name)
     return failed
 
 
-def run_trial(folder: str) -> bool:
-    """Trains the run of `folder`, whose config.json is there, in a process of its own; returns whether it finished.
+def _finished(name, finished, progress) -> bool:
+    """What `run_trial` has returned; raises Stopped where the run was stopped, which is no failure of it."""
+    if finished is None:
+        raise Stopped(f"the run {name} was stopped; the same command goes on with it")
+    return progress.tell(name, finished)
 
-    What it prints goes to log.txt; the reason of a failure to failed.txt. A run that another process is at, such as one
-    left by a sweep that was killed, is waited for.
+
+def run_trial(folder: str) -> bool | None:
+    """Trains the run of `folder`, whose config.json is there, in a process of its own.
+
+    Returns whether it finished, None where it was asked to stop before: it can go on. What it prints goes to log.txt;
+    the reason of a failure to failed.txt. A run that another process is at, such as one left by a sweep that was
+    killed, is waited for.
     """
     folder = pathlib.Path(folder)
     config = importlib.util.find_spec("configs.run").origin
@@ -254,6 +266,8 @@ def run_trial(folder: str) -> bool:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),), check=False)
     if done.returncode == 0:
         return True
+    if done.returncode in _STOPPED:
+        return None
     lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
     reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
     (folder / "failed.txt").write_text(f"exit code {done.returncode}: {reason.removeprefix('error: ')}\n")

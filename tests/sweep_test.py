@@ -13,7 +13,7 @@ import pytest
 from configs import sweeps
 from mtl_sparse import benchmark, sweep
 from mtl_sparse import run as run_lib
-from mtl_sparse.errors import UserError
+from mtl_sparse.errors import Stopped, UserError
 from tests.conftest import tiny
 
 LAMBDAS = [{"sparsity.lambda_": value, "seed": seed} for value in (0.0, 1e-4) for seed in (0, 1)]
@@ -113,6 +113,22 @@ def test_a_cluster_runs_the_trials_through_submitit(config, tmp_path):
     with pytest.raises(UserError, match="1 of 1 runs failed: init_from=gone .*model.init_from='gone' does not exist"):
         run(config, tmp_path, [{"model.init_from": "gone"}], cluster="local", cluster_settings={"timeout_min": 5})
     assert list((tmp_path / "submitit").glob("*_submitted.pkl")) and (tmp_path / "init_from=gone" / "log.txt").exists()
+
+
+def test_a_run_that_is_stopped_has_not_failed(config, tmp_path, monkeypatch):
+    codes = iter([75, -signal.SIGTERM, -signal.SIGKILL, 0])
+
+    def process(command, **_):
+        return subprocess.CompletedProcess(command, next(codes))
+
+    monkeypatch.setattr(sweep.subprocess, "run", process)
+    for _ in range(2):
+        with pytest.raises(Stopped, match="the run lambda_=0.0,seed=0 was stopped; the same command goes on with it"):
+            run(config, tmp_path, LAMBDAS[:1])
+        assert not (tmp_path / NAMES[0] / "failed.txt").exists()
+    with pytest.raises(UserError, match="1 of 1 runs failed: lambda_=0.0,seed=0 .exit code -9"):
+        run(config, tmp_path, LAMBDAS[:1])
+    assert run(config, tmp_path, LAMBDAS[:1], retry_failed=True) == NAMES[:1]
 
 
 def test_a_cluster_that_is_not_known_is_named(config, tmp_path, trained):
