@@ -248,7 +248,7 @@ def run(argv=None):
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", 128 + signal.SIGINT)
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in OF_THE_DISK and not _COORDINATOR.value:
             raise
         _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again", at_once=True)
     except Exception as error:

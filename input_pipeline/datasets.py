@@ -12,7 +12,7 @@ from absl import logging
 
 from input_pipeline import celebamask_hq, nyud_mt, published
 from input_pipeline.synthetic import faces, rooms
-from mtl_sparse.errors import UserError
+from mtl_sparse.errors import UserError, as_os_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +159,10 @@ def _open_published(dataset: Published, config) -> Data:
             )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
         builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
-        )
+        with as_os_error(prepared):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
+            )
     with published.told_as_damaged(target):
         builder = tfds.builder_from_directory(str(target))
         metadata = dict(builder.info.metadata)

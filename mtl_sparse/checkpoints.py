@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: the latest ones, to go on from, and the best one by validation."""
 
+import errno
 import json
 import pathlib
 import zlib
@@ -16,6 +17,8 @@ from mtl_sparse.errors import UserError
 from mtl_sparse.sparsity.groups import path_name
 
 KINDS = ("latest", "best")
+# Errors of reading that say nothing of the file: too many open ones, no permission, a file system that is away.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ESTALE, errno.EIO, errno.ENOMEM)
 
 
 class Checkpoints:
@@ -59,7 +62,7 @@ class Checkpoints:
         return processes.on_first(lambda: self._step(kind))
 
     def _step(self, kind):
-        return self._manager(kind).latest_step() if (self.folder / kind).is_dir() else None
+        return next(iter(self._steps(kind)), None)
 
     def save(self, kind: str, step: int, state: Any, progress: dict) -> None:
         """Starts saving `state` (a tree of host arrays) and `progress` (JSON values) as the one of `step`.
@@ -82,7 +85,7 @@ class Checkpoints:
     def restore(self, kind: str, like: Any) -> tuple[Any, dict]:
         """Newest checkpoint of a kind as (state, progress).
 
-        A damaged one of the latest is put aside, into `checkpoints/damaged`, and the one before it is taken.
+        One that is damaged is put aside, into `checkpoints/damaged`, where there is another, which is taken.
 
         Args:
           like: tree of arrays or jax.ShapeDtypeStruct: the state that the model of this config has.
@@ -106,25 +109,34 @@ class Checkpoints:
 
     def read(self, kind: str) -> tuple[dict[str, np.ndarray], dict, pathlib.Path]:
         """Newest checkpoint of a kind as it was saved, see `restore`: (leaves by path, progress, its folder)."""
-        lost = []
-        while (step := self._step(kind)) is not None:
+        if not self._steps(kind):
+            raise UserError(f"no {kind} checkpoint in {self.folder}; train first with this --workdir")
+        damaged = {}
+        for step in self._steps(kind):
             folder = self.folder / kind / str(step)
             try:
-                return *self._leaves(kind, step), folder
+                found = *self._leaves(kind, step), folder
+            except MemoryError:
+                raise
             except Exception as error:  # whatever a library says of damaged files
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if kind == "best":
-                raise UserError(
-                    f"checkpoint {folder} is damaged ({reason}); put a copy of it back, or train in another --workdir"
-                )
-            lost.append(self._put_aside(folder))
-            logging.warning("Checkpoint %s is damaged (%s): it is now %s", folder, reason, lost[-1])
-        if lost:
-            raise UserError(
-                f"no {kind} checkpoint of {self.folder} is whole ({', '.join(map(str, lost))} are damaged); put a copy "
-                "of one back, or train in another --workdir"
-            )
-        raise UserError(f"no {kind} checkpoint in {self.folder}; train first with this --workdir")
+                if getattr(error, "errno", None) in _OF_THE_MACHINE:
+                    raise
+                damaged[folder] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                continue
+            for other, reason in damaged.items():
+                logging.warning("Checkpoint %s is damaged (%s): it is now %s", other, reason, self._put_aside(other))
+            return found
+        names = " and ".join(map(str, damaged))
+        raise UserError(
+            f"checkpoint {names} is damaged ({next(iter(damaged.values()))}) and there is no other; put a copy of it "
+            "back, or train in another --workdir"
+        )
+
+    def _steps(self, kind):
+        """Steps of the checkpoints of a kind, the newest first."""
+        if not (self.folder / kind).is_dir():
+            return []
+        return sorted(self._manager(kind).all_steps(), reverse=True)
 
     def _leaves(self, kind, step):
         manager = self._manager(kind)
@@ -138,7 +150,7 @@ class Checkpoints:
             ),
         )
         leaves, progress = jax.device_get(traverse_util.flatten_dict(restored["state"], sep="/")), restored["progress"]
-        if progress.pop("checksum", None) != _checksum(leaves, progress):
+        if progress.pop("checksum", None) not in (None, _checksum(leaves, progress)):  # None: of an older version
             raise ValueError("it is not what was saved")
         return leaves, progress
 
@@ -147,7 +159,8 @@ class Checkpoints:
         name = f"{folder.parent.name}_{folder.name}"
         (self.folder / "damaged").mkdir(exist_ok=True)
         others = len(list((self.folder / "damaged").glob(f"{name}*")))
-        self._managers.pop(folder.parent.name).close()
+        if folder.parent.name in self._managers:
+            self._managers.pop(folder.parent.name).close()
         return folder.rename(self.folder / "damaged" / (f"{name}_{others}" if others else name))
 
     def wait(self) -> None:

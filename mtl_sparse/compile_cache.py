@@ -1,4 +1,4 @@
-"""JAX's compile cache, on by default: the second start of a run compiles next to nothing."""
+"""JAX's compile cache, on by default: the second start of a run finds its programs there."""
 
 import hashlib
 import os

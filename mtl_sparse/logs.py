@@ -36,7 +36,7 @@ class MetricLog:
     def __init__(self, workdir: pathlib.Path, start_step: int):
         """Args: workdir; start_step, the step that the run goes on from: later lines are of a lost stretch."""
         self._path = workdir / "metrics.jsonl"
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        lines = self._path.read_text(errors="replace").splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and _step(self._path, line) <= start_step]
         if kept != lines:
             partial = self._path.with_suffix(".partial")

@@ -29,18 +29,20 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
       UserError: values that cannot be, or the others were not found.
     """
     told = coordinator != "auto"
-    if told and (not coordinator.rpartition(":")[2].isdecimal() or count is None or not 0 <= (index or 0) < count):
+    port = coordinator.rpartition(":")[2]
+    if told and (not port.isdecimal() or None in (count, index) or not 0 <= index < count):
         raise UserError(
             f"--coordinator={coordinator!r}, --num_processes={count}, --process_id={index}: HOST:PORT of process 0, "
             "the number of processes, and which of them this is, from 0; or --coordinator=auto under SLURM or Open MPI"
         )
     try:
         if told:
-            jax.distributed.initialize(coordinator, count, index or 0)
+            jax.distributed.initialize(coordinator, count, index)
         else:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--coordinator={coordinator!r}: the processes did not find each other ({error})") from error
+    on_first(lambda: None)  # connects them: of a first exchange that not all reach at once, XLA waits 30 s only
     if not is_first():  # one that tells how the run goes is enough
         logging.set_verbosity(logging.WARNING)
 

@@ -157,14 +157,19 @@ def train(config, workdir: str | pathlib.Path) -> dict:
 
 def _check_alike(run):
     """Raises UserError where another process of this run has other settings or data than the first."""
-    config = json.loads(run.config.to_json())
-    config["run"] = {}
-    theirs = processes.on_first(lambda: [config, run.data.fingerprint])
+    ours = records.settings(json.loads(run.config.to_json())) | {
+        "run.skip_not_finite": run.config.run.skip_not_finite,
+        "the data": run.data.fingerprint,
+    }
+    theirs = processes.on_first(lambda: ours)
 
     def check():
-        if theirs != [config, run.data.fingerprint]:
-            what = "data" if theirs[0] == config else "settings"
-            raise UserError(f"process {jax.process_index()} has other {what} than process 0; give all of them the same")
+        differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        if json.loads(json.dumps(ours)) != theirs:
+            raise UserError(
+                f"process {jax.process_index()} has other settings or data than process 0 "
+                f"({', '.join(sorted(differing)[:3])}); give all of them the same"
+            )
 
     processes.in_turn(check)
 
@@ -202,7 +207,13 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
 
     step_fn = make_train_step(run)
     state = loader.replicate(state)
-    log = logs.MetricLog(workdir, start) if processes.is_first() else None
+    log = None
+
+    def open_log():
+        nonlocal log
+        log = logs.MetricLog(workdir, start)
+
+    processes.on_first(open_log)
     report_progress = logs.progress_reporter(run.total_steps, config.run.progress_every_secs)
     batches = loader.prefetch_to_device(run.train_batches(start))
     logging.info(
@@ -254,7 +265,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
             if asked_to_stop(step) and step < run.total_steps:
                 _fetch(pending, saved)
                 save("latest")
-                saved.wait()
+                processes.on_first(saved.wait)  # no other ends before it is written
                 raise Stopped(
                     f"stopped at step {step} of {run.total_steps}, as asked; the same command goes on from there"
                 )
@@ -311,8 +322,9 @@ def _end_epoch(run, progress: Progress, step: int, score: float, state):
     pruned the score may well get worse. Then the count starts anew.
     """
     config = run.config
-    settled = step >= run.settled_step
-    if settled and step - run.steps_per_epoch < run.settled_step:
+    taken = step - progress.skipped  # the optimizer's count, by which its phases go
+    settled = taken >= run.settled_step
+    if settled and taken - run.steps_per_epoch < run.settled_step:
         progress.best = math.inf
     improved = score < progress.best
     if improved or not settled:

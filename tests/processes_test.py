@@ -116,7 +116,8 @@ def test_one_process_needs_nothing_of_the_others():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("here", 2, 0), ("here:x", 2, 0), ("here:1", None, 0), ("here:1", 2, 2), ("here:1", 2, -1)]
+    "arguments",
+    [("here", 2, 0), ("here:x", 2, 0), ("here:1", None, 0), ("here:1", 2, None), ("here:1", 2, 2), ("here:1", 2, -1)],
 )
 def test_processes_that_cannot_be_are_told(arguments):
     with pytest.raises(UserError, match="--coordinator='here.*HOST:PORT of process 0"):

@@ -28,7 +28,7 @@ def read_json(path: pathlib.Path):
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} holds no such run, or it has not come that far") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"{path} is damaged ({error}); run the job that writes it again") from error
 
 
@@ -114,7 +114,7 @@ def read_metrics(workdir: pathlib.Path) -> dict[str, dict[str, tuple[np.ndarray,
     if not path.exists():
         raise UserError(f"{path} is missing: {workdir} holds no run")
     series = {}
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         if not line.endswith("\n"):  # it is being written
             break
         try:
