@@ -46,6 +46,16 @@ def test_a_checkpoint_of_another_model_names_what_differs(saved):
         saved.restore("best", other)
 
 
+def test_a_checkpoint_that_reads_well_but_is_not_what_was_saved_is_damaged(saved, tmp_path):
+    for step in (3, 5):
+        saved.save("latest", step, state(step), {"best": 0.5})
+    saved.wait()
+    (path,) = (tmp_path / "checkpoints" / "latest" / "5" / "progress").glob("metadata")
+    path.write_text(path.read_text().replace("0.5", "0.4"))
+    restored, progress = saved.restore("latest", state(0))
+    assert restored["list"] == [3] and progress == {"best": 0.5}
+
+
 def test_no_checkpoint_is_said(saved):
     with pytest.raises(UserError, match="no best checkpoint"):
         saved.restore("best", state(0))

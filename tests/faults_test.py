@@ -137,6 +137,21 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(whole, rooms, tmp_path, bef
     else:  # a checkpoint also writes the line of the log
         assert [json.loads(line)["step"] for line in lines(tmp_path)] == [2, 2, 3, 4, 4, 6, 6]
         assert state(tmp_path) == state(whole)
+        single = {row["step"]: row["loss"] for row in map(json.loads, lines(whole)) if row["split"] == "train"}
+        means = {row["step"]: row["loss"] for row in map(json.loads, lines(tmp_path)) if row["split"] == "train"}
+        for step in (2, 6):  # the run was stopped between the two steps of these lines
+            assert means[step] == pytest.approx((single[step - 1] + single[step]) / 2, rel=1e-12)
+
+
+def test_what_the_loop_remembers_goes_on(rooms, tmp_path, befalls, monkeypatch):
+    scores = iter((1.0, 2.0, 3.0))
+    monkeypatch.setattr(train, "validation_score", lambda *_: next(scores))
+    befalls[3] = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train.train(depth(rooms), tmp_path)
+    train.train(depth(rooms), tmp_path)
+    progress = state(tmp_path)[2]
+    assert (progress["best"], progress["stale_epochs"], state(tmp_path, "best")[0]) == (1.0, 2, 2)
 
 
 def test_a_second_ctrl_c_ends_at_once(rooms, tmp_path, befalls):
