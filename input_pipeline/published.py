@@ -116,7 +116,9 @@ def read_image(path: pathlib.Path, way_out: str, flags: int = cv2.IMREAD_COLOR) 
             pixels = header.width * header.height
     except Image.DecompressionBombError:
         pixels = math.inf
-    except (OSError, ValueError, SyntaxError):  # not an image that Pillow knows
+    except (OSError, ValueError, SyntaxError) as error:  # not an image that Pillow knows, or no file that can be read
+        if getattr(error, "errno", None):
+            raise UserError(f"image {path} cannot be read ({error.strerror}); {way_out}, or put it right") from error
         pixels = 0
     if pixels > MAX_PIXELS:
         raise UserError(f"image {path} has more than {MAX_PIXELS:,} pixels; replace the file, or {way_out}")

@@ -346,6 +346,9 @@ def test_a_stretch_that_was_lost_is_not_logged_twice(tmp_path):
     log.write(2, "train", {"loss": 5})
     log.close()
     assert [(row["step"], row["loss"]) for row in map(json.loads, lines(tmp_path))] == [(1, 1), (2, 5)]
+    with path.open("a") as file:
+        file.write('{"step": 3, "spl')
+    assert records.read_metrics(tmp_path)["train"]["loss"][0].tolist() == [1, 2], "the last line is being written"
     path.write_text('{"step": 1, "split"\n' + path.read_text())
     with pytest.raises(UserError, match=r"metrics.jsonl has a damaged line, '\{\"step\": 1, \"split\"\\n'"):
         logs.MetricLog(tmp_path, start_step=1)

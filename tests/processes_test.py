@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mtl_sparse import processes, train
+from mtl_sparse import run as run_lib
 from mtl_sparse.errors import Stopped, UserError
 from tests.conftest import tiny
 
@@ -47,13 +48,13 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def start(rooms, folder, count, devices):
-    """So many processes with so many devices each; returns them."""
+def launched(script, count, devices, **values):
+    """So many processes with so many devices each, that run a script with a free {port} and their index as argument."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
-    script = SCRIPT.format(count=count, port=port, rooms=str(rooms), folder=str(folder))
+    script = script.format(count=count, port=port, **values)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "XLA_FLAGS": flags}
@@ -93,7 +94,7 @@ def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_
     if goes_on:
         shutil.copytree(half, tmp_path, dirs_exist_ok=True)
         assert len(rows(tmp_path)) < len(lines)
-    for process in start(rooms, tmp_path, count, devices):
+    for process in launched(SCRIPT, count, devices, rooms=str(rooms), folder=str(tmp_path)):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-2000:]
         number, theirs = json.loads(out.splitlines()[-1])  # every process has the results
@@ -106,6 +107,49 @@ def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_
         for name, value in ours.items():
             close = {"rel": 1e-4, "abs": 1e-6} if name.endswith("loss") or ours["split"] != "train" else {"rel": 1e-2}
             assert others[name] == (value if name == "split" else pytest.approx(value, **close)), (ours["step"], name)
+
+
+AGREE = """
+import json, sys
+import numpy as np
+from mtl_sparse import processes
+from mtl_sparse.errors import UserError
+me = int(sys.argv[1])
+processes.join("127.0.0.1:{port}", 2, me)
+said = []
+def refuse(where):
+    if me == where:
+        raise UserError(f"process {{where}} cannot")
+for call in (lambda: processes.on_first(lambda: refuse(0)), lambda: processes.in_turn(lambda: refuse(1))):
+    try:
+        call()
+    except UserError as error:
+        said.append(str(error))
+said.append(processes.on_first(lambda: {{"ä": me}}))
+said.append(processes.in_turn(lambda: me))
+tree = {{"x": np.float32([me + 1 / 3, -0.0, np.nan]), "n": np.int32(me + 5), "b": np.array([not me, me], bool)}}
+said.append({{name: x.tobytes().hex() for name, x in processes.from_first(tree).items()}})
+said.append(processes.total(np.float64([1 / 3 + me, me]))[0])
+print(json.dumps(said))
+"""
+
+
+def test_two_processes_agree():
+    """What the first says, to the bit; an error of either in both."""
+    first = {"x": np.float32([1 / 3, -0.0, np.nan]), "n": np.int32(5), "b": np.array([True, False])}
+    bits = {name: x.tobytes().hex() for name, x in first.items()}
+    for index, process in enumerate(launched(AGREE, 2, 1)):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-2000:]
+        errors = ["process 0 cannot", "process 1 cannot"]
+        assert json.loads(out.splitlines()[-1]) == [*errors, {"ä": 0}, index, bits, 1 / 3 + (1 / 3 + 1)]
+
+
+@pytest.mark.parametrize("what", ["seed", "run.skip_not_finite", "the data"])
+def test_a_process_with_other_settings_or_data_is_refused(rooms, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(processes, "on_first", lambda function: {**function(), what: 9})
+    with pytest.raises(UserError, match=f"process 0 has other settings or data than process 0 .{what}."):
+        train._check_alike(run_lib.setup(twenty_steps(rooms)))
 
 
 def test_one_process_needs_nothing_of_the_others():

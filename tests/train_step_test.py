@@ -66,11 +66,11 @@ def test_without_penalty_a_step_is_adams(rooms):
     assert share > 0.999, moved
 
 
-def end_epochs(config, scores):
+def end_epochs(config, scores, skipped=0):
     """What the loop does at the ends of epochs with these scores: [(best, learning rate, stopped)]."""
     run = run_lib.setup(config)
     state = run.init_state()
-    progress, seen = train.Progress(), []
+    progress, seen = train.Progress(skipped=skipped), []
     for epoch, score in enumerate(scores, 1):
         best, state = train._end_epoch(run, progress, epoch * run.steps_per_epoch, score, state)
         seen.append((best, pytest.approx(float(optim.learning_rate(state.opt_state))), progress.stopped))
@@ -111,6 +111,7 @@ def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms)
     best = [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best]
     assert best == [6, 8], "epoch 6 is the first that counts"
     assert [stopped for *_, stopped in end_epochs(config, scores)] == [False] * 9 + [True]
+    assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores, skipped=2), 1) if best] == [7, 8], "two late"
     config.sparsity.debias_at = 0.8
     assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best] == [8]
 
