@@ -230,14 +230,20 @@ COUNTS = {
     "fair_baseline": 7,
     "fidelity": 14,
     "paper_baseline": 7,
+    "evidence": 14,
 }
 
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
 def test_named_sweeps_hold_valid_runs(name):
-    for size, seeds in (("", 5), (":demo", 3 if name in ("lomt", "fidelity") else 2)):
+    for size in sweeps.SWEEPS[name][1]:
+        seeds = {"": 5, ":demo": 2} | {
+            "lomt": {":demo": 3},
+            "fidelity": {":demo": 3},
+            "evidence": {"": 3, ":cpu": 3},
+        }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
-        assert len(trials) == COUNTS[name] * seeds
+        assert len(trials) == COUNTS[name] * seeds[size]
         for trial in trials:
             run_lib.check_config(trial.config)
         assert len({trial.config.to_json() for trial in trials}) == len(trials)

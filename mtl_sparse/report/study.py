@@ -20,7 +20,6 @@ PAPER = {
     "edge": ("mae_stride8", "MAE", False),
 }
 _MOST_COLUMNS = 4  # of settings
-_DENSE = {"sparsity.lambda_": 0.0, "sparsity.target": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,28 +139,24 @@ class Study:
 
     def _single(self, row, task):
         rows = [one for one in self.rows if one.tasks == (task,) and one.is_dense]
-        return next(
-            (
-                one
-                for one in rows
-                if _alike(one, row, {"tasks", "model.attach", "loss.weights", *_DENSE, "sparsity.penalty"})
-            ),
-            None,
-        )
+        free = ("tasks", "model.attach", "loss.weights", "sparsity.")
+        return next((one for one in rows if _alike(one, row, free)), None)
 
     def plain(self, row: Row) -> Row | None:
         """The row whose heads all read the end of the backbone, with the same settings otherwise."""
         rows = [one for one in self.rows if not one.attach and one is not row]
-        return next((one for one in rows if _alike(one, row, {"model.attach"})), None)
+        return next((one for one in rows if _alike(one, row, ("model.attach",))), None)
 
     def dense(self, row: Row) -> Row | None:
-        """The row without a penalty that has the same settings otherwise."""
+        """The row without a penalty that has the same settings otherwise; none of `sparsity` says anything there."""
         rows = [one for one in self.rows if one.is_dense and one is not row]
-        return next((one for one in rows if _alike(one, row, {*_DENSE, "sparsity.penalty"})), None)
+        return next((one for one in rows if _alike(one, row, ("sparsity.",))), None)
 
 
 def _alike(a, b, free):
-    return all(a.settings.get(key) == b.settings.get(key) for key in (a.settings | b.settings).keys() - free)
+    """Whether two rows have the same settings, but for those whose names begin with one of `free`."""
+    names = [name for name in a.settings | b.settings if not name.startswith(free)]
+    return all(a.settings.get(name) == b.settings.get(name) for name in names)
 
 
 def metric(task: str, run: dict) -> tuple[str, str, bool]:
@@ -176,7 +171,25 @@ def metric(task: str, run: dict) -> tuple[str, str, bool]:
 def compare(row: Row, base: Row, task: str) -> Difference:
     """`row` minus `base` in a task's metric, paired over their common seeds."""
     ours, theirs = row.values(task), base.values(task)
-    pairs = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    return _difference([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def compare_gain(row: Row, base: Row) -> Difference:
+    """Delta_m of `row` over `base` in percent, paired over their common seeds, in the tasks of both.
+
+    The mean over tasks of s_i (M_i - B_i) / B_i, B_i the same seed's run of `base`, s_i = -1 where less is better.
+    """
+    gains = collections.defaultdict(list)
+    for task in [task for task in row.tasks if task in base.tasks]:
+        ours, theirs = row.values(task), base.values(task)
+        sign = 1 if metric(task, next(iter(row.runs.values())))[2] else -1
+        for seed in sorted(ours.keys() & theirs.keys()):
+            gains[seed].append(100 * sign * (ours[seed] - theirs[seed]) / theirs[seed])
+    return _difference([np.mean(values) for values in gains.values()])
+
+
+def _difference(pairs) -> Difference:
+    pairs = np.array(pairs)
     if len(pairs) == 0:
         return Difference(*[float("nan")] * 4, 0)
     mean = float(pairs.mean())

@@ -7,25 +7,21 @@ from matplotlib import colormaps
 
 from mtl_sparse.report import plots, records
 from mtl_sparse.report import study as study_lib
-from mtl_sparse.report.study_tables import setting, settings_names, short
+from mtl_sparse.report.study_tables import setting, short
 
 
 def draw(study: study_lib.Study, folder) -> dict[str, object]:
     """Draws the pictures that the study has the runs for into `folder`; returns {title: path}."""
     folder.mkdir(exist_ok=True)
     found = {}
-    makers = (
-        {"What each change does": ablation}
-        if study.is_ablation
-        else {
-            "Metrics against lambda": metrics_over_lambda,
-            "Zero groups against lambda": sparsity_over_lambda,
-            "Metrics against sparsity": pareto,
-            "Sparsity over the run": sparsity_over_steps,
-            "Groups left by layer": groups_per_layer,
-            "Latency against sparsity": latency,
-        }
-    )
+    over_lambda = {"Metrics against lambda": metrics_over_lambda, "Zero groups against lambda": sparsity_over_lambda}
+    makers = {"What each change does": ablation} if study.is_ablation else over_lambda
+    makers |= {
+        "Metrics against sparsity": pareto,
+        "Sparsity over the run": sparsity_over_steps,
+        "Groups left by layer": groups_per_layer,
+        "Latency against sparsity": latency,
+    }
     for title, make in makers.items():
         figure = make(study)
         if figure is not None:
@@ -34,9 +30,13 @@ def draw(study: study_lib.Study, folder) -> dict[str, object]:
 
 
 def label(study, row, without=()) -> str:
-    """The tasks of a row and its settings that are not in `without`, but for those that it does not use."""
-    names = [name for name in settings_names(study) if name not in without and setting(row, name)]
-    return ", ".join(setting(row, name) if name == "tasks" else f"{short(name)} {setting(row, name)}" for name in names)
+    """The tasks of a row and its settings that are not in `without`, but for those that it does not use.
+
+    Where many settings differ, those that it changes of the first row.
+    """
+    names = row.changes if study.is_ablation else row.settings
+    names = sorted(name for name in names if name not in ("tasks", *without) and setting(row, name))
+    return ", ".join([setting(row, "tasks"), *(f"{short(name)} {setting(row, name)}" for name in names)])
 
 
 def ablation(study):

@@ -54,33 +54,44 @@ def against_plain(study: study_lib.Study) -> Rows:
 
 
 def against_first(study: study_lib.Study) -> Rows:
-    """Where many settings differ, each row minus the first one in the tasks of both, paired over seeds."""
-    bases = {i: study.rows[0] for i in range(1, len(study.rows)) if study.is_ablation}
+    """Where many settings differ, each row minus the first one in the tasks of both, paired over seeds.
+
+    Without those rows that `against_dense` sets against it.
+    """
+    first, *others = study.rows
+    bases = {i: first for i, row in enumerate(others, 1) if study.is_ablation and study.dense(row) is not first}
     return _against(study, bases, "row", "first")
 
 
 def _against(study, bases, ours, theirs) -> Rows:
-    """A line for each metric of each row in `bases` {place in study.rows: its base, or None}; "better" at p < 0.05."""
+    """A line for each metric of each row in `bases` {place in study.rows: its base, or None}; "better" at p < 0.05.
+
+    Of several tasks a last one with the mean of their relative differences.
+    """
     names = settings_names(study)
     lines = [(*map(short, names), "metric", f"{ours} - {theirs}", "95 % interval", "p", "seeds", "better")]
     for i, base in bases.items():
         row = study.rows[i]
         if base is None:
             continue
+        found = []
         for task in [task for task in row.tasks if task in base.tasks]:
-            found = study_lib.compare(row, base, task)
             _, name, higher = study_lib.metric(task, next(iter(row.runs.values())))
-            known = math.isfinite(found.p)
-            winner = ours if (found.mean > 0) == higher else theirs
+            found.append((f"{task.removeprefix('attribute:')} {name}", higher, study_lib.compare(row, base, task), 4))
+        if len(found) > 1:
+            found.append(("Δm %", True, study_lib.compare_gain(row, base), 2))
+        for name, higher, difference, digits in found:
+            known = math.isfinite(difference.p)
+            winner = ours if (difference.mean > 0) == higher else theirs
             lines.append(
                 (
                     *(setting(row, key) for key in names),
-                    f"{task.removeprefix('attribute:')} {name}",
-                    f"{found.mean:+.4f}",
-                    f"{found.low:+.4f} to {found.high:+.4f}" if known else "",
-                    f"{found.p:.3f}" if known else "",
-                    str(found.n),
-                    (winner if found.p < 0.05 else "neither") if known else "",
+                    name,
+                    f"{difference.mean:+.{digits}f}",
+                    f"{difference.low:+.{digits}f} to {difference.high:+.{digits}f}" if known else "",
+                    f"{difference.p:.3f}" if known else "",
+                    str(difference.n),
+                    (winner if difference.p < 0.05 else "neither") if known else "",
                 )
             )
     return lines

@@ -85,11 +85,17 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     head, first, other = [line for line in study_tables.summary(found) if line[0] != "published"]
     assert head[:2] == ("tasks", "changes") and first[1] == "(the first row)"
     assert other[1] == "l2 0.01, weight_decay 0, fixed_norm False, lambda 0, warmup_steps 0"
-    head, iou, mae = study_tables.against_first(found)
+    head, iou, mae, gain = study_tables.against_first(found)
     assert head[2:4] == ("metric", "row - first")
     assert iou[2:4] == ("segmentation IoU", "+0.0250") and mae[2:4] == ("depth MAE", "-0.0100")
+    by_hand = [100 * ((0.02 + 0.01 * seed) / (0.3 + 0.01 * seed) + 0.01 / 0.13) / 2 for seed in range(2)]
+    assert gain[2:4] == ("Δm %", f"{np.mean(by_hand):+.2f}") and gain[6:] == ("2", "neither")
+    assert study_plots.label(found, found.rows[1], ("sparsity.lambda_",)) == (
+        "segmentation + depth, l2 0.01, weight_decay 0, fixed_norm False, warmup_steps 0"
+    )
     pictures = study_plots.draw(found, tmp_path / "plots")
-    assert [path.name for path in pictures.values()] == ["ablation.png"]
+    names = ["ablation.png", "pareto.png", "sparsity_over_steps.png", "groups_per_layer.png"]
+    assert [path.name for path in pictures.values()] == names
     zero, iou, mae = study_plots.ablation(found).axes
     assert [label.get_text() for label in zero.get_yticklabels()][0] == "(the first row)"
     assert [bar.lines[0].get_xdata()[0] for bar in iou.containers] == pytest.approx([0.305, 0.33])
@@ -133,6 +139,30 @@ def test_sparse_is_paired_with_dense_by_seed(folders):
     assert difference.p < unpaired / 2, "pairing takes the seeds' own spread out"
 
 
+def test_gain_over_dense_is_paired_by_seed(folders):
+    found = study.read(folders)
+    iou = [ours / theirs - 1 for ours, theirs in zip(SPARSE_IOU, DENSE_IOU, strict=True)]
+    mae = [1 - ours / theirs for ours, theirs in zip(SPARSE_MAE, DENSE_MAE, strict=True)]
+    by_hand = [50 * (a + b) for a, b in zip(iou, mae, strict=True)]
+    gain = study.compare_gain(row(found, BOTH, 1e-5), row(found, BOTH, 0.0))
+    interval = stats.ttest_1samp(by_hand, 0).confidence_interval(0.95)
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((np.mean(by_hand), interval.low, interval.high))
+
+
+def test_a_sparse_row_finds_its_dense_one_whatever_its_penalty_is(folders, tmp_path):
+    """What sparsity.* says means nothing without a penalty; what the optimizer is does."""
+    made = []
+    for name, group, settings in (("debias", "sparsity", {"debias_at": 0.85}), ("l2", "optimizer", {"l2": 0.01})):
+        made.append(write_run(tmp_path / name, BOTH, 1e-5, 0, iou=0.3, mae=0.1))
+        results = json.loads((made[-1] / "results.json").read_text())
+        results["config"][group].update(settings)
+        (made[-1] / "results.json").write_text(json.dumps(results))
+    found = study.read([*folders, *made])
+    debias, l2 = found.rows[-2:]
+    assert found.dense(debias).is_dense and found.dense(debias).tasks == BOTH and found.gain(debias) is not None
+    assert found.dense(l2) is None and found.gain(l2) is None
+
+
 def test_only_common_seeds_are_paired(folders):
     fewer = study.read([folder for folder in folders if folder.name not in ("dense1", "dense2")])
     difference = study.compare(row(fewer, BOTH, 1e-5), row(fewer, BOTH, 0.0), "depth")
@@ -148,7 +178,7 @@ def test_the_table_has_the_papers_form_and_figures(folders):
     assert ours[4:8] == ("66.00 ± 0.00", "76.00 ± 0.00", "2.00 ± 1.00", "30.0 ± 10.0")
     assert theirs == ("published", "", "0.3345 ± 0.0073", "0.1389 ± 0.0027", "66.06", "73.58", "", "", "", "5")
     better = {cells[2]: cells[-1] for cells in study_tables.against_dense(study.read(folders))[1:]}
-    assert better == {"segmentation IoU": "sparse", "depth MAE": "neither"}, "p is 0.04 and 0.10"
+    assert better == {"segmentation IoU": "sparse", "depth MAE": "neither", "Δm %": "neither"}, "p .04, .10, .06"
 
 
 def test_less_error_is_better_and_one_seed_tells_nothing(folders, tmp_path):
@@ -160,6 +190,7 @@ def test_less_error_is_better_and_one_seed_tells_nothing(folders, tmp_path):
     assert {cells[2]: cells[-1] for cells in rows if cells[1] == "1e-06"} == {
         "segmentation IoU": "",
         "depth MAE": "sparse",
+        "Δm %": "sparse",
     }
     rows = study_tables.against_dense(study.read([*folders, more[0]]))
     assert {cells[-1] for cells in rows if cells[1] == "1e-06"} == {""}
@@ -247,9 +278,8 @@ def test_lomt_against_plain_with_its_own_gain(folders, tmp_path):
     by_hand = np.mean([100 * np.mean([(iou - 0.32) / 0.32, (0.16 - 0.13) / 0.16])
                        for iou in (0.35, 0.381, 0.372)])  # fmt: skip
     assert found.gain(lomt).mean == pytest.approx(by_hand), "against the single tasks at the backbone's end"
-    assert len(rows) == 3 and len(study_tables.against_plain(study.read(folders))) == 1, (
-        "one line a task; none: the head"
-    )
+    assert [cells[3] for cells in rows[1:]] == ["segmentation IoU", "depth MAE", "Δm %"]
+    assert len(study_tables.against_plain(study.read(folders))) == 1, "none: the head alone"
 
 
 def test_pictures_of_l1_show_zero_weights(tmp_path):
