@@ -216,8 +216,8 @@ def sample_sheet(samples):
             _write_attributes(axes[row, -1], samples, attributes, row)
         for i, task in enumerate(tasks):
             label, prediction = samples[f"label/{task}"][row], samples[f"prediction/{task}"][row]
-            pictures = _pictures(label, prediction)
-            for axis, picture in zip(axes[row, 1 + 2 * i : 3 + 2 * i], pictures, strict=True):
+            pair = pictures(label, prediction)
+            for axis, picture in zip(axes[row, 1 + 2 * i : 3 + 2 * i], pair, strict=True):
                 axis.imshow(picture)
             if np.issubdtype(label.dtype, np.integer):
                 shown |= set(np.unique(label)) | set(np.unique(prediction))
@@ -263,7 +263,7 @@ def class_colors() -> np.ndarray:
     return hsv_to_rgb(np.clip(hsv, 0, 1))
 
 
-def _pictures(label, prediction):
+def pictures(label, prediction):
     """RGB pictures of a label and its prediction, by what kind of label it is: classes, vectors or scalars."""
     if np.issubdtype(label.dtype, np.integer):
         return _class_pictures(label, prediction)

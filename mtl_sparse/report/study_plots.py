@@ -21,6 +21,7 @@ def draw(study: study_lib.Study, folder) -> dict[str, object]:
         "Sparsity over the run": sparsity_over_steps,
         "Groups left by layer": groups_per_layer,
         "Latency against sparsity": latency,
+        "Predictions": predictions,
     }
     for title, make in makers.items():
         figure = make(study)
@@ -231,6 +232,39 @@ def groups_per_layer(study):
     axis.set_xticks(range(len(layers)), [plots.short(path) for path in layers], rotation=90, fontsize=7)
     axis.set_yticks(range(len(rows)), labels, fontsize=7)
     figure.colorbar(image, label="% of groups left")
+    return figure
+
+
+def predictions(study, most=2):
+    """What the model of each row, of its first seed, says of the same test frames, at most so many.
+
+    Without images and labels, which may not be anyone's to show; a run's own sheet has them.
+    """
+    folders = {i: row.folders[min(row.folders)] for i, row in enumerate(study.rows)}
+    found = {i: records.read_samples(of) for i, of in folders.items() if (of / "samples.npz").exists()}
+    tasks = [task for task in study.tasks if not task.startswith("attribute:")]
+    common = [set(samples["name"].tolist()) for samples in found.values()]
+    names = sorted(set.intersection(*common))[:most] if common else []
+    if not names or not tasks:
+        return None
+    columns = [(task, name) for task in tasks for name in names]
+    height, width = next(iter(found.values()))["image"].shape[1:3]
+    figure = plots.new_figure(figsize=(2.6 + 1.5 * len(columns), (0.1 + 1.5 * height / width) * len(found) + 0.4))
+    axes = figure.subplots(len(found), len(columns), squeeze=False)
+    for line, (i, samples) in zip(axes, found.items(), strict=True):
+        place = samples["name"].tolist().index
+        for axis, (task, name) in zip(line, columns, strict=True):
+            axis.set(xticks=[], yticks=[])
+            if f"prediction/{task}" in samples:
+                pair = [samples[f"{kind}/{task}"][place(name)] for kind in ("label", "prediction")]
+                axis.imshow(plots.pictures(*pair)[1])
+            else:
+                axis.axis("off")
+        line[0].axis("on")
+        name = textwrap.fill(label(study, study.rows[i]), 34)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+    for axis, (task, name) in zip(axes[0], columns, strict=True):
+        axis.set_title(f"{task}, frame {name}", fontsize=7)
     return figure
 
 

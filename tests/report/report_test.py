@@ -105,7 +105,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     figure = plots.sample_sheet(samples)
     shown = [axis.images[0].get_array() for axis in figure.axes]
     assert len(shown) == 5
-    vectors = plots._pictures(np.zeros((2, 2, 3)) + [0, 0, 1.0], np.zeros((2, 2, 3)))
+    vectors = plots.pictures(np.zeros((2, 2, 3)) + [0, 0, 1.0], np.zeros((2, 2, 3)))
     np.testing.assert_allclose(vectors[0][0, 0], [0.5, 0.5, 1.0])
     colors = plots.class_colors()
     np.testing.assert_allclose(shown[1][0, 1], colors[1])

@@ -10,7 +10,7 @@ from scipy import stats
 
 from configs import nyu
 from mtl_sparse.errors import UserError
-from mtl_sparse.report import page, published, records, study, study_plots, study_tables
+from mtl_sparse.report import page, plots, published, records, study, study_plots, study_tables
 
 LAYERS = [
     {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 1, "group_size": 9},
@@ -342,3 +342,31 @@ def test_a_sweep_leaves_out_what_has_not_finished(folders, tmp_path):
     (tmp_path / "none" / "sweep.json").write_text(json.dumps({"trials": {"a": {}, "b": {}}}))
     with pytest.raises(UserError, match="none of the 2 runs has finished"):
         study.read([tmp_path / "none"])
+
+
+def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
+    assert study_plots.predictions(study.read(folders)) is None, "no run kept any"
+    rng = np.random.default_rng(0)
+    kept = {}
+    for name, frames in (("sparse0", ["a", "b", "c"]), ("dense0", ["c", "b"]), ("depth0", ["b", "c"])):
+        samples = {"name": np.array(frames), "image": rng.integers(0, 255, (len(frames), 6, 8, 3), dtype=np.uint8)}
+        for task in ("depth",) if name == "depth0" else BOTH:
+            shape = (len(frames), 6, 8)
+            labels = rng.integers(1, 9, shape) if task == "segmentation" else rng.uniform(0.1, 1, shape)
+            samples |= {f"label/{task}": labels, f"prediction/{task}": rng.permutation(labels)}
+        kept[name] = samples
+        (folder,) = [folder for folder in folders if folder.name == name]
+        np.savez(folder / "samples.npz", **samples)
+    axes = np.reshape(study_plots.predictions(study.read(folders)).axes, (3, 4))
+    assert [axis.get_title() for axis in axes[0]] == [
+        f"{task}, frame {frame}" for task in BOTH for frame in ("b", "c")
+    ], "frames that all rows have"
+    assert [axis.get_ylabel().replace("\n", " ") for axis in axes[:, 0]] == [
+        "segmentation + depth, lambda 1e-05",
+        "segmentation + depth, lambda 0",
+        "depth, lambda 0",
+    ]
+    of = {"a": 0, "b": 1, "c": 2}
+    shown = axes[0, 1].images[0].get_array()
+    np.testing.assert_array_equal(shown, plots.class_colors()[kept["sparse0"]["prediction/segmentation"][of["c"]]])
+    assert [len(axis.images) for axis in axes[2]] == [0, 0, 1, 1], "a single task's row has no other predictions"
