@@ -14,15 +14,16 @@ _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2e
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums } img { max-width: 100% }
 td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } tr.published td { color: #777 }"""
 
-_AGAINST = {
-    "against_dense": "Sparse against dense",
-    "against_first": "Against the first row",
-    "against_plain": "Heads at their tasks' layers against all at the end",
+_TITLES = {
+    "against_dense": "Sparse against dense, paired over seeds",
+    "against_first": "Against the first row, paired over seeds",
+    "against_plain": "Heads at their tasks' layers against all at the end, paired over seeds",
+    "speed": "Compact against dense: how many times faster",
 }
 
 
 def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
-    """Writes the report of some runs and sweeps into `out`: index.html, summary.*, against_*.*, plots/.
+    """Writes the report of some runs and sweeps into `out`: index.html, summary.*, against_*.*, speed.*, plots/.
 
     Returns:
       The path of index.html, which is readable offline.
@@ -40,6 +41,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
         "against_dense": study_tables.against_dense(study),
         "against_first": study_tables.against_first(study),
         "against_plain": study_tables.against_plain(study),
+        "speed": study_tables.speed(study),
     }
     tables = {name: rows for name, rows in tables.items() if len(rows) > 1}
     formats = {"md": study_tables.to_markdown, "csv": study_tables.to_csv, "tex": study_tables.to_latex}
@@ -68,9 +70,9 @@ def _html(study, tables, pictures):
         "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the prediction's "
         "resolution, as the paper's. Compact: what exact compaction leaves of the whole model.</p>"
     )
-    for name, title in _AGAINST.items():
+    for name, title in _TITLES.items():
         if name in tables:
-            parts += [f"<h2>{title}, paired over seeds</h2>", _table(tables[name])]
+            parts += [f"<h2>{title}</h2>", _table(tables[name])]
     for title, path in pictures.items():
         image = base64.b64encode(path.read_bytes()).decode()
         parts.append(

@@ -99,6 +99,12 @@ class Row:
         return Figure.of([run["size"]["compact"][kind] / 1e6 for run in self.runs.values()])
 
     @property
+    def timings(self) -> list[dict]:
+        """benchmark.json of those runs that --job=benchmark has timed."""
+        paths = [folder / "benchmark.json" for folder in self.folders.values()]
+        return [records.read_json(path) for path in paths if path.exists()]
+
+    @property
     def published(self) -> dict | None:
         return published.lookup(self.config)
 

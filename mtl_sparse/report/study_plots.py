@@ -286,18 +286,16 @@ def latency(study):
     points = {}
     for row in study.rows:
         model = row.config["model"]
-        for folder in row.folders.values():
-            if (folder / "benchmark.json").exists():
-                found = records.read_json(folder / "benchmark.json")
-                zero = 100 * found["group_sparsity"]
-                height, width = found["size"]
-                where = f"ResNet-{model['depth']}, {model['width']} wide, {height}x{width}, {found['device']}"
-                if row.attach:
-                    where += f", as far as {', '.join(sorted(set(row.attach)))}"
-                for entry in found["rows"]:
-                    if entry["part"] == "backbone" and entry["model"] != "sparse":
-                        value = (zero, entry["median_ms"] / entry["batch"], entry["speedup"])
-                        points.setdefault((where, entry["batch"], entry["model"]), []).append(value)
+        for found in row.timings:
+            zero = 100 * found["group_sparsity"]
+            height, width = found["size"]
+            where = f"ResNet-{model['depth']}, {model['width']} wide, {height}x{width}, {found['device']}"
+            if row.attach:
+                where += f", as far as {', '.join(sorted(set(row.attach)))}"
+            for entry in found["rows"]:
+                if entry["part"] == "backbone" and entry["model"] != "sparse":
+                    value = (zero, entry["median_ms"] / entry["batch"], entry["speedup"])
+                    points.setdefault((where, entry["batch"], entry["model"]), []).append(value)
     if not points:
         return None
     lines = sorted({(where, batch) for where, batch, _ in points})

@@ -63,6 +63,31 @@ def against_first(study: study_lib.Study) -> Rows:
     return _against(study, bases, "row", "first")
 
 
+def speed(study: study_lib.Study) -> Rows:
+    """How many times faster the compact models are than dense ones, in the runs that --job=benchmark has timed.
+
+    A line for each row and batch: its backbone's MACs, dense over compact, and the speed-up of backbone and model.
+    """
+    names = settings_names(study)
+    lines = [(*map(short, names), "batch", "backbone MAC ratio", "backbone speed-up", "model speed-up", "runs")]
+    for row in study.rows:
+        entries = [entry for found in row.timings for entry in found["rows"]]
+        for batch in sorted({entry["batch"] for entry in entries}):
+            of = {
+                (part, model): [e for e in entries if (e["part"], e["model"], e["batch"]) == (part, model, batch)]
+                for part in ("backbone", "model")
+                for model in ("dense", "compact")
+            }
+            pairs = zip(of["backbone", "dense"], of["backbone", "compact"], strict=True)
+            figures = [study_lib.Figure.of([dense["macs"] / max(compact["macs"], 1) for dense, compact in pairs])]
+            figures += [
+                study_lib.Figure.of([e["speedup"] for e in of[part, "compact"]]) for part in ("backbone", "model")
+            ]
+            cells = [setting(row, name) for name in names] + [str(batch)]
+            lines.append((*cells, *[spread(figure, 1, 2) for figure in figures], str(figures[0].n)))
+    return lines
+
+
 def _against(study, bases, ours, theirs) -> Rows:
     """A line for each metric of each row in `bases` {place in study.rows: its base, or None}; "better" at p < 0.05.
 

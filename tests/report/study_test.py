@@ -215,12 +215,13 @@ def test_the_page_holds_everything_and_is_readable_offline(folders, tmp_path, ca
 
 def test_latency_against_sparsity_is_that_of_the_timed_runs(folders):
     assert study_plots.latency(study.read(folders)) is None, "none was timed"
+    assert len(study_tables.speed(study.read(folders))) == 1
     timed = {"sparse0": (0.66, 2.0, 3.0), "sparse1": (0.5, 3.0, 2.0)}
     for folder in folders:
         if folder.name in timed:
             zero, milliseconds, speedup = timed[folder.name]
             rows = [
-                {"part": part, "model": model, "batch": 4, "median_ms": time, "speedup": ratio}
+                {"part": part, "model": model, "batch": 4, "median_ms": time, "speedup": ratio, "macs": 8 // ratio}
                 for part in ("backbone", "model")
                 for model, time, ratio in (
                     ("dense", 24.0, 1.0),
@@ -234,6 +235,9 @@ def test_latency_against_sparsity_is_that_of_the_timed_runs(folders):
     lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
     assert lines == {"compact, batch 4": [[50, 0.75], [66, 0.5]], "dense, batch 4": [[50, 6.0], [66, 6.0]]}
     assert right.lines[0].get_xydata().tolist() == [[50, 2.0], [66, 3.0]]
+    assert study_tables.speed(study.read(folders))[1:] == [
+        ("segmentation + depth", "1e-05", "4", "3.00 ± 1.41", "2.50 ± 0.71", "2.50 ± 0.71", "2")
+    ], "8 MACs, and 2 and 4 of the compact ones"
 
 
 def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders):
