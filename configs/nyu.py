@@ -95,6 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
             eval_batch_size=16,
             epochs=1000,
             early_stop_epochs=25,  # without a better validation score; 0 is never
+            # Training frames, taken as one batch, whose BatchNorm statistics a validation and the best checkpoint have
+            # in place of the running ones, which batches of few frames mislead (docs/results.md). 0: the running ones.
+            bn_frames=0,
         ),
         # --job=compact, and what --job=benchmark and --job=export make compact.
         compact=create(

@@ -11,8 +11,8 @@ from configs import nyu
 def get_config():
     config = nyu.get_config()
     config.data.update(size=(72, 96))  # 4:3, as the frames; 9 x 12 predictions
-    config.model.update(depth=18, head_features=64, bn_momentum=0.97)  # statistics settle in a few hundred steps
-    config.optimizer.update(learning_rate=2e-3, schedule="cosine")  # the best of several for dense and sparse
-    config.train.update(batch_size=8, epochs=8, early_stop_epochs=0)
+    config.model.update(depth=18, head_features=64, bn_momentum=0.97)
+    config.optimizer.update(learning_rate=1e-3, schedule="cosine")
+    config.train.update(batch_size=8, epochs=8, early_stop_epochs=0, bn_frames=128)
     config.run.update(num_workers=0, summary_rounds=0)
     return config

@@ -9,6 +9,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
@@ -70,6 +71,40 @@ class Run:
     def evaluator(self):
         """Of `evaluate.make_evaluator`, compiled once for the whole run."""
         return evaluate.make_evaluator(self.model, self.tasks)
+
+    def evaluated(self, state: TrainState) -> TrainState:
+        """The state as a validation and the best checkpoint have it: with the statistics of train.bn_frames, if any.
+
+        Running statistics average those of small batches, whose own normalisation narrows what later layers see; the
+        model that is evaluated sees it wider. Those of one large batch fit it (Wu & Johnson 2021, arXiv 2105.07576).
+        """
+        if not self.config.train.bn_frames:
+            return state
+        measure, images = self._statistics
+        return state.replace(batch_stats=measure(state.variables, images))
+
+    @functools.cached_property
+    def _statistics(self):
+        """(compiled (variables, images) -> BatchNorm's statistics over the images, without dropout; the images)."""
+        model = self.model.clone(bn_momentum=0.0, dropout=0.0, classifier_dropout=(0.0, 0.0))
+
+        def measure(variables, images):
+            return model.apply(variables, images, train=True, mutable=["batch_stats"])[1].get("batch_stats", {})
+
+        devices, source = jax.device_count(), self.data.train
+        count = max(1, min(self.config.train.bn_frames, len(source)) // devices) * devices
+        chosen = [source[int(index)] for index in np.linspace(0, len(source) - 1, count).round()]
+        batch = next(
+            loader.eval_batches(
+                chosen,
+                dataclasses.replace(self.eval_transform(), labels=()),
+                batch_size=count,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+        images = next(loader.prefetch_to_device(iter([{"image": batch["image"]}])))["image"]
+        return jax.pmap(measure, axis_name=AXIS, in_axes=(None, 0), out_axes=None), images
 
     def train_transform(self) -> Transform:
         return dataclasses.replace(
@@ -205,6 +240,7 @@ _AT_LEAST = {
     "optimizer.weight_decay": 0,
     "sparsity.target_ramp": 0,
     "train.batch_size": 1,
+    "train.bn_frames": 0,
     "train.early_stop_epochs": 0,
     "train.epochs": 1,
     "train.eval_batch_size": 1,

@@ -223,8 +223,8 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
     if run.settled_step > start:
         logging.info("The best checkpoint will be one from step %d on, when the sparsity is settled", run.settled_step)
 
-    def save(kind):
-        saved.save(kind, step, jax.device_get(state), dataclasses.asdict(progress))
+    def save(kind, of):
+        saved.save(kind, step, jax.device_get(of), dataclasses.asdict(progress))
 
     pending = progress.pending
     with processes.stop_requests() as asked_to_stop, contextlib.closing(log) if log else contextlib.nullcontext():
@@ -239,7 +239,8 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
             if epoch_ends or saves or step % config.run.log_every_steps == 0:
                 _write_pending(run, log, progress, saved)
             if epoch_ends:
-                values = run.evaluator(state.variables, run.eval_batches("validation"))
+                evaluated = run.evaluated(state)
+                values = run.evaluator(evaluated.variables, run.eval_batches("validation"))
                 score = validation_score(values, run.tasks)
                 if not math.isfinite(score):
                     logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
@@ -256,15 +257,15 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
                 lambda_ = float(optim.lambda_(state.opt_state))
                 _say_epoch(run, step, values, sparsity, lambda_, improved)
                 if improved:
-                    save("best")
+                    save("best", state.replace(batch_stats=evaluated.batch_stats))
             if epoch_ends or saves:
-                save("latest")
+                save("latest", state)
             if progress.stopped:
                 logging.info("Stopping early: no better validation score for %d epochs", config.train.early_stop_epochs)
                 break
             if asked_to_stop(step) and step < run.total_steps:
                 _fetch(pending, saved)
-                save("latest")
+                save("latest", state)
                 processes.on_first(saved.wait)  # no other ends before it is written
                 raise Stopped(
                     f"stopped at step {step} of {run.total_steps}, as asked; the same command goes on from there"

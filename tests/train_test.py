@@ -53,6 +53,25 @@ def test_uncertainty_weights_are_trained(finished):
     assert (np.abs(np.diff(values, axis=0)) > 0).all()
 
 
+def test_the_best_checkpoint_has_the_statistics_of_one_large_batch(finished, rooms, tmp_path):
+    """Evaluated, it gives what it gave on that batch in training mode; the training itself goes on as without them."""
+    config = tiny(rooms)
+    config.train.bn_frames = 7
+    run = run_lib.setup(config)
+    train.train(config, tmp_path)
+    best, latest, without = (
+        checkpoints.Checkpoints(folder).restore(kind, run.state_shapes)[0]
+        for folder, kind in ((tmp_path, "best"), (tmp_path, "latest"), (finished[0], "latest"))
+    )
+    jax.tree.map(np.testing.assert_array_equal, latest, without)
+    transform = run.eval_transform()
+    images = np.stack([transform(run.data.train[int(i)])["image"] for i in np.linspace(0, 17, 7).round()])
+    model = run.model.clone(dropout=0.0)
+    trained, _ = model.apply(best.variables, images, train=True, mutable=["batch_stats"])
+    assert evaluate.largest_difference(trained, model.apply(best.variables, images)) < 1e-4
+    assert evaluate.largest_difference(trained, model.apply(without.variables, images)) > 1e-2
+
+
 def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path, monkeypatch):
     """A strong lambda prunes within four steps; the report's count is that of the saved parameters.
 

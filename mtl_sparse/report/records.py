@@ -81,7 +81,9 @@ def check_settings(workdir: pathlib.Path, config) -> None:
     differing = [
         f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
         for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name) and not name.startswith(_FREE)
+        if theirs.get(name) != ours.get(name)
+        and not name.startswith(_FREE)
+        and (name in theirs or ours[name])  # settings that came later do nothing by 0 and False
     ]
     if differing:
         raise UserError(

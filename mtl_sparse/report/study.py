@@ -240,6 +240,10 @@ def read(folders: Sequence[str | pathlib.Path]) -> Study:
 def _rows(found):
     flat = {folder: _settings(run["config"]) for folder, run in found.items()}
     keys = sorted({key for settings in flat.values() for key in settings})
+    for key in keys:  # a run from before a setting was made is one where it does nothing, by 0 or False
+        nothing = next((of[key] for of in flat.values() if key in of and not of[key]), None)
+        for settings in flat.values():
+            settings.setdefault(key, nothing)
     differing = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
     rows = {}
     for folder, run in found.items():

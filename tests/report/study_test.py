@@ -245,6 +245,7 @@ def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders)
     for folder in folders[::2]:
         results = json.loads((folder / "results.json").read_text())
         del results["config"]["model"]["attach"], results["config"]["lomt"], results["size"]
+        del results["config"]["train"]["bn_frames"]
         (folder / "results.json").write_text(json.dumps(results))
     found = study.read(folders)
     assert len(found.rows) == 4 and set(found.rows[0].settings) == {"tasks", "sparsity.lambda_"}
@@ -252,10 +253,14 @@ def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders)
     config = nyu.get_config()
     config.tasks, config.sparsity.lambda_ = BOTH, 1e-5
     stored = json.loads((folders[0] / "config.json").read_text())
-    del stored["model"]["attach"], stored["lomt"]
+    del stored["model"]["attach"], stored["lomt"], stored["train"]["bn_frames"]
     (folders[0] / "config.json").write_text(json.dumps(stored))
     records.check_settings(folders[0], config)
     config.model.attach = ("layer4_0", "layer4_0")
+    config.train.bn_frames = 8
+    with pytest.raises(UserError, match="train.bn_frames=None there, 8 now"):
+        records.check_settings(folders[0], config)
+    config.train.bn_frames = 0
     with pytest.raises(UserError, match=r"model.attach=None there, \['layer4_0', 'layer4_0'\] now"):
         records.check_settings(folders[0], config)
 
