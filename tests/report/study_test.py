@@ -99,6 +99,13 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     zero, iou, mae = study_plots.ablation(found).axes
     assert [label.get_text() for label in zero.get_yticklabels()][0] == "(the first row)"
     assert [bar.lines[0].get_xdata()[0] for bar in iou.containers] == pytest.approx([0.305, 0.33])
+    sparse = write_run(tmp_path / "sparse", BOTH, 1e-5, 0, iou=0.3, mae=0.13)
+    results = json.loads((made[1] / "results.json").read_text())
+    results["config"]["sparsity"]["lambda_"] = 1e-5
+    (sparse / "results.json").write_text(json.dumps(results | {"seed": 0}))
+    dense_first = study.read([made[1], sparse, made[0]])
+    assert {cells[1] for cells in study_tables.against_dense(dense_first)[1:]} == {"lambda 1e-05"}
+    assert len(study_tables.against_first(dense_first)) == 1 + 3, "the row that has its dense one is not there again"
     few = study.read([made[0], write_run(tmp_path / "few", BOTH, 1e-4, 0, iou=0.3, mae=0.1)])
     assert study_tables.summary(few)[0][:2] == ("tasks", "lambda") and len(study_tables.against_first(few)) == 1
 
@@ -362,7 +369,7 @@ def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
         for task in ("depth",) if name == "depth0" else BOTH:
             shape = (len(frames), 6, 8)
             labels = rng.integers(1, 9, shape) if task == "segmentation" else rng.uniform(0.1, 1, shape)
-            samples |= {f"label/{task}": labels, f"prediction/{task}": rng.permutation(labels)}
+            samples |= {f"label/{task}": labels, f"prediction/{task}": np.roll(labels, 1, 0)}
         kept[name] = samples
         (folder,) = [folder for folder in folders if folder.name == name]
         np.savez(folder / "samples.npz", **samples)
