@@ -54,7 +54,7 @@ def test_patterns_of_two_runs(quickstart):
     (folder / "again" / "results.json").write_text(json.dumps({**results, "seed": 1}))
     notebook = execute("explore_patterns", "folders = ['run', 'again']", folder)
     titles = [text for text in outputs(notebook, "text/markdown") if text.startswith("###")]
-    assert len(titles) == 3, "metrics, and zeros over the run and by layer"
+    assert len(titles) == 4, "metrics, zeros over the run and by layer, predictions"
     assert len(outputs(notebook, "image/png")) == len(titles) + 2, "and of the pair, and of the norms"
 
 
