@@ -1,4 +1,4 @@
-"""NYU-v2 at a size that a CPU core trains in a quarter of an hour: what it changes of configs/nyu.py.
+"""NYU-v2 at a size for a CPU core: what it changes of configs/nyu.py.
 
     python launch.py --config=configs/nyu_cpu.py --config.data.folder=/data/NYUD_MT
 
