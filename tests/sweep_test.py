@@ -230,7 +230,7 @@ COUNTS = {
     "fair_baseline": 7,
     "fidelity": 14,
     "paper_baseline": 7,
-    "evidence": 14,
+    "evidence": 15,
 }
 
 
