@@ -1,7 +1,9 @@
 """Opens a data set by its config: draws it if it is embedded, prepares it with TFDS if it is new."""
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import importlib.util
 import pathlib
 from collections.abc import Callable, Collection, Sequence
@@ -130,6 +132,22 @@ def _check_classes(config, classes):
         )
 
 
+@contextlib.contextmanager
+def _alone(folder):
+    """Waits for another process that writes there, such as another shard of a sweep that draws or prepares the same."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / "data.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("Another process writes data to %s: waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # read-only, or a file system without locks: whoever then writes says what is wrong
+            pass
+        yield
+
+
 def _open_published(dataset: Published, config) -> Data:
     module = dataset.module
     if config.embedded.frames > 0 and config.folder:
@@ -138,7 +156,8 @@ def _open_published(dataset: Published, config) -> Data:
             "add --config.data.embedded.frames=0"
         )
     if config.embedded.frames > 0:
-        folder = dataset.draw(**config.embedded)
+        with _alone(pathlib.Path(config.embedded.folder).expanduser()):
+            folder = dataset.draw(**config.embedded)
     elif config.folder:
         folder = pathlib.Path(config.folder).expanduser()
     elif not config.prepared:
@@ -158,9 +177,9 @@ def _open_published(dataset: Published, config) -> Data:
                 f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here"
             )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
-        builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
-        with as_os_error(prepared):
-            builder.download_and_prepare(
+        with as_os_error(prepared), _alone(prepared):
+            builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
+            builder.download_and_prepare(  # nothing, where another process just has
                 download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
             )
     with published.told_as_damaged(target):

@@ -1,5 +1,7 @@
 """Data sets of one's own: what is opened is checked before anything is trained on it."""
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 
@@ -58,3 +60,15 @@ def test_what_cannot_be_trained_on_is_named(load):
         config.name = "yours"
         load([], [frame()])
         datasets.load(config)
+
+
+def test_one_of_several_draws_and_prepares_what_all_open(tmp_path, caplog):
+    config = tiny("").data
+    config.embedded.update(frames=12, height=32, width=48, folder=str(tmp_path / "drawn"))
+    caplog.set_level("INFO")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(datasets.load, [config] * 3))
+    assert len({data.fingerprint for data in opened}) == 1
+    assert [len(data.train) for data in opened] == [9] * 3
+    assert not list(tmp_path.rglob("incomplete*")) and not list(tmp_path.rglob("*.partial"))
+    assert "Another process writes data" in caplog.text
