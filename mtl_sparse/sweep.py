@@ -2,6 +2,7 @@
 
 import ast
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
@@ -29,6 +30,7 @@ from mtl_sparse.report import records
 CLUSTERS = ("slurm", "local")  # of submitit
 # Exit codes of a run that was asked to stop: see launch.py, and SIGTERM before it listens to that.
 _STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
+_processes: set[subprocess.Popen] = set()  # of the runs that this sweep is at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _run_all(trials, workdir, options) -> list[str]:
     folders = {trial.name: str(workdir / trial.name) for trial in trials}
     if options.cluster:
         return _submit(folders, workdir, options, progress)
-    with concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
+    with _passing_on(signal.SIGTERM), concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
         running = {pool.submit(run_trial, folder): name for name, folder in folders.items()}
         try:
             return [running[done] for done in concurrent.futures.as_completed(running)
@@ -217,6 +219,25 @@ def _run_all(trials, workdir, options) -> list[str]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _passing_on(number):
+    """The signal goes to the runs that the sweep is at, which save where they are, and the sweep ends with them."""
+
+    def pass_on(number, _):
+        for process in tuple(_processes):
+            process.send_signal(number)
+        raise Stopped("the sweep was stopped; the same command goes on with it")
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _submit(folders, workdir, options, progress) -> list[str]:
@@ -263,14 +284,17 @@ def run_trial(folder: str) -> bool | None:
             return True
         (folder / "failed.txt").unlink(missing_ok=True)
         # The child holds the lock, too: it stays locked for as long as either lives.
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),), check=False)
-    if done.returncode == 0:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
+        _processes.add(process)
+        code = process.wait()
+        _processes.discard(process)
+    if code == 0:
         return True
-    if done.returncode in _STOPPED:
+    if code in _STOPPED:
         return None
     lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
     reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
-    (folder / "failed.txt").write_text(f"exit code {done.returncode}: {reason.removeprefix('error: ')}\n")
+    (folder / "failed.txt").write_text(f"exit code {code}: {reason.removeprefix('error: ')}\n")
     return False
 
 

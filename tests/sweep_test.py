@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import jax
 import pytest
@@ -119,9 +120,9 @@ def test_a_run_that_is_stopped_has_not_failed(config, tmp_path, monkeypatch):
     codes = iter([75, -signal.SIGTERM, -signal.SIGKILL, 0])
 
     def process(command, **_):
-        return subprocess.CompletedProcess(command, next(codes))
+        return mock.Mock(wait=lambda: next(codes))
 
-    monkeypatch.setattr(sweep.subprocess, "run", process)
+    monkeypatch.setattr(sweep.subprocess, "Popen", process)
     for _ in range(2):
         with pytest.raises(Stopped, match="the run lambda_=0.0,seed=0 was stopped; the same command goes on with it"):
             run(config, tmp_path, LAMBDAS[:1])
@@ -129,6 +130,29 @@ def test_a_run_that_is_stopped_has_not_failed(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="1 of 1 runs failed: lambda_=0.0,seed=0 .exit code -9"):
         run(config, tmp_path, LAMBDAS[:1])
     assert run(config, tmp_path, LAMBDAS[:1], retry_failed=True) == NAMES[:1]
+
+
+def test_a_sweep_that_is_stopped_stops_its_runs(config, tmp_path, monkeypatch):
+    """A run of this test leaves a word where it is asked to stop, and takes the exit code of one that saved."""
+    script = f"import signal, sys, time; signal.signal({signal.SIGTERM:d}, lambda *_: (print('saved'), sys.exit(75)))\n"
+    script += "print('training', flush=True); time.sleep(60)"
+    start = subprocess.Popen
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda _, **given: start([sys.executable, "-c", script], **given))
+    logs = [tmp_path / name / "log.txt" for name in NAMES]
+
+    def stop():
+        while [log.exists() and log.read_text() for log in logs[:2]] != ["training\n"] * 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped, match="the sweep was stopped; the same command goes on with it"):
+        run(config, tmp_path, max_parallel=2)
+    thread.join()
+    assert [log.exists() and log.read_text() for log in logs] == ["training\nsaved\n"] * 2 + [False] * 2
+    assert signal.getsignal(signal.SIGTERM) == handler and not list(tmp_path.glob("*/failed.txt"))
 
 
 def test_a_cluster_that_is_not_known_is_named(config, tmp_path, trained):
