@@ -76,13 +76,17 @@ def check(workdir: pathlib.Path, config, data) -> None:
 
 
 def check_settings(workdir: pathlib.Path, config) -> None:
-    """Raises UserError where the run in `workdir` has other settings; how it goes and where its data lie may differ."""
+    """Raises UserError where the run in `workdir` has other settings; how it goes and where its data lie may differ.
+
+    So may, of dense runs, all of `sparsity`.
+    """
     theirs, ours = _flat(read_json(workdir / "config.json")), _flat(json.loads(config.to_json()))
+    free = (*_FREE, "sparsity.") if is_dense(theirs) and is_dense(ours) else _FREE
     differing = [
         f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
         for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name)
-        and not name.startswith(_FREE)
+        and not name.startswith(free)
         and (name in theirs or ours[name])  # settings that came later do nothing by 0 and False
     ]
     if differing:
@@ -90,6 +94,11 @@ def check_settings(workdir: pathlib.Path, config) -> None:
             f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
             f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
         )
+
+
+def is_dense(settings: dict) -> bool:
+    """Whether settings by dotted path have no penalty; the others of `sparsity` then do nothing."""
+    return settings.get("sparsity.lambda_") == 0 and settings.get("sparsity.target") == 0
 
 
 def is_finished(folder: pathlib.Path) -> bool:

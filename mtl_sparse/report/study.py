@@ -254,8 +254,17 @@ def _rows(found):
             raise UserError(f"{folder} and {row.folders[run['seed']]} are the same run twice: leave one out")
         row.runs[run["seed"]], row.folders[run["seed"]] = run, folder
     first, *others = rows.values()
-    changed = ({name: value for name, value in row.settings.items() if value != first.settings[name]} for row in others)
-    return first, *(dataclasses.replace(row, changes=of) for row, of in zip(others, changed, strict=True))
+    return first, *(dataclasses.replace(row, changes=_changes(row, first)) for row in others)
+
+
+def _changes(row, first):
+    """What a row changes of the first one, but for what does nothing without a penalty."""
+    changes = {name: value for name, value in row.settings.items() if value != first.settings[name]}
+    idle = {name for name in changes if row.is_dense and name.startswith("sparsity.")} - {
+        "sparsity.lambda_",
+        "sparsity.target",
+    }
+    return {name: value for name, value in changes.items() if name not in idle}
 
 
 def _settings(config):

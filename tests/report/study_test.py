@@ -84,7 +84,7 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     found = study.read(made)
     head, first, other = [line for line in study_tables.summary(found) if line[0] != "published"]
     assert head[:2] == ("tasks", "changes") and first[1] == "(the first row)"
-    assert other[1] == "l2 0.01, weight_decay 0, fixed_norm False, lambda 0, warmup_steps 0"
+    assert other[1] == "l2 0.01, weight_decay 0, lambda 0"
     head, iou, mae, gain = study_tables.against_first(found)
     assert head[2:4] == ("metric", "row - first")
     assert iou[2:4] == ("segmentation IoU", "+0.0250") and mae[2:4] == ("depth MAE", "-0.0100")
@@ -386,3 +386,28 @@ def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
     shown = axes[0, 1].images[0].get_array()
     np.testing.assert_array_equal(shown, plots.class_colors()[kept["sparse0"]["prediction/segmentation"][of["c"]]])
     assert [len(axis.images) for axis in axes[2]] == [0, 0, 1, 1], "a single task's row has no other predictions"
+
+
+def test_what_does_nothing_without_a_penalty_tells_no_dense_run_from_another(folders):
+    """The rest of `sparsity`: neither to the folder's check nor in what a row is said to change."""
+    config = nyu.get_config()
+    config.tasks = BOTH
+    for lambda_, folder in ((1e-5, folders[0]), (0.0, folders[1])):
+        config.sparsity.update(lambda_=lambda_, start_step=30)
+        if lambda_:
+            with pytest.raises(UserError, match="sparsity.start_step=0 there, 30 now"):
+                records.check_settings(folder, config)
+        else:
+            records.check_settings(folder, config)
+    config.sparsity.target = 0.5
+    with pytest.raises(UserError, match="sparsity.start_step=0 there, 30 now; sparsity.target=0.0 there, 0.5 now"):
+        records.check_settings(folders[1], config)
+    for folder in (folders[2], *folders[7::2]):  # a sparse seed, and depth alone
+        results = json.loads((folder / "results.json").read_text())
+        results["config"]["sparsity"] |= {"start_step": 30, "penalty": "group_mcp"}
+        (folder / "results.json").write_text(json.dumps(results))
+    changes = [row.changes for row in study.read([folders[1], *folders]).rows]
+    assert changes[0] == {}
+    idle = {"tasks": ["depth"]}
+    assert idle in changes
+    assert {"sparsity.lambda_": 1e-5, "sparsity.start_step": 30, "sparsity.penalty": "group_mcp"} in changes
