@@ -82,6 +82,19 @@ def test_shards_divide_the_trials(config, tmp_path, trained):
     assert sorted(trained.names) == sorted(NAMES)
 
 
+def test_shards_that_start_at_once_do_not_meet(tmp_path):
+    """In processes of their own, of which each writes the sweep's list in its own time."""
+    value = {"trials": list(range(20_000))}
+    script = "import pathlib, sys; from mtl_sparse.report import records; "
+    script += "[records.write_json(pathlib.Path(sys.argv[1]), {'trials': list(range(20_000))}) for _ in range(100)]"
+    command = [sys.executable, "-c", script, str(tmp_path / "sweep.json")]
+    writers = [subprocess.Popen(command, cwd=pathlib.Path(sweep.__file__).parents[1]) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
+        if (tmp_path / "sweep.json").exists():
+            assert json.loads((tmp_path / "sweep.json").read_text()) == value
+    assert [writer.returncode for writer in writers] == [0, 0] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_later_trials_attachment_points_are_checked_before_any_run(config, tmp_path, trained):
     settings = [{"model.attach": points} for points in ((), ("layer9",) * 3)]
     with pytest.raises(UserError, match="a ResNet-10 has no 'layer9'"):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -16,8 +17,8 @@ _FREE = ("run.", "compact.", "benchmark.", "export.", "lomt.", "data.folder", "d
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes JSON so that the file is always whole."""
-    partial = path.with_suffix(".partial")
+    """Writes JSON so that the file is always whole, also where several processes write it at a time."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
 
