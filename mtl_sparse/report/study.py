@@ -244,6 +244,10 @@ def _rows(found):
         nothing = next((of[key] for of in flat.values() if key in of and not of[key]), None)
         for settings in flat.values():
             settings.setdefault(key, nothing)
+    example = next((settings for settings in flat.values() if not records.is_dense(settings)), {})
+    for settings in flat.values():
+        if records.is_dense(settings):  # what does nothing there tells it from no other
+            settings |= {name: value for name, value in example.items() if is_idle(name)}
     differing = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
     rows = {}
     for folder, run in found.items():
@@ -254,17 +258,13 @@ def _rows(found):
             raise UserError(f"{folder} and {row.folders[run['seed']]} are the same run twice: leave one out")
         row.runs[run["seed"]], row.folders[run["seed"]] = run, folder
     first, *others = rows.values()
-    return first, *(dataclasses.replace(row, changes=_changes(row, first)) for row in others)
+    changed = ({name: value for name, value in row.settings.items() if value != first.settings[name]} for row in others)
+    return first, *(dataclasses.replace(row, changes=of) for row, of in zip(others, changed, strict=True))
 
 
-def _changes(row, first):
-    """What a row changes of the first one, but for what does nothing without a penalty."""
-    changes = {name: value for name, value in row.settings.items() if value != first.settings[name]}
-    idle = {name for name in changes if row.is_dense and name.startswith("sparsity.")} - {
-        "sparsity.lambda_",
-        "sparsity.target",
-    }
-    return {name: value for name, value in changes.items() if name not in idle}
+def is_idle(name: str) -> bool:
+    """Whether a setting does nothing in a dense run."""
+    return name.startswith("sparsity.") and name not in ("sparsity.lambda_", "sparsity.target")
 
 
 def _settings(config):

@@ -134,6 +134,8 @@ def setting(row, name: str) -> str:
     if name == "changes":
         changes = {key: value for key, value in row.changes.items() if key != "tasks"}
         return ", ".join(f"{short(key)} {show(value)}" for key, value in changes.items()) or "(the first row)"
+    if row.is_dense and study_lib.is_idle(name):
+        return ""
     return show(row.tasks if name == "tasks" else row.settings[name])
 
 

@@ -77,21 +77,21 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
         made.append(write_run(tmp_path / f"first{seed}", BOTH, 1e-5, seed, iou=0.3 + 0.01 * seed, mae=0.13))
         other = write_run(tmp_path / f"other{seed}", BOTH, 0.0, seed, iou=0.32 + 0.02 * seed, mae=0.12)
         results = json.loads((other / "results.json").read_text())
-        results["config"]["optimizer"].update(l2=0.01, weight_decay=0.0)
-        results["config"]["sparsity"].update(warmup_steps=0, fixed_norm=False)
+        results["config"]["optimizer"].update(l2=0.01, weight_decay=0.0, b1=0.8, b2=0.99)
+        results["config"]["sparsity"].update(warmup_steps=0, fixed_norm=False)  # which do nothing there
         (other / "results.json").write_text(json.dumps(results))
         made.append(other)
     found = study.read(made)
     head, first, other = [line for line in study_tables.summary(found) if line[0] != "published"]
     assert head[:2] == ("tasks", "changes") and first[1] == "(the first row)"
-    assert other[1] == "l2 0.01, weight_decay 0, lambda 0"
+    assert other[1] == "b1 0.8, b2 0.99, l2 0.01, weight_decay 0, lambda 0"
     head, iou, mae, gain = study_tables.against_first(found)
     assert head[2:4] == ("metric", "row - first")
     assert iou[2:4] == ("segmentation IoU", "+0.0250") and mae[2:4] == ("depth MAE", "-0.0100")
     by_hand = [100 * ((0.02 + 0.01 * seed) / (0.3 + 0.01 * seed) + 0.01 / 0.13) / 2 for seed in range(2)]
     assert gain[2:4] == ("Δm %", f"{np.mean(by_hand):+.2f}") and gain[6:] == ("2", "neither")
     assert study_plots.label(found, found.rows[1], ("sparsity.lambda_",)) == (
-        "segmentation + depth, l2 0.01, weight_decay 0"
+        "segmentation + depth, b1 0.8, b2 0.99, l2 0.01, weight_decay 0"
     )
     pictures = study_plots.draw(found, tmp_path / "plots")
     names = ["ablation.png", "pareto.png", "sparsity_over_steps.png", "groups_per_layer.png"]
@@ -406,8 +406,9 @@ def test_what_does_nothing_without_a_penalty_tells_no_dense_run_from_another(fol
         results = json.loads((folder / "results.json").read_text())
         results["config"]["sparsity"] |= {"start_step": 30, "penalty": "group_mcp"}
         (folder / "results.json").write_text(json.dumps(results))
-    changes = [row.changes for row in study.read([folders[1], *folders]).rows]
-    assert changes[0] == {}
-    idle = {"tasks": ["depth"]}
-    assert idle in changes
-    assert {"sparsity.lambda_": 1e-5, "sparsity.start_step": 30, "sparsity.penalty": "group_mcp"} in changes
+    found = study.read([folders[1], folders[2], *folders])
+    changes = [row.changes for row in found.rows]
+    assert len(changes) == 5 and changes[:2] == [{}, {"sparsity.lambda_": 1e-5}] and {"tasks": ["depth"]} in changes
+    other = {"sparsity.lambda_": 1e-5, "sparsity.start_step": 0, "sparsity.penalty": "group_lasso"}
+    assert other in changes
+    assert [study_tables.setting(row, "sparsity.start_step") for row in found.rows] == ["", "30", "0", "", ""]
