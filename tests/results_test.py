@@ -1,27 +1,136 @@
 """docs/results.md says what the results that are kept under docs/results say."""
 
+import json
 import pathlib
 
 import pytest
 
-from mtl_sparse.report import study, study_tables
+from configs import nyu_cpu, sweeps
+from mtl_sparse.report import published, records, study, study_tables
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
 PILOT = ("dense", "t70", "fixed", "free", "none", "ramp7", "dense16", "t70_16")
+TEXT = " ".join((DOCS / "results.md").read_text().split())
 
 
-@pytest.mark.parametrize("make", [study_tables.summary, study_tables.against_dense])
-def test_every_table_follows_from_the_results(make):
-    rows = make(study.read([DOCS / "results" / "pilot" / name for name in PILOT]))
-    assert len(rows) > len(PILOT)
+def read(*names):
+    return study.read([RESULTS / name for name in names])
+
+
+def early():
+    """The runs whose penalty acts from the first step."""
+    return read(*(f"early/{folder.name}" for folder in sorted((RESULTS / "early").iterdir())))
+
+
+def row(found, **settings):
+    """The one row on all three tasks with these settings of sparsity."""
+    rows = [row for row in found.rows if len(row.tasks) == 3 and not row.config["optimizer"]["l2"]]
+    (one,) = [row for row in rows if all(row.config["sparsity"][name] == value for name, value in settings.items())]
+    return one
+
+
+DENSE, T70 = {"lambda_": 0.0}, {"target": 0.7, "debias_at": 0.0, "penalty": "group_lasso"}
+
+
+def gains(rows):
+    return [rows[0], *(cells for cells in rows if "Δm %" in cells)]
+
+
+@pytest.mark.parametrize(
+    ("names", "make"),
+    [
+        (PILOT, study_tables.summary),
+        (PILOT, study_tables.against_dense),
+        (("evidence",), study_tables.summary),
+        (("evidence",), lambda found: gains(study_tables.against_dense(found))),
+        (("evidence",), lambda found: gains(study_tables.against_first(found))),
+        (("evidence",), study_tables.speed),
+    ],
+)
+def test_every_table_follows_from_the_results(names, make):
+    rows = make(read(*(f"pilot/{name}" if names is PILOT else name for name in names)))
+    assert len(rows) > 1
     assert study_tables.to_markdown(rows) in (DOCS / "results.md").read_text()
 
 
-def test_what_the_text_says_of_the_pilot():
-    found = study.read([DOCS / "results" / "pilot" / name for name in PILOT])
-    dense, t70, fixed, _, _, ramp, dense16, t70_16 = found.rows
-    gain = study.compare_gain
-    assert gain(t70, dense).mean < 0 and abs(gain(t70_16, dense16).mean) < 1, "behind, then about level"
-    assert gain(dense16, dense).mean > 0 and gain(t70_16, t70).mean > 0
-    assert gain(fixed, dense).mean > 0 and fixed.sparsity("group").mean == 0
-    assert 0.025 < 0.7 - ramp.sparsity("group").mean < 0.035
+def test_the_results_are_those_of_the_sweep(tmp_path):
+    """Each under its trial's name, with its trial's settings, on the published split."""
+    trials = sweeps.trials("evidence:cpu")
+    listed = json.loads((RESULTS / "evidence" / "sweep.json").read_text())["trials"]
+    assert list(listed.values()) == json.loads(json.dumps(trials))
+    runs = {folder.name: folder for folder in (RESULTS / "evidence").iterdir() if folder.is_dir()}
+    assert runs.keys() <= listed.keys()
+    for name, folder in runs.items():
+        config = nyu_cpu.get_config()
+        config.update_from_flattened_dict(listed[name])
+        results = json.loads((folder / "results.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(results["config"]))
+        records.check_settings(tmp_path, config)
+        assert results["frames"] == {"train": 715, "validation": 80, "test": 654}
+
+
+def test_what_the_text_says_of_target_07():
+    found = read("evidence")
+    gain, t70 = study.compare_gain(row(found, **T70), row(found, **DENSE)), row(found, **T70)
+    assert f"Δm of {gain.mean:+.2f} % (95 % interval {gain.low:+.2f} to {gain.high:+.2f})" in TEXT
+    assert gain.mean >= 0 and gain.n == 3 and gain.low < 0 < gain.high, "no worse, and no difference to be seen"
+    zero = t70.sparsity("group")
+    assert f"{100 * zero.mean:.1f} % of the backbone's groups zero" in TEXT
+    assert all(abs(run["sparsity"]["group"] - 0.7) < 0.005 for run in t70.runs.values())
+    for run in t70.runs.values():
+        left = {stage: 1 - share(run, stage) for stage in ("stem", "layer1", "layer4")}
+        assert left["stem"] == 1 and left["layer1"] > 0.97 and 0.07 < left["layer4"] < 0.08
+
+
+def share(run, stage):
+    """Fraction of a stage's groups that are zero."""
+    layers = [layer for layer in run["sparsity"]["layers"] if layer["path"].startswith(f"backbone/{stage}_")]
+    return sum(layer["zero_groups"] for layer in layers) / sum(layer["groups"] for layer in layers)
+
+
+def test_what_the_text_says_of_the_compact_models():
+    t70 = row(read("evidence"), **T70)
+    for seed, folder in t70.folders.items():
+        compact = json.loads((folder / "compact" / "results.json").read_text())["test"]
+        assert compact == pytest.approx(t70.runs[seed]["test"], abs=8.5e-6)
+    faster = [entry for found in t70.timings for entry in found["rows"]
+              if (entry["part"], entry["model"]) == ("backbone", "compact")]  # fmt: skip
+    assert len(faster) == 6 and all(2 < entry["speedup"] < 5.1 for entry in faster)
+
+
+def test_what_the_text_says_of_both_dense_models_and_of_the_paper():
+    found = read("evidence")
+    (paper,) = [row for row in found.rows if row.config["optimizer"]["l2"] and len(row.tasks) == 3]
+    for base, ours in ((row(found, **DENSE), paper), (paper, row(found, **T70))):
+        gain = study.compare_gain(ours, base)
+        assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})" in TEXT
+    tasks = ("segmentation", "depth", "normals")
+    rows = [published.TABLES["nyud_mt", frozenset(tasks), "group_lasso", lambda_] for lambda_ in (0.0, 1e-6, 1e-5)]
+    for lambda_, one in zip(("0", "1e-6", "1e-5"), rows, strict=True):
+        signs = {"segmentation": 1, "depth": -1, "normals": 1}
+        better = [signs[task] * (one["tasks"][task][0] / rows[0]["tasks"][task][0] - 1) for task in tasks]
+        cells = [f"{one['tasks'][task][0]:.4f}" for task in tasks]
+        cells += [f"{100 * one['group']:.2f}", f"{100 * sum(better) / 3:+.1f}" if any(better) else ""]
+        assert f"| paper, λ = {lambda_} | {' | '.join(cells)} |".replace("|  |", "| |") in TEXT
+
+
+def test_what_the_text_says_of_when_the_penalty_starts():
+    late, soon = row(read("evidence"), **T70), row(early(), **T70)
+    gain = study.compare_gain(late, soon)
+    assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})" in TEXT
+    behind = study.compare_gain(soon, row(read("evidence"), **DENSE))
+    assert f"{behind.mean:+.1f} % ({behind.low:+.1f} to {behind.high:+.1f})" in TEXT
+    for ours, theirs in zip(late.runs.values(), soon.runs.values(), strict=True):
+        assert ours["config"]["sparsity"].items() - theirs["config"]["sparsity"].items() == {
+            ("start_step", 534),
+            ("target_ramp", 0.45),
+        }
+
+
+def test_what_the_text_says_of_held_norms():
+    found = read("evidence")
+    gain = study.compare_gain(row(found, lambda_=sweeps.NORMS_HELD), row(found, **DENSE))
+    seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}[gain.n]
+    interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ""
+    assert f"{gain.mean:+.1f} %{interval} over dense, {seeds}." in TEXT
