@@ -7,6 +7,7 @@ import pytest
 
 from configs import nyu_cpu, sweeps
 from mtl_sparse.report import published, records, study, study_tables
+from mtl_sparse.sparsity import control
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -119,6 +120,10 @@ def test_what_the_text_says_of_when_the_penalty_starts():
     late, soon = row(read("evidence"), **T70), row(early(), **T70)
     gain = study.compare_gain(late, soon)
     assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})" in TEXT
+    config = next(iter(soon.runs.values()))["config"]
+    schedule = control.Target(0.7, 20 * (715 // config["train"]["batch_size"]), config["sparsity"]["target_ramp"])
+    asked = 100 * float(schedule.scheduled(schedule.total_steps * 4 / 20))
+    assert config["train"]["epochs"] == 20 and f"{asked:.0f} % of the groups are asked to be zero after four of" in TEXT
     behind = study.compare_gain(soon, row(read("evidence"), **DENSE))
     assert f"{behind.mean:+.1f} % ({behind.low:+.1f} to {behind.high:+.1f})" in TEXT
     for ours, theirs in zip(late.runs.values(), soon.runs.values(), strict=True):
