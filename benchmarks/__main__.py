@@ -6,7 +6,7 @@ python -m benchmarks
 import subprocess
 import sys
 
-COMMANDS = ("step", "inference", "prox", "compact", "loader", "scaling")
+COMMANDS = ("step", "inference", "prox", "compact", "loader", "compile", "scaling")
 
 if __name__ == "__main__":
     for name in COMMANDS:

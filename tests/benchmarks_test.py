@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compact, fixed_norm, loader, ours, peers, prox
+from benchmarks import compact, compile, fixed_norm, loader, ours, peers, prox
 from mtl_sparse.benchmark import timed
 
 
@@ -54,6 +54,17 @@ def test_compaction_is_timed_for_each_share():
 
 SMALL = {"size": 32, "batch": 2, "width": 4, "head_features": 4}
 SHALLOW = {**SMALL, "depth": 10, "names": ("depth",)}
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_the_first_ones_programs(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which the benchmark sets
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    lines = [line.split("|")[1:-1] for line in compile.table(**SHALLOW).splitlines()[2:]]
+    first, second = ([float(seconds) for seconds in line[1:]] for line in lines)
+    assert all(start[-1] == pytest.approx(start[1] - start[2], abs=0.11) for start in (first, second))
+    assert second[-1] < 0.8 * first[-1]
+
 
 
 @pytest.mark.slow

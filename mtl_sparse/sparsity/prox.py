@@ -114,7 +114,7 @@ def _norm_of_solution(z, dz, d, weight, axes, steps=None):
     tiny = jnp.finfo(z.dtype).tiny
     weight = jnp.maximum(weight, tiny)
     # Jensen's bounds from r = 0, and from r = infinity in 1 / d. All in units of weight, or squares underflow.
-    q2 = jnp.square(dz / weight)
+    q2 = jnp.square(dz * (1 / weight))
     z2 = z * z
     g0, g1, n0, n1 = _sums(axes, q2, q2 * d, z2, z2 * (weight / jnp.maximum(d, tiny)))
     zero = g0 <= 1
@@ -124,13 +124,13 @@ def _norm_of_solution(z, dz, d, weight, axes, steps=None):
     for bound in (from_zero, from_infinity):
         r = jnp.where((bound > r) & jnp.isfinite(bound), bound, r)
     for _ in range(steps or (3 if z.dtype == jnp.float64 else 2)):
-        inverse = 1 / (d * r + weight)
-        a = jnp.square(dz * inverse)
-        t = d * inverse * jnp.where(r > 0, r, 1)  # in units of 1 / r, so that no moment underflows
+        unit = jnp.where(r > 0, r, 1)  # t in units of 1 / r, so that no moment underflows
+        t = d * unit / (d * r + weight)
+        a = jnp.square(z * (1 / unit) * t)  # (d z / (d r + weight))^2
         at = a * t
         att = at * t
         h = _quadrature_root(*_sums(axes, a, at, att, att * t))
-        r = r + jnp.where((h > 0) & jnp.isfinite(h), h * jnp.where(r > 0, r, 1), 0)
+        r = r + jnp.where((h > 0) & jnp.isfinite(h), h * unit, 0)
     return jnp.where(jnp.isnan(g0), jnp.nan, r), zero
 
 

@@ -1,0 +1,47 @@
+"""How long a start waits for its first training step: without a cache of compiled programs, and with what that one left.
+
+    python -m benchmarks.compile [--size 256] [--batch 4]
+
+ResNet-50, three tasks; each start is a process of its own.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import tempfile
+import time
+
+from benchmarks import ours
+from mtl_sparse.report.tables import markdown
+
+
+def start(**settings) -> list[float]:
+    """Seconds of making the state, of the first step and of the second; to be called in a process of its own."""
+    seconds, begin = [], time.perf_counter()
+    call = ours.training_step(**settings)
+    for step in (lambda: None, call, call):
+        step()
+        seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+    return seconds
+
+
+def table(**settings) -> str:
+    """Markdown: a start with an empty cache, and one after it."""
+    lines = [("start", "state s", "first step s", "second step s", "the first waits s")]
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        for name in ("first", "second"):
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                state, first, second = pool.submit(start, **settings).result()
+            lines.append((name, *(f"{seconds:.1f}" for seconds in (state, first, second, first - second))))
+    return markdown(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    print(table(**vars(parser.parse_args())))
