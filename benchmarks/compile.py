@@ -1,4 +1,4 @@
-"""How long a start waits for its first training step: without a cache of compiled programs, and with what that one left.
+"""How long a start waits for its first training step: with an empty compile cache, and with what that start left there.
 
     python -m benchmarks.compile [--size 256] [--batch 4]
 
