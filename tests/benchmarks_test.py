@@ -66,7 +66,6 @@ def test_a_second_start_finds_the_first_ones_programs(monkeypatch):
     assert second[-1] < 0.8 * first[-1]
 
 
-
 @pytest.mark.slow
 def test_our_step_and_inference_do_what_they_say():
     batch = peers.random_batch(16, 2)
