@@ -124,11 +124,14 @@ def _over_lambda(study, panels):
 
 
 def _legend(figure):
-    """One legend below all panels, an entry for each label."""
+    """One legend below all panels, an entry for each label, as many side by side as their length allows."""
     entries = {}
     for axis in figure.axes:
         entries |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.06 * max(map(len, entries), default=1))))
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=7
+    )
 
 
 def metrics_over_lambda(study):
@@ -173,7 +176,7 @@ def _zero_label(rows):
 def pareto(study):
     """Each task's metric against % zero groups (l1: weights): a point a row, with its spread over seeds both ways.
 
-    A line joins the rows that differ in how strong the penalty is.
+    A line joins the rows that differ in how strong the penalty is. Dense rows are hollow.
     """
     tasks, lines = study.tasks, {}
     for row in study.rows:
@@ -187,7 +190,10 @@ def pareto(study):
                 errors = {f"{a}err": np.nan_to_num([f.std for f in fs]) for a, fs in (("x", x), ("y", y))}
                 errors["xerr"] = 100 * errors["xerr"]
                 places = [100 * figure.mean for figure in x], [figure.mean for figure in y]
-                axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=_color(i, len(lines)), label=name)
+                color = _color(i, len(lines))
+                axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=color, label=name)
+                dense = [place for place, row in zip(zip(*places, strict=True), rows, strict=True) if row.is_dense]
+                axis.plot(*np.reshape(dense, (-1, 2)).T, "o", markerfacecolor="white", color=color, zorder=3)
         run = next(next(iter(row.runs.values())) for row in study.rows if task in row.tasks)
         _, name, higher = study_lib.metric(task, run)
         axis.set(xlim=(-3, 103), xlabel=_zero_label(study.rows), ylabel=f"{task} {name} {'↑' if higher else '↓'}")
@@ -210,7 +216,7 @@ def sparsity_over_steps(study):
         mean = 100 * np.mean([values[:length] for _, values in series], 0)
         axis.plot(series[0][0][:length], mean, color=_color(i, len(rows)), label=label(study, row))
     axis.set(xlabel="step", ylabel=_zero_label(rows), ylim=(-2, 102))
-    axis.legend(frameon=False, fontsize=6, ncols=2 if len(rows) > 8 else 1)
+    _legend(figure)
     return plots.plain(figure)
 
 

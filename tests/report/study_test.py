@@ -96,6 +96,11 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     pictures = study_plots.draw(found, tmp_path / "plots")
     names = ["ablation.png", "pareto.png", "sparsity_over_steps.png", "groups_per_layer.png"]
     assert [path.name for path in pictures.values()] == names
+    lines = study_plots.pareto(found).axes[0].lines
+    hollow = [
+        line.get_xydata().tolist() for line in lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())
+    ]
+    assert hollow == [[[0, pytest.approx(0.33)]]], "the dense row"
     zero, iou, mae = study_plots.ablation(found).axes
     assert [label.get_text() for label in zero.get_yticklabels()][0] == "(the first row)"
     assert [bar.lines[0].get_xdata()[0] for bar in iou.containers] == pytest.approx([0.305, 0.33])
