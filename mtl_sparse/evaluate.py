@@ -48,11 +48,18 @@ def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
         axes = tuple(range(1, loss.ndim))
         sums[task.name] = {
             "loss": {"total": jnp.sum(loss, axes), "count": jnp.sum(valid, axes)},
-            "full": jax.vmap(task.sums)(task.activation(upsample(prediction, label)), label),
+            "full": _sums_of(task, task.activation(upsample(prediction, label)), label, label),
         }
         if label.ndim >= 3:
-            sums[task.name]["strided"] = jax.vmap(task.sums)(task.activation(prediction), strided_label(label))
+            strided = _sums_of(task, task.activation(prediction), strided_label(label), label)
+            sums[task.name]["strided"] = strided
     return sums
+
+
+def _sums_of(task, prediction, label, whole):
+    """`task.sums` of each image, of the places that `label` has of the `whole` one."""
+    more = (jax.vmap(task.whole)(whole),) if task.whole else ()
+    return jax.vmap(task.sums)(prediction, label, *more)
 
 
 def make_evaluator(model, tasks: Sequence[Task]) -> Callable:
@@ -141,7 +148,7 @@ def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader
 
             def of(label, task=task):
                 guess = jnp.broadcast_to(constants[task.name], task.target(label)[0].shape)
-                return jax.vmap(task.sums)(guess, label)
+                return _sums_of(task, guess, label, batch[task.label])
 
             label = batch[task.label]
             result[task.name] = {"full": of(label)} | ({"strided": of(strided_label(label))} if label.ndim >= 3 else {})

@@ -66,13 +66,16 @@ def normalized_depth_values(sums):
     return {f"{name}_normalized": value for name, value in _depth_values(sums).items()}
 
 
-def metric_depth_sums(prediction, label):
-    """`depth_sums` in metres, and the absolute error after the paper's normalisation by the label's maximum."""
-    valid = label > 0
+def depth_scale(label):
+    """What the paper's normalisation takes of an image's depth: (maximum, 99th percentile as a share of that)."""
     largest = jnp.maximum(jnp.max(label), 1e-6)
-    relative = label / largest
-    top = jnp.maximum(jnp.nanpercentile(jnp.where(valid, relative, jnp.nan), 99), 0.1)
-    error = jnp.abs(jnp.clip(prediction[..., 0] / largest, 0.1, top) - jnp.clip(relative, 0.1, top))
+    return largest, jnp.maximum(jnp.nanpercentile(jnp.where(label > 0, label / largest, jnp.nan), 99), 0.1)
+
+
+def metric_depth_sums(prediction, label, scale):
+    """`depth_sums` in metres, and the absolute error after the paper's normalisation by `depth_scale` of the label."""
+    valid, (largest, top) = label > 0, scale
+    error = jnp.abs(jnp.clip(prediction[..., 0] / largest, 0.1, top) - jnp.clip(label / largest, 0.1, top))
     return {**depth_sums(prediction, label), "normalized": jnp.sum(jnp.where(valid, error, 0.0))}
 
 

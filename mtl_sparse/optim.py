@@ -96,12 +96,20 @@ def debias_step(config, total_steps: int) -> int | None:
 
 
 def settled_step(config, total_steps: int) -> int:
-    """Steps after which the sparsity is what the settings ask for, so that a checkpoint may be the best one."""
+    """Steps after which the sparsity is what the settings ask for, so that a checkpoint may be the best one.
+
+    A phase that begins late has had a step by then.
+    """
+    debias = debias_step(config, total_steps)
+    return _penalised_step(config, total_steps) if debias is None else min(debias + 1, total_steps)
+
+
+def _penalised_step(config, total_steps):
+    """`settled_step` before a last phase without a penalty."""
     sparsity = config.sparsity
-    settled = sparsity.start_step if sparsity.lambda_ > 0 else 0
     if sparsity.target > 0:
-        settled += round(sparsity.target_freeze * (total_steps - sparsity.start_step))
-    return max(settled, debias_step(config, total_steps) or 0)
+        return sparsity.start_step + round(sparsity.target_freeze * (total_steps - sparsity.start_step))
+    return sparsity.start_step + 1 if sparsity.lambda_ > 0 and sparsity.start_step > 0 else 0
 
 
 def _check_steps(config, total_steps):
@@ -110,7 +118,7 @@ def _check_steps(config, total_steps):
     if sparsity.lambda_ > 0 and sparsity.start_step >= total_steps:
         raise UserError(f"sparsity.start_step={sparsity.start_step}: the run has only {total_steps} steps")
     debias = debias_step(config, total_steps)
-    if debias is not None and debias < settled_step(config, total_steps):
+    if debias is not None and debias < _penalised_step(config, total_steps):
         raise UserError(
             f"sparsity.debias_at={sparsity.debias_at} lies before "
             f"{'sparsity.target_freeze' if sparsity.target > 0 else 'sparsity.start_step'}: the zero pattern would "

@@ -33,6 +33,7 @@ class Task:
       headline: the one metric of short tables.
       higher_is_better: whether more of the headline is better.
       head: a key of `models.multitask.HEADS`.
+      whole: label of one image at its full resolution -> a third argument of `sums`, which may get fewer of its places.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Task:
     headline: str
     higher_is_better: bool
     head: str = "deeplab"
+    whole: Callable | None = None
 
 
 def _segmentation(config):
@@ -79,6 +81,7 @@ def _depth(config):
             activation=activations.metric_depth,
             sums=metrics.metric_depth_sums,
             values=metrics.metric_depth_values,
+            whole=metrics.depth_scale,
             **common,
         )
     return Task(

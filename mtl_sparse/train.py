@@ -320,16 +320,14 @@ def _end_epoch(run, progress: Progress, step: int, score: float, state):
     """Early stopping and the plateau schedule; returns whether this checkpoint is the best so far, and the state.
 
     Before the sparsity is settled no checkpoint is the best, no run stops and the rate stays: while groups are being
-    pruned the score may well get worse. Then the count starts anew.
+    pruned the score may well get worse.
     """
     config = run.config
     taken = step - progress.skipped  # the optimizer's count, by which its phases go
     settled = taken >= run.settled_step
-    if settled and taken - run.steps_per_epoch < run.settled_step:
-        progress.best = math.inf
-    improved = score < progress.best
+    improved = settled and score < progress.best
     if improved or not settled:
-        progress.best, progress.stale_epochs, progress.plateau_epochs = min(score, progress.best), 0, 0
+        progress.best, progress.stale_epochs, progress.plateau_epochs = score if improved else math.inf, 0, 0
     else:
         progress.stale_epochs += 1
         progress.plateau_epochs += 1
@@ -340,7 +338,7 @@ def _end_epoch(run, progress: Progress, step: int, score: float, state):
         )
         state = state.replace(opt_state=opt_state)
     progress.stopped = settled and 0 < config.train.early_stop_epochs <= progress.stale_epochs
-    return improved and settled, state
+    return improved, state
 
 
 def _say_epoch(run, step, values, sparsity, lambda_, improved):

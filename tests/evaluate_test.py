@@ -51,6 +51,22 @@ def test_perfect_predictions_have_perfect_metrics(run):
     assert not perfect
 
 
+def test_depth_in_metres_is_normalised_as_the_normalised_task_is(run):
+    """Also at the prediction's resolution, whose few places seldom have the image's maximum."""
+    config = run.config.copy_and_resolve_references()
+    config.data.depth_target = "metres"
+    metres = run_lib.setup(config)
+    found = []
+    for one in (run, metres):
+        (task,) = [task for task in one.tasks if task.name == "depth"]
+        label = np.stack([one.eval_transform()(frame)["depth"] for frame in one.data.test])
+        largest = label.max((1, 2), keepdims=True) if one is metres else 1
+        guess = evaluate.strided_label(np.full_like(label, 0.3) * largest)[..., None]  # of each image's maximum
+        sums = evaluate._sums_of(task, guess, evaluate.strided_label(label), label)
+        found.append(task.values(jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums))["mae_normalized"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_the_constant_predictors_metrics_follow_from_the_labels(run):
     constants = evaluate.constant_predictions(run.tasks, batches(run, "train", 7))
     values = evaluate.evaluate_constant(run.tasks, constants, batches(run, "test", 4))

@@ -46,12 +46,15 @@ def test_depth_by_hand():
 
 def test_depth_in_metres_reports_the_normalised_error_too():
     label = jnp.array([[2.0, 4.0], [8.0, 0.0]])
-    sums = total(jax.vmap(metrics.metric_depth_sums)((label * 1.1)[None, ..., None], label[None]))
+    scale = metrics.depth_scale(label)
+    sums = metrics.metric_depth_sums((label * 1.1)[..., None], label, scale)
     values = metrics.metric_depth_values(sums)
     assert values["mae"] == pytest.approx((0.2 + 0.4 + 0.8) / 3, rel=1e-5)
     top = np.percentile([0.25, 0.5, 1.0], 99)
     assert values["mae_normalized"] == pytest.approx((0.025 + 0.05 + 0) / 3, rel=1e-4)
     assert top < 1, "both sides of the third pixel are clipped to the 99th percentile"
+    few = metrics.metric_depth_values(metrics.metric_depth_sums((label * 1.1)[:1, ..., None], label[:1], scale))
+    assert few["mae_normalized"] == pytest.approx((0.025 + 0.05) / 2, rel=1e-4), "by the maximum of the whole image"
 
 
 def test_normals_by_hand():

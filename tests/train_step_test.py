@@ -99,7 +99,7 @@ def test_the_rate_stays_until_the_sparsity_is_settled(rooms):
     config.train.epochs = 10
     config.sparsity.start_step = 12
     rates = [rate for _, rate, _ in end_epochs(config, range(1, 11))]
-    assert rates == [2e-3] * 7 + [2e-4, 2e-4, 2e-5]
+    assert rates == [2e-3] * 8 + [2e-4, 2e-4], "the seventh is the first with a penalised step"
 
 
 def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms):
@@ -112,8 +112,21 @@ def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms)
     assert best == [6, 8], "epoch 6 is the first that counts"
     assert [stopped for *_, stopped in end_epochs(config, scores)] == [False] * 9 + [True]
     assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores, skipped=2), 1) if best] == [7, 8], "two late"
-    config.sparsity.debias_at = 0.8
-    assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best] == [8]
+    config.sparsity.debias_at = 0.7
+    assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best] == [8], (
+        "the phase has had a step"
+    )
+
+
+def test_a_step_that_is_skipped_later_does_not_make_a_worse_checkpoint_the_best(rooms):
+    config = tiny(rooms)
+    config.train.epochs = 4
+    config.sparsity.update(target=0.5, target_freeze=0.5)
+    run = run_lib.setup(config)
+    state, progress = run.init_state(), train.Progress()
+    assert train._end_epoch(run, progress, run.settled_step, 0.3, state)[0]
+    progress.skipped = 1
+    assert not train._end_epoch(run, progress, run.settled_step + run.steps_per_epoch, 0.9, state)[0]
 
 
 def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
