@@ -32,6 +32,11 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     run = run_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
     records.check(workdir, config, run.data)
+    with records.held(workdir):
+        return _compact(run, config, workdir)
+
+
+def _compact(run, config, workdir):
     expected = records.read_json(workdir / "results.json")
     saved = checkpoints.Checkpoints(workdir)
     try:
@@ -84,7 +89,8 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
 @contextlib.contextmanager
 def _replacing(folder: pathlib.Path):
     """Within it `folder` is written anew; what it held is kept until that is done, and comes back if it fails."""
-    old = folder.with_name(folder.name + ".old")
+    old, removed = (folder.with_name(folder.name + end) for end in (".old", ".removed"))
+    shutil.rmtree(removed, ignore_errors=True)
     if old.exists():  # an earlier call was killed in here
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
@@ -96,7 +102,9 @@ def _replacing(folder: pathlib.Path):
         if old.exists():
             old.rename(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        old.rename(removed)  # or a call that is killed while it deletes would leave what looks like the one above
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def explain(model, variables, small, small_variables, size) -> list[dict]:

@@ -1,5 +1,6 @@
 """The end of a run: its best checkpoint on the test split, results.json, pictures and the table."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ from absl import logging
 from input_pipeline import loader
 from mtl_sparse import checkpoints, cost, evaluate, optim, processes
 from mtl_sparse import run as run_lib
+from mtl_sparse.errors import UserError
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.sparsity import stats
 
@@ -20,15 +22,29 @@ _VERSIONED = ("mtl-sparse", "jax", "flax", "optax", "orbax-checkpoint", "grain",
 
 
 def evaluate_best(config, workdir: str | pathlib.Path) -> dict:
-    """Evaluates the best checkpoint of a run on the test split and writes its report again."""
+    """Evaluates the best checkpoint of a run on the test split and writes its report again.
+
+    Raises:
+      UserError: a run that has not ended, which results would make count as finished; see `records.check`.
+    """
     run = run_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
-    processes.on_first(lambda: records.check(workdir, config, run.data))
-    saved = checkpoints.Checkpoints(workdir)
-    try:
+    with contextlib.ExitStack() as held:
+        processes.on_first(lambda: records.check(workdir, config, run.data))
+        processes.on_first(lambda: held.enter_context(records.held(workdir)))
+        saved = held.enter_context(contextlib.closing(checkpoints.Checkpoints(workdir)))
+        if saved.step("latest") is not None and not processes.on_first((workdir / "results.json").exists):
+            processes.on_first(lambda: _check_ended(run, workdir, saved))
         return write(run, workdir, saved)
-    finally:
-        saved.close()
+
+
+def _check_ended(run, workdir, saved):
+    _, progress, folder = saved.read("latest")
+    if int(folder.name) < run.total_steps and not progress.get("stopped"):
+        raise UserError(
+            f"the run in {workdir} is at step {folder.name} of {run.total_steps}: give its command again, which goes "
+            "on with it and evaluates it at the end (metrics.jsonl has its validation so far)"
+        )
 
 
 def write(run: run_lib.Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> dict:
@@ -75,8 +91,8 @@ def _write(run, workdir, state, test, constant):
         "versions": {name: _version(name) for name in _VERSIONED},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-    records.write_json(workdir / "results.json", results)
     _save_samples(run, workdir, state.variables)
+    records.write_json(workdir / "results.json", results)  # the last but for what can be drawn again: it means finished
     plots.draw(workdir)
     print(tables.run_table(results))
     print(f"\nresults, metrics and plots are in {workdir}")

@@ -13,6 +13,7 @@ from mtl_sparse import compaction, cost, evaluate, results, train
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask
+from mtl_sparse.report import records
 from mtl_sparse.sparsity import compact
 from tests.conftest import tiny
 from tests.sparsity import compact_test
@@ -155,6 +156,39 @@ def test_a_compaction_that_fails_keeps_the_last_one(compacted, monkeypatch):
         compaction.run_job(config, folder)
     assert (small / "results.json").read_text() == before
     assert not (folder / "compact.old").exists()
+
+
+def test_two_compactions_do_not_meet(compacted):
+    config, folder, small = compacted
+    with records.held(folder), pytest.raises(UserError, match="another process is at work in"):
+        compaction.run_job(config, folder)
+    assert (small / "results.json").exists()
+
+
+def test_a_kill_while_the_replaced_compaction_is_deleted_keeps_the_new_one(tmp_path, monkeypatch):
+    folder = tmp_path / "compact"
+
+    def write(text, delete):
+        monkeypatch.setattr(shutil, "rmtree", delete)
+        with compaction._replacing(folder):
+            folder.mkdir()
+            (folder / "file").write_text(text)
+            if text == "third":
+                raise OSError(28, "No space left on device")
+
+    def killed(path, ignore_errors):
+        if pathlib.Path(path).exists():
+            (pathlib.Path(path) / "file").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+
+    remove = shutil.rmtree
+    write("first", remove)
+    with pytest.raises(KeyboardInterrupt):
+        write("second", killed)
+    with pytest.raises(OSError):
+        write("third", remove)
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["compact"]
 
 
 def explained(model, variables, **options):

@@ -131,6 +131,9 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(whole, rooms, tmp_path, bef
             train.train(config, tmp_path)
         assert state(tmp_path)[0] == step
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    with pytest.raises(UserError, match="is at step 5 of 6: give its command again"):
+        results.evaluate_best(config, tmp_path)
+    assert not (tmp_path / "results.json").exists(), "which would make it count as finished"
     train.train(config, tmp_path)
     if every == 1:
         assert_ends_as(whole, tmp_path)
@@ -230,6 +233,8 @@ def test_a_second_process_on_a_folder_is_refused(whole, rooms, tmp_path, befalls
     def another():
         with pytest.raises(UserError, match="another process is at work in .*wait until it has ended, or give another"):
             train.train(depth(rooms), tmp_path)
+        with pytest.raises(UserError, match="another process is at work"):
+            results.evaluate_best(depth(rooms), tmp_path)
 
     befalls[2] = another
     train.train(depth(rooms), tmp_path)

@@ -27,7 +27,7 @@ def read_json(path: pathlib.Path):
     """Raises UserError where the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: {path.parent} holds no such run, or it has not come that far") from None
     except ValueError as error:  # no JSON, or no text
         raise UserError(f"{path} is damaged ({error}); run the job that writes it again") from error
@@ -40,7 +40,10 @@ def held(workdir: pathlib.Path):
     Raises:
       UserError: another process holds it.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{workdir} cannot be a run's folder: it is a file, or lies below one") from None
     with (workdir / "run.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,12 +161,20 @@ def write_samples(workdir, *, images, names, labels, predictions, classes=(), th
         elif prediction.shape[-1] == 1:
             prediction = prediction[..., 0]
         arrays[f"label/{task}"], arrays[f"prediction/{task}"] = label, prediction
-    np.savez_compressed(workdir / "samples.npz", **arrays)
+    partial = workdir / f"samples.{os.getpid()}.partial.npz"
+    np.savez_compressed(partial, **arrays)
+    partial.replace(workdir / "samples.npz")
 
 
 def read_samples(workdir) -> dict[str, np.ndarray]:
+    """Of `write_samples`; raises UserError where the file is missing or damaged."""
     path = workdir / "samples.npz"
     if not path.exists():
         raise UserError(f"{path} is missing: run --job=evaluate on {workdir} first")
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever NumPy and zlib say of damaged files
+        raise UserError(f"{path} is damaged ({error}); run --job=evaluate on {workdir} again") from error

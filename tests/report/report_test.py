@@ -100,6 +100,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
         classes=("wall", "floor"),
     )
     samples = records.read_samples(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"], "no part of it is left"
     np.testing.assert_array_equal(samples["prediction/segmentation"], [[[0, 1], [1, 2]]])
     assert samples["image"].dtype == np.uint8
     figure = plots.sample_sheet(samples)
@@ -112,6 +113,16 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     np.testing.assert_allclose(shown[1][1, 0], 0, err_msg="void is black")
     np.testing.assert_allclose(shown[2][1, 0], colors[1])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wall", "floor", "class 2"]
+
+
+def test_a_torn_file_of_samples_is_told(tmp_path):
+    records.write_samples(
+        tmp_path, images=np.zeros((1, 2, 2, 3), np.float32), names=["0001"], labels={}, predictions={}
+    )
+    whole = (tmp_path / "samples.npz").read_bytes()
+    (tmp_path / "samples.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="samples.npz is damaged .*run --job=evaluate on .* again"):
+        records.read_samples(tmp_path)
 
 
 def test_attributes_are_written_beside_their_image(tmp_path):
