@@ -1,6 +1,8 @@
 """python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]"""
 
+import contextlib
 import gc
+import importlib.util
 import os
 import pathlib
 import signal
@@ -90,15 +92,20 @@ def _trials(grid):
     if stem == "sweeps":
         from configs import sweeps
 
+        if _GRID.value:
+            raise UserError(f"configs/sweeps.py:{argument} lists its trials, and so does --grid; give one of them")
         settings = sweeps.trials(argument)
     else:
         settings = sweep.parse_grid(grid)
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    own = os.path.abspath(path) if stem not in ("sweeps", "run") else ""
     return settings, sweep.Options(
         max_parallel=_MAX_PARALLEL.value,
         shard=sweep.parse_shard(_SHARD.value),
         retry_failed=_RETRY_FAILED.value,
         cluster=_CLUSTER.value,
         cluster_settings=sweep.parse_settings(_CLUSTER_SETTINGS.value),
+        register=_REGISTER.value or own,
     )
 
 
@@ -106,7 +113,12 @@ def _sweep(config, workdir):
     from mtl_sparse import sweep
     from mtl_sparse.report import page
 
-    sweep.run_job(config, workdir, *_trials(_GRID.value))
+    try:
+        sweep.run_job(config, workdir, *_trials(_GRID.value))
+    except sweep.RunsFailed as failed:
+        with contextlib.suppress(UserError):  # none has finished
+            page.write([workdir], pathlib.Path(workdir) / "report")
+        raise failed
     page.write([workdir], pathlib.Path(workdir) / "report")
 
 
@@ -167,6 +179,12 @@ _CLUSTER = flags.DEFINE_string("cluster", "", "'slurm' runs a sweep there, 'loca
 _CLUSTER_SETTINGS = flags.DEFINE_string(
     "cluster_settings", "", "Of submitit's executor: 'slurm_partition=gpu,timeout_min=600,gpus_per_node=1'."
 )
+_REGISTER = flags.DEFINE_string(
+    "register",
+    "",
+    "A Python file that is run first, for the data sets and tasks that it registers; the runs of a sweep get the "
+    "sweep's own config file so.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
@@ -193,12 +211,21 @@ def main(argv):
             raise UserError(f"--coordinator is for --job=train and evaluate; --job={_JOB.value} takes one process")
         processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     compile_cache.enable()
+    if _REGISTER.value:
+        _run_file(_REGISTER.value)
     config = _CONFIG.value
     # The flag takes a Python tuple; --config.tasks=depth,normals arrives as one name.
-    config.tasks = tuple(part.strip() for name in config.tasks for part in name.split(","))
+    config.tasks = tuple(part.strip() for name in config.tasks for part in str(name).split(","))
     gc.set_threshold(200_000, 20, 100)  # tracing makes objects that live: looking for garbage among them takes long
     with as_os_error(workdir):
         JOBS[_JOB.value][0](config, workdir)
+
+
+def _run_file(path):
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--register={path}: there is no such file")
+    spec = importlib.util.spec_from_file_location("registered", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def _config_file():

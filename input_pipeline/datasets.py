@@ -6,6 +6,7 @@ import difflib
 import fcntl
 import importlib.util
 import pathlib
+import shutil
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -134,7 +135,11 @@ def _check_classes(config, classes):
 
 @contextlib.contextmanager
 def _alone(folder):
-    """Waits for another process that writes there, such as another shard of a sweep that draws or prepares the same."""
+    """Waits for another process that writes there, such as another shard of a sweep that draws or prepares the same.
+
+    Gives whether no other can be at it: not so on a file system without locks.
+    """
+    alone = True
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -144,8 +149,8 @@ def _alone(folder):
             logging.info("Another process writes data to %s: waiting for it", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # read-only, or a file system without locks: whoever then writes says what is wrong
-            pass
-        yield
+            alone = False
+        yield alone
 
 
 def _open_published(dataset: Published, config) -> Data:
@@ -177,7 +182,10 @@ def _open_published(dataset: Published, config) -> Data:
                 f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here"
             )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
-        with as_os_error(prepared), _alone(prepared):
+        with as_os_error(prepared), _alone(prepared) as alone:
+            if alone and not target.is_dir():
+                for left in target.parent.glob(f"incomplete.*_{target.name}"):  # by a preparation that was killed
+                    shutil.rmtree(left, ignore_errors=True)
             builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
             builder.download_and_prepare(  # nothing, where another process just has
                 download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")

@@ -1,6 +1,7 @@
 """Latency, throughput and memory of a run's model: dense, with its zeros, and compact."""
 
 import dataclasses
+import json
 import pathlib
 import time
 
@@ -129,7 +130,8 @@ def is_done(config, workdir: pathlib.Path) -> bool:
     path = workdir / "benchmark.json"
     found = records.read_json(path) if path.exists() else {}
     done = found.get("device"), found.get("rounds"), {row["batch"] for row in found.get("rows", ())}
-    return done == (_device(), config.benchmark.rounds, set(config.benchmark.batch_sizes))
+    asked = _device(), config.benchmark.rounds, set(config.benchmark.batch_sizes)
+    return done == asked and found.get("compact") == json.loads(config.compact.to_json())
 
 
 def _device():
@@ -161,6 +163,7 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
         "device": _device(),
         "size": size,
         "rounds": settings.rounds,
+        "compact": json.loads(config.compact.to_json()),
         "group_sparsity": stats.sparsity(variables["params"], config.sparsity.scope).group,
         "rows": rows,
     }

@@ -5,6 +5,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -56,6 +58,7 @@ class Options:
       retry_failed: run those again that failed before.
       cluster: "" runs in processes of this machine; "slurm", or "local" to try it, through submitit.
       cluster_settings: of submitit's executor, such as {"slurm_partition": "gpu", "timeout_min": 600}.
+      register: Python file that the processes of the runs load first, for its data sets and tasks.
     """
 
     max_parallel: int = 1
@@ -63,6 +66,11 @@ class Options:
     retry_failed: bool = False
     cluster: str = ""
     cluster_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    register: str = ""
+
+
+class RunsFailed(UserError):
+    """Runs of a sweep failed; the others are done."""
 
 
 def parse_grid(text: str) -> list[dict[str, Any]]:
@@ -125,11 +133,18 @@ def make_trials(config, settings: Sequence[Mapping[str, Any]]) -> list[Trial]:
                 node[name] = (value,) if path == "tasks" and isinstance(value, str) else value
             except (KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"a sweep cannot set config.{path}={value!r}: {error}") from error
-        name = ",".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in values.items())
+        name = _fitting(",".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in values.items()))
         if name in trials:
             raise UserError(f"the trial {name} stands twice in this sweep")
         trials[name] = Trial(name, one)
     return list(trials.values())
+
+
+def _fitting(name):
+    """A name as one that file systems take: the end of a long one gives way to a number that stands for all of it."""
+    if len(name.encode()) <= 240:
+        return name
+    return f"{name.encode()[:230].decode(errors='ignore')}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _short(value):
@@ -145,7 +160,8 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
       Names of the trials of this shard that have finished.
 
     Raises:
-      UserError: settings that cannot be, a folder of another sweep, or runs that failed; the others are done first.
+      UserError: settings that cannot be, or a folder of another sweep.
+      RunsFailed: what it says; the others are done first.
     """
     index, count = options.shard
     if options.cluster not in ("", *CLUSTERS):
@@ -181,7 +197,7 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
     failed += _run_all(waiting, workdir, options)
     if failed:
         reasons = [f"{name} ({(workdir / name / 'failed.txt').read_text().strip()})" for name in failed]
-        raise UserError(
+        raise RunsFailed(
             f"{len(failed)} of {len(mine)} runs failed: {'; '.join(reasons[:3])}{'; ...' if len(failed) > 3 else ''}; "
             f"each has a log.txt in its folder of {workdir}, and --retry_failed runs them again"
         )
@@ -212,7 +228,7 @@ def _run_all(trials, workdir, options) -> list[str]:
     if options.cluster:
         return _submit(folders, workdir, options, progress)
     with _passing_on(signal.SIGTERM), concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
-        running = {pool.submit(run_trial, folder): name for name, folder in folders.items()}
+        running = {pool.submit(run_trial, folder, options.register): name for name, folder in folders.items()}
         try:
             return [running[done] for done in concurrent.futures.as_completed(running)
                     if not _finished(running[done], done.result(), progress)]  # fmt: skip
@@ -253,12 +269,27 @@ def _submit(folders, workdir, options, progress) -> list[str]:
         executor.update_parameters(**settings)
     except (NameError, TypeError, ValueError, RuntimeError) as error:  # an unknown setting is a NameError there
         raise UserError(f"--cluster_settings: submitit refuses {settings} ({error})") from error
-    jobs = dict(zip(folders, executor.map_array(run_trial, list(folders.values())), strict=True))
-    failed = []
-    for name, job in jobs.items():
-        if not _finished(name, job.result(), progress):
-            failed.append(name)
-    return failed
+    if options.cluster == "slurm":
+        jobs = executor.map_array(functools.partial(run_trial, register=options.register), list(folders.values()))
+        outcomes = map(_outcome, jobs, folders.values())
+        return [name for name, done in zip(folders, outcomes, strict=True) if not _finished(name, done, progress)]
+    # The local executor would start all of them at once.
+    start = lambda folder: _outcome(executor.submit(run_trial, folder, options.register), folder)  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
+        outcomes = pool.map(start, folders.values())
+        return [name for name, done in zip(folders, outcomes, strict=True) if not _finished(name, done, progress)]
+
+
+def _outcome(job, folder):
+    """What `run_trial` returned in a job of the cluster; one that was lost, by its time limit say, has failed."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        return job.result()
+    except (FailedJobError, UncompletedJobError) as error:
+        reason = " ".join(str(error).split())[:300]
+        (pathlib.Path(folder) / "failed.txt").write_text(f"its job on the cluster was lost: {reason}\n")
+        return False
 
 
 def _finished(name, finished, progress) -> bool:
@@ -268,7 +299,7 @@ def _finished(name, finished, progress) -> bool:
     return progress.tell(name, finished)
 
 
-def run_trial(folder: str) -> bool | None:
+def run_trial(folder: str, register: str = "") -> bool | None:
     """Trains the run of `folder`, whose config.json is there, in a process of its own.
 
     Returns whether it finished, None where it was asked to stop before: it can go on. What it prints goes to log.txt;
@@ -278,8 +309,12 @@ def run_trial(folder: str) -> bool | None:
     folder = pathlib.Path(folder)
     config = importlib.util.find_spec("configs.run").origin
     command = [sys.executable, importlib.util.find_spec("launch").origin, f"--config={config}:{folder}"]
+    command += [f"--register={register}"] if register else []
     with (folder / "lock").open("w") as lock, (folder / "log.txt").open("a") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            logging.warning("%s cannot be locked (%s): start no second sweep on it", folder, error.strerror)
         if (folder / "results.json").exists():
             return True
         (folder / "failed.txt").unlink(missing_ok=True)
@@ -308,7 +343,7 @@ def benchmark_job(config, workdir: str | pathlib.Path) -> None:
     for i, folder in enumerate(folders, 1):
         logging.info("Timing run %d of %d: %s", i, len(folders), folder.name)
         own = run_config.get_config(str(folder))
-        own.benchmark = config.benchmark
+        own.benchmark, own.compact = config.benchmark, config.compact
         if not benchmark.is_done(own, folder):
             benchmark.run_job(own, folder)
 

@@ -33,6 +33,15 @@ BAD = {
     ),
     "nothing to import": (["--job=import", "--checkpoint=/nowhere/weights.pt"], ["/nowhere/weights.pt does not exist"]),
     "unknown task": (["--config=configs/nyu.py", "--config.tasks=('albedo',)"], ["'albedo'", "segmentation"]),
+    "tasks of numbers": (["--config=configs/nyu.py", "--config.tasks=(1,)"], ["'1'", "segmentation"]),
+    "trials twice": (
+        ["--config=configs/sweeps.py:table1:demo", "--job=sweep", "--grid=seed=0"],
+        ["table1:demo lists its trials, and so does --grid"],
+    ),
+    "nothing to register": (
+        ["--config=configs/demo.py", "--register=/nowhere/mine.py"],
+        ["/nowhere/mine.py: there is"],
+    ),
     "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["lambda_", "-1"]),
 }
 
@@ -87,6 +96,43 @@ def test_attributes_are_named_with_commas_between(faces, tmp_path):
     )
     assert "config.tasks needs the label 'attribute:Yung'" in prepared.stderr
     assert "nearest: attribute:Young" in prepared.stderr
+
+
+OWN = """
+import numpy as np
+from configs import demo
+from input_pipeline.datasets import DATASETS, Data
+
+def frames(count):
+    rng = np.random.default_rng(count)
+    image = lambda: rng.integers(0, 256, (32, 48, 3), np.uint8)
+    return [{"image": image(), "depth": rng.uniform(1, 9, (32, 48)).astype(np.float32)} for _ in range(count)]
+
+DATASETS["mine"] = lambda config: Data(frames(16), frames(8), frames(9))
+
+def get_config():
+    config = demo.get_config()
+    config.tasks = ("depth",)
+    config.data.update(name="mine", size=(32, 48))
+    config.model.update(width=4, head_features=4)
+    config.train.epochs = 1
+    config.run.summary_rounds = 0
+    config.sparsity.update(target=0.0)
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_over_a_data_set_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    sweep = f"--workdir={tmp_path / 'sweep'}"
+    grid = "--grid=optimizer.learning_rate=1e-3,1e30"
+    done = launch(f"--config={tmp_path / 'mine.py'}", "--job=sweep", grid, sweep)
+    assert done.returncode == 2 and "error: 1 of 2 runs failed: learning_rate=1e+30" in done.stderr, done.stderr
+    assert (tmp_path / "sweep" / "report" / "index.html").exists(), "of the one that has finished"
+    trial = tmp_path / "sweep" / "learning_rate=0.001"
+    done = launch(f"--config={ROOT}/configs/run.py:{trial}", "--job=evaluate", f"--register={tmp_path / 'mine.py'}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_task_set_has_a_folder_of_its_own(tmp_path):

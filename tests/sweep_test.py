@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ from unittest import mock
 
 import jax
 import pytest
+import submitit
 
 from configs import sweeps
 from mtl_sparse import benchmark, sweep
@@ -27,7 +29,7 @@ def trained(monkeypatch):
     names, fails = [], set()
     lock = threading.Lock()
 
-    def run_trial(folder):
+    def run_trial(folder, register=""):
         folder = pathlib.Path(folder)
         with lock:
             names.append(folder.name)
@@ -127,6 +129,69 @@ def test_a_cluster_runs_the_trials_through_submitit(config, tmp_path):
     with pytest.raises(UserError, match="1 of 1 runs failed: init_from=gone .*model.init_from='gone' does not exist"):
         run(config, tmp_path, [{"model.init_from": "gone"}], cluster="local", cluster_settings={"timeout_min": 5})
     assert list((tmp_path / "submitit").glob("*_submitted.pkl")) and (tmp_path / "init_from=gone" / "log.txt").exists()
+
+
+def test_a_cluster_goes_on_without_a_job_that_was_lost(config, tmp_path, monkeypatch):
+    """And has as many at a time as it was told."""
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    class Executor:
+        def __init__(self, **_):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit(self, function, folder, register):
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            return mock.Mock(result=functools.partial(self.result, folder))
+
+        def result(self, folder):
+            nonlocal at_once
+            time.sleep(0.05)
+            with lock:
+                at_once -= 1
+            if folder.endswith(NAMES[1]):
+                raise submitit.core.utils.UncompletedJobError("Job 7 not completed:\n time limit")
+            (pathlib.Path(folder) / "results.json").write_text("{}")
+            return True
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    lost = "1 of 4 runs failed: lambda_=0.0,seed=1 .its job on the cluster was lost: Job 7 not completed: time limit"
+    with pytest.raises(UserError, match=lost):
+        run(config, tmp_path, cluster="local", max_parallel=2)
+    assert most == 2 and sum((tmp_path / name / "results.json").exists() for name in NAMES) == 3
+
+
+def test_a_users_own_config_file_is_handed_to_the_runs(config, tmp_path, monkeypatch):
+    commands = []
+    process = lambda command, **_: commands.append(command) or mock.Mock(wait=lambda: 0)  # noqa: E731
+    monkeypatch.setattr(sweep.subprocess, "Popen", process)
+    run(config, tmp_path, LAMBDAS[:1], register="/home/me/discs.py")
+    run(config, tmp_path, LAMBDAS[1:2] and LAMBDAS[:1])
+    assert ["--register=/home/me/discs.py" in command for command in commands] == [True, False]
+
+
+def test_long_names_of_trials_fit_and_differ(config):
+    names = [f"attribute:{'x' * 20}{i}" for i in range(40)]
+    settings = [{"tasks": tuple(names), "seed": seed} for seed in (0, 1)]
+    one, two = (trial.name for trial in sweep.make_trials(config, settings))
+    assert one != two and max(len(name.encode()) for name in (one, two)) < 256
+    assert one == sweep.make_trials(config, settings)[0].name
+
+
+def test_a_file_system_without_locks_runs_all_the_same(config, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(sweep.fcntl, "flock", flock)
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: mock.Mock(wait=lambda: 0))
+    with caplog.at_level("WARNING"):
+        run(config, tmp_path, LAMBDAS[:1])
+    assert "cannot be locked" in caplog.text
 
 
 def test_a_run_that_is_stopped_has_not_failed(config, tmp_path, monkeypatch):
@@ -298,6 +363,7 @@ def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path,
         timed.append((folder.name, own.sparsity.lambda_, own.benchmark.rounds))
         rows = [{"batch": batch} for batch in own.benchmark.batch_sizes]
         found = {"device": f"cpu, JAX {jax.__version__}", "rounds": own.benchmark.rounds, "rows": rows}
+        found["compact"] = json.loads(own.compact.to_json())
         (folder / "benchmark.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(benchmark, "run_job", run_job)
@@ -310,6 +376,9 @@ def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path,
     config.benchmark.batch_sizes = (2,)
     sweep.benchmark_job(config, tmp_path)
     assert len(timed) == 7, "other batches are timed anew"
+    config.compact.multiple = 1
+    sweep.benchmark_job(config, tmp_path)
+    assert len(timed) == 10, "and so are other compact models"
 
 
 def test_unknown_sweeps_are_named():

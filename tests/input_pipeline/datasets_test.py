@@ -72,3 +72,22 @@ def test_one_of_several_draws_and_prepares_what_all_open(tmp_path, caplog):
     assert [len(data.train) for data in opened] == [9] * 3
     assert not list(tmp_path.rglob("incomplete*")) and not list(tmp_path.rglob("*.partial"))
     assert "Another process writes data" in caplog.text
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_preparation_left_goes(tmp_path, monkeypatch, locks):
+    """Where no other can be at work on it."""
+
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    if not locks:
+        monkeypatch.setattr(datasets.fcntl, "flock", flock)
+    config = tiny("").data
+    config.embedded.update(frames=12, height=32, width=48, folder=str(tmp_path / "drawn"))
+    config.prepared = str(tmp_path / "prepared")
+    left = tmp_path / "prepared" / "nyud_mt" / "incomplete.VUJNGM_1.0.0"
+    left.mkdir(parents=True)
+    (left / "half.array_record").write_text("half")
+    datasets.load(config)
+    assert left.exists() != locks and datasets.load(config).train[0]["image"].ndim == 3
