@@ -84,6 +84,14 @@ def test_what_the_text_says_of_target_07():
         assert left["stem"] == 1 and left["layer1"] > 0.97 and 0.07 < left["layer4"] < 0.08
 
 
+def test_what_the_text_says_of_groups_weighted_alike():
+    (alike,) = read("pilot/none").rows
+    (run,) = alike.runs.values()
+    left = {stage: 1 - share(run, stage) for stage in ("layer1", "layer4")}
+    assert f"{100 * left['layer4']:.0f} % of the last stage stay and {100 * left['layer1']:.0f} % of the first" in TEXT
+    assert alike.config["sparsity"]["group_weights"] == "none"
+
+
 def share(run, stage):
     """Fraction of a stage's groups that are zero."""
     layers = [layer for layer in run["sparsity"]["layers"] if layer["path"].startswith(f"backbone/{stage}_")]
@@ -106,6 +114,8 @@ def test_what_the_text_says_of_both_dense_models_and_of_the_paper():
     for base, ours in ((row(found, **DENSE), paper), (paper, row(found, **T70))):
         gain = study.compare_gain(ours, base)
         assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})" in TEXT
+    normals = study.compare(paper, row(found, **DENSE), "normals")
+    assert f"in normals (CS {normals.mean:+.4f}, {normals.low:+.4f} to {normals.high:+.4f})" in TEXT
     tasks = ("segmentation", "depth", "normals")
     rows = [published.TABLES["nyud_mt", frozenset(tasks), "group_lasso", lambda_] for lambda_ in (0.0, 1e-6, 1e-5)]
     for lambda_, one in zip(("0", "1e-6", "1e-5"), rows, strict=True):
@@ -131,6 +141,17 @@ def test_what_the_text_says_of_when_the_penalty_starts():
             ("start_step", 534),
             ("target_ramp", 0.45),
         }
+
+
+def test_what_the_text_says_of_single_tasks():
+    found = read("evidence")
+    dense, t70 = (found.gain(row(found, **settings)).mean for settings in (DENSE, T70))
+    assert f"dense by {dense:.1f} %, at target 0.7 by {t70:.1f} %" in TEXT
+    alone = {one.tasks[0]: one for one in found.rows if len(one.tasks) == 1}
+    for task, sign in (("depth", -1), ("normals", 1)):
+        assert sign * row(found, **DENSE).figure(task).mean > sign * alone[task].figure(task).mean
+    level = study.compare(row(found, **DENSE), alone["segmentation"], "segmentation")
+    assert level.low < 0 < level.high
 
 
 def test_what_the_text_says_of_held_norms():
