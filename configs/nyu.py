@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
             classes=(),  # of celebamask_hq: pairs (class, its parts)
             split="",  # JSON file with the lists train, validation and test of frame names; "" is the data set's own
             depth_target="normalized",  # the paper's; "metres" trains L1 in metres
+            unit_range=False,  # images in [0, 1], as in the released code, not normalised by ImageNet's mean and spread
             flip=False,  # mirror every second training frame
             max_scale=1.0,  # random zoom up to this; 1.5 is usual
             # Embedded frames, drawn as needed, in place of a folder where frames > 0 (see input_pipeline/synthetic/).

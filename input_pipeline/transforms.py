@@ -11,14 +11,21 @@ IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def normalize_image(image: np.ndarray) -> np.ndarray:
+def image_statistics(unit_range: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation) [3] by which images in [0, 1] are normalised: ImageNet's, or 0 and 1 to stay there."""
+    return (np.zeros(3, np.float32), np.ones(3, np.float32)) if unit_range else (IMAGE_MEAN, IMAGE_STD)
+
+
+def normalize_image(image: np.ndarray, unit_range: bool = False) -> np.ndarray:
     """uint8 RGB [..., 3] -> float32 with ImageNet's mean 0 and standard deviation 1."""
-    return ((image.astype(np.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD).astype(np.float32)
+    mean, std = image_statistics(unit_range)
+    return ((image.astype(np.float32) / 255.0 - mean) / std).astype(np.float32)
 
 
-def unnormalize_image(image: np.ndarray) -> np.ndarray:
+def unnormalize_image(image: np.ndarray, unit_range: bool = False) -> np.ndarray:
     """Inverse of `normalize_image`."""
-    return np.clip(np.round((image * IMAGE_STD + IMAGE_MEAN) * 255.0), 0, 255).astype(np.uint8)
+    mean, std = image_statistics(unit_range)
+    return np.clip(np.round((image * std + mean) * 255.0), 0, 255).astype(np.uint8)
 
 
 def normalize_depth(depth: np.ndarray) -> np.ndarray:
@@ -65,6 +72,7 @@ class Transform:
       flip: mirror every second example; the normals' x changes sign with it.
       max_scale: zoom in by a random factor in [1, max_scale] at a random place; depth is divided by it,
         as the same scene seen that much larger is that much nearer. 1 is off.
+      unit_range: images stay in [0, 1].
     """
 
     size: tuple[int, int]
@@ -72,6 +80,7 @@ class Transform:
     depth_target: str = "normalized"
     flip: bool = False
     max_scale: float = 1.0
+    unit_range: bool = False
 
     def __call__(self, frame: dict, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
         """Args: frame, as stored; rng, for the augmentations (None: they are off).
@@ -98,7 +107,7 @@ class Transform:
             arrays |= {key: arrays[key][:, ::-1] for key in maps}
             if "normals" in arrays:
                 arrays["normals"] = arrays["normals"] * np.float32([-1, 1, 1])
-        image = normalize_image(self._smooth(arrays["image"]))
+        image = normalize_image(self._smooth(arrays["image"]), self.unit_range)
         return {"image": image, **{key: self._label(key, arrays[key]) for key in self.labels}, "mask": np.float32(1)}
 
     def _label(self, key, x):

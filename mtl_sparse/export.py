@@ -40,7 +40,7 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"model.{config.export.format}"
     partial = folder / f"partial.{config.export.format}"
-    images = _images(workdir, size)
+    images = _images(workdir, size, config.data.unit_range)
     try:
         write(model, variables, size, partial)
         call, expected = read(partial), jax.jit(model.apply)
@@ -50,10 +50,10 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    statistics = transforms.image_statistics(config.data.unit_range)
     description = {
         "input": {"shape": ["batch", *size, 3], "dtype": "float32", "layout": "RGB / 255, minus mean, over std"},
-        "mean": transforms.IMAGE_MEAN.tolist(),
-        "std": transforms.IMAGE_STD.tolist(),
+        **{name: values.tolist() for name, values in zip(("mean", "std"), statistics, strict=True)},
         "outputs": {name: channels for name, _, channels in model.heads},
         "platforms": _PLATFORMS if config.export.format == "stablehlo" else None,
         "largest_difference": float(error),
@@ -64,12 +64,12 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _images(workdir, size):
+def _images(workdir, size, unit_range):
     """Normalised images to check a file on: the run's test frames of samples.npz, or noise at another size."""
     if (workdir / "samples.npz").exists():
         frames = records.read_samples(workdir)["image"]
         if frames.shape[1:3] == size and len(frames) > 1:
-            return transforms.normalize_image(frames)
+            return transforms.normalize_image(frames, unit_range)
     return np.random.default_rng(0).normal(size=(3, *size, 3)).astype(np.float32)
 
 

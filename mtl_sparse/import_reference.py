@@ -159,6 +159,7 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
     config.model.update(depth=model.depth, width=model.width, head_features=model.head_features)
     config.model.classifier_features = model.classifier_features
     outputs = {name: count for name, _, count in model.heads}
+    config.data.unit_range = True  # what the released code trains on
     config.data.num_classes = outputs.get("segmentation", config.data.num_classes)
     same = multitask.build(config.model, tasks_lib.resolve(config))
     if same.heads != model.heads:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from input_pipeline import loader
+from input_pipeline import loader, transforms
 from mtl_sparse import checkpoints, cost, evaluate, optim, processes
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
@@ -110,7 +110,7 @@ def _save_samples(run, workdir, variables):
     predict = jax.jit(functools.partial(evaluate.predict, run.model, run.tasks))
     records.write_samples(
         workdir,
-        images=batch["image"],
+        images=transforms.unnormalize_image(batch["image"], run.config.data.unit_range),
         names=[run.data.names["test"][index] for index in chosen],
         labels={task.name: batch[task.label] for task in run.tasks},
         predictions=jax.device_get(predict(variables, batch["image"])),

@@ -113,7 +113,8 @@ class Run:
 
     def eval_transform(self) -> Transform:
         labels = tuple(dict.fromkeys(task.label for task in self.tasks))
-        return Transform(tuple(self.config.data.size), labels, self.config.data.depth_target)
+        data = self.config.data
+        return Transform(tuple(data.size), labels, data.depth_target, unit_range=data.unit_range)
 
     def train_batches(self, start_step: int):
         """Host batches from the one of step `start_step` on, without end."""

@@ -37,10 +37,35 @@ _LEAVES = {
 }
 
 
+class _Inert:
+    """In place of an object that was saved beside the weights."""
+
+    def __setstate__(self, state):
+        pass
+
+
+_OPTIMIZERS = (
+    "proxssi.optimizers.adamw_hf.AdamW",
+    "proxssi.groups.resnet_gp.conv_groups_fn",
+    "torch.optim.adam.Adam",
+    "torch.optim.adamw.AdamW",
+    "torch.optim.sgd.SGD",
+)
+
+
+def _no_default(*_):
+    """In place of the defaultdict of an optimizer, which the safe loader cannot fill."""
+    return {}
+
+
+_CONTAINERS = [(_no_default, "collections.defaultdict"), (dict, "builtins.dict")]
+
+
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """The state dictionary in a file: .npz and .safetensors without PyTorch, anything else by PyTorch's safe loader.
 
-    Of a file with more in it, {"model", "epoch", "optimizer"} or {"state_dict", ...}, that of the model.
+    Of a file with more in it, {"model", "epoch", "optimizer"} or {"state_dict", ...}, that of the model. The released
+    code saves its optimizers as objects: their names are known here, but nothing of them is made or run.
 
     Raises:
       UserError: no such file; one that is damaged, holds no tensors or would run code; a package that is needed.
@@ -60,7 +85,8 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         _need("torch")
         import torch
 
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*((_Inert, name) for name in _OPTIMIZERS), *_CONTAINERS]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("model", "state_dict"):
             found = found.get(name, found) if isinstance(found, Mapping) else found
         if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import sys
+import types
 import zlib
 
 import jax
@@ -12,6 +14,7 @@ from configs import run as run_config
 from mtl_sparse import compaction, export, import_reference, results, state_dicts
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
+from mtl_sparse.report import records
 from tests.conftest import tiny
 
 PATH = pathlib.Path(__file__).parent / "data" / "torch_reference.npz"
@@ -153,6 +156,11 @@ def test_an_imported_run_is_evaluated_and_compacted_like_any_other(imported, cap
     assert model.heads == expected.heads
     found = results.evaluate_best(config, folder)
     assert 0 <= found["test"]["segmentation/miou"] < 0.2 and found["sparsity"]["group"] == 0
+    run = run_lib.setup(config)
+    seen = next(run.eval_batches("test"))["image"]
+    assert seen.min() >= 0 and 0.5 < seen.max() <= 1, "as the released code trains"
+    pictures = records.read_samples(folder)["image"]
+    assert pictures.dtype == np.uint8 and pictures.max() > 128
     assert not (folder / "plots" / "curves.png").exists() and (folder / "plots" / "samples.png").exists()
     small = compaction.run_job(config, folder)
     again = json.loads((small / "results.json").read_text())
@@ -193,6 +201,23 @@ def test_a_released_file_is_read_and_a_pickle_that_would_run_code_refused(tmp_pa
     torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}, "lr": 0.1}}, "released.pt")
     found = state_dicts.read("released.pt")
     assert list(found) == list(state) and found["backbone.stem1.0.weight"].shape == (2, 3, 3, 3)
+
+    # As the released code saves: the optimizer as an object, of a class and with a function that only it has.
+    released = types.ModuleType("proxssi.optimizers.adamw_hf"), types.ModuleType("proxssi.groups.resnet_gp")
+    released[0].AdamW = type("AdamW", (torch.optim.Optimizer,), {"__module__": released[0].__name__})
+    function = released[1].conv_groups_fn = lambda params: params
+    function.__module__, function.__qualname__ = released[1].__name__, "conv_groups_fn"
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    groups = [{"params": weights, "groups_fn": function}]
+    with monkeypatch.context() as patched:
+        for module in (types.ModuleType("proxssi"), *released):
+            patched.setitem(sys.modules, module.__name__, module)
+        for optimizer in (released[0].AdamW(groups, {"lr": 0.1}), torch.optim.Adam(weights)):
+            optimizer.state[weights[0]]["exp_avg"] = torch.zeros(2)
+            name = f"{type(optimizer).__module__}.pt"
+            torch.save({"model": state, "epoch": 3, "optimizer": optimizer}, name)
+    for name in ("proxssi.optimizers.adamw_hf.pt", "torch.optim.adam.pt"):
+        assert list(state_dicts.read(name)) == list(state)
     torch.save({"model": Harmful()}, "harmful.pt")
     with pytest.raises(UserError, match="harmful.pt was refused: it holds more than tensors"):
         state_dicts.read("harmful.pt")

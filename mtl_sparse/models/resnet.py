@@ -1,7 +1,8 @@
 """Dilated ResNet 10, 18, 50 and 101: output stride 8.
 
 Stem of three 3x3 convolutions, v1.5 bottlenecks (the stride sits in the 3x3), stages of width
-64/128/256/512 with strides 1/2/1/1 and dilations 1/1/2/4, as in the released code of "Less is More".
+64/128/256/512 with strides 1/2/1/1 and dilations 1/1/2/4, as in the released code of "Less is More" (but for the
+first convolution of a basic block, which it leaves undilated).
 Other stems are those of networks with published ImageNet weights (`STEMS`).
 Padding is explicit and symmetric, as PyTorch's is, so that its weights give the same outputs here.
 """

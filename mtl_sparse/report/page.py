@@ -68,7 +68,7 @@ def _html(study, tables, pictures):
     parts.append(_table(tables["summary"]))
     parts.append(
         "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the prediction's "
-        "resolution, as the paper's. Compact: what exact compaction leaves of the whole model.</p>"
+        "resolution, normals at the input's, as in the paper. Compact: what exact compaction leaves of the model.</p>"
     )
     for name, title in _TITLES.items():
         if name in tables:

@@ -1,7 +1,8 @@
 """The paper's tables: test figures with their standard deviation over five runs, for comparison with ours.
 
 Source: Upadhyay et al., "Less is More", CPAL 2024, Tables 1 to 3. Their lambdas are inferred from the released configs.
-IoU, CS and MAE are `image_iou`, `cosine` and `mae_normalized` here, at the prediction's resolution.
+IoU, CS and MAE are `image_iou`, `cosine` and `mae_normalized` here, CS at the input's resolution, to which the released
+code resizes the predicted normals, the others at the prediction's.
 """
 
 # (data set, tasks in the paper's order, penalty, lambda) -> (task -> (mean, std)), % zero groups, % parameters in them.

@@ -9,7 +9,6 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from input_pipeline.transforms import unnormalize_image
 from mtl_sparse.errors import UserError
 
 # Settings that change how a run goes or where its data lie, not what comes out of it.
@@ -145,12 +144,12 @@ def read_metrics(workdir: pathlib.Path) -> dict[str, dict[str, tuple[np.ndarray,
 
 
 def write_samples(workdir, *, images, names, labels, predictions, classes=(), threshold=0.5) -> None:
-    """samples.npz: uint8 `image`, `name`, and `label/<task>`, `prediction/<task>` of some test frames.
+    """samples.npz: uint8 `image` [N, H, W, 3], `name`, and `label/<task>`, `prediction/<task>` of some test frames.
 
     Predictions of class probabilities are stored as classes; `classes` has the names of those that have one. An
     attribute's prediction is its probability, and `threshold` says from where on that means yes.
     """
-    arrays = {"image": unnormalize_image(images), "name": np.array(names)}
+    arrays = {"image": images, "name": np.array(names)}
     arrays |= {"classes": np.array(classes, dtype=str), "threshold": np.array(threshold)}
     for task, label in labels.items():
         prediction = predictions[task]

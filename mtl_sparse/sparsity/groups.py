@@ -28,7 +28,9 @@ class ConvGroups:
 
 
 def path_name(path) -> str:
-    """ "/"-joined name of a jax key path."""
+    """ "/"-joined name of a jax key path, without the `value` of a box that a parameter may lie in (NNX, metadata)."""
+    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

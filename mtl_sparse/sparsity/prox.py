@@ -119,7 +119,8 @@ def _norm_of_solution(z, dz, d, weight, axes, steps=None):
     g0, g1, n0, n1 = _sums(axes, q2, q2 * d, z2, z2 * (weight / jnp.maximum(d, tiny)))
     zero = g0 <= 1
     from_zero = weight * (jnp.sqrt(g0) - 1) * (g0 / g1)
-    from_infinity = jnp.sqrt(n0) - n1 / n0
+    lost = tiny * (z.size // g0.size)  # what n1 may lack where its terms underflow
+    from_infinity = jnp.sqrt(n0) - (n1 + lost) / n0
     r = jnp.zeros_like(g0)
     for bound in (from_zero, from_infinity):
         r = jnp.where((bound > r) & jnp.isfinite(bound), bound, r)

@@ -60,7 +60,8 @@ def proximal_adam(
     for bit. A pruned group keeps its Adam moments and comes back when its gradient earns it.
 
     Args:
-      learning_rate: a number or an optax schedule; it scales the penalty as it scales the step.
+      learning_rate: a number or an optax schedule; it scales the penalty as it scales the step. Of all numbers here it
+        is the one that `optax.inject_hyperparams` may inject; the others go into its `static_args`.
       lambda_: strength of the penalty, a number >= 0 or an optax schedule of the steps taken. With a target
         it is the number that the search starts from.
       penalty: "group_lasso", sum_g c_g |w_g|; "group_mcp", sum_g MCP(|w_g|) of slope lambda c_g at zero and
@@ -94,8 +95,9 @@ def proximal_adam(
         threshold: one comes back when |m_g| > lambda c_g * highest / current rate. As the rate falls the zero
         pattern comes to rest as the weights do; otherwise groups near the threshold come and go with the noise
         of single batches until the end. False is published.
-      penalty_in_gradient: also add the group lasso's subgradient, lambda c_g w_g / |w_g|, to the gradient, so that it
-        goes through Adam's moments, as the released code of "Less is More" does. The method's is the prox alone.
+      penalty_in_gradient: also add a group lasso's subgradient, lambda sqrt(number of groups) w_g / |w_g|, to the
+        gradient, so that it goes through Adam's moments, as the released code of "Less is More" does (its penalty has
+        the number of groups where its prox has their size). The method's is the prox alone.
       restart_every: steps after which Adam's moments and step count start again from zero, as in the released code,
         which makes a new optimizer every epoch. None is never.
       scope: which kernels are penalised, see `groups.find`.
@@ -154,7 +156,7 @@ def proximal_adam(
             if kernel is None:
                 return update
             norm = jnp.sqrt(jnp.sum(jnp.square(param), _other_axes(kernel, param.ndim), keepdims=True))
-            weight = strength * _group_weight(group_weights, kernel)
+            weight = strength * kernel.count**0.5
             return update + (weight * param / jnp.where(norm > 0, norm, 1)).astype(update.dtype)
 
         return jax.tree_util.tree_map_with_path(add, updates, params)
@@ -270,4 +272,5 @@ def _holds_norm(fixed_norm, path, leaves):
     """Whether the kernel at `path` is held: by name, or because its module has no bias of its own."""
     if isinstance(fixed_norm, str):
         return re.fullmatch(fixed_norm, path) is not None
-    return fixed_norm and path.rpartition("/")[0] + "/bias" not in leaves
+    parent, slash, _ = path.rpartition("/")
+    return fixed_norm and f"{parent}{slash}bias" not in leaves

@@ -36,6 +36,9 @@ def test_masks_are_kept_and_classes_begin_at_zero(frame):
 def test_image_round_trip(frame):
     example = Transform((16, 24))(frame)
     np.testing.assert_array_equal(transforms.unnormalize_image(example["image"]), frame["image"])
+    unit = Transform((16, 24), depth_target="metres", unit_range=True)(frame)["image"]
+    np.testing.assert_allclose(unit, frame["image"] / np.float32(255), rtol=1e-6)
+    np.testing.assert_array_equal(transforms.unnormalize_image(unit, True), frame["image"])
     white = transforms.normalize_image(np.full((1, 1, 3), 255, np.uint8))
     np.testing.assert_allclose(white[0, 0], (1 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], rtol=1e-6)
 

@@ -90,7 +90,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     label = np.array([[[0, 1], [VOID, 2]]], np.int32)
     records.write_samples(
         tmp_path,
-        images=np.zeros((1, 2, 2, 3), np.float32),
+        images=np.zeros((1, 2, 2, 3), np.uint8),
         names=["0001"],
         labels={"segmentation": label, "depth": np.ones((1, 2, 2), np.float32)},
         predictions={
@@ -116,9 +116,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
 
 
 def test_a_torn_file_of_samples_is_told(tmp_path):
-    records.write_samples(
-        tmp_path, images=np.zeros((1, 2, 2, 3), np.float32), names=["0001"], labels={}, predictions={}
-    )
+    records.write_samples(tmp_path, images=np.zeros((1, 2, 2, 3), np.uint8), names=["0001"], labels={}, predictions={})
     whole = (tmp_path / "samples.npz").read_bytes()
     (tmp_path / "samples.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="samples.npz is damaged .*run --job=evaluate on .* again"):
@@ -129,7 +127,7 @@ def test_attributes_are_written_beside_their_image(tmp_path):
     """Green where the prediction at the threshold is right, red where it is wrong, black without a label."""
     records.write_samples(
         tmp_path,
-        images=np.zeros((2, 8, 8, 3), np.float32),
+        images=np.zeros((2, 8, 8, 3), np.uint8),
         names=["17", "65"],
         labels={
             "segmentation": np.zeros((2, 8, 8), np.int32),

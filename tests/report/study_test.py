@@ -22,7 +22,7 @@ def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", **valu
     """A finished run's folder with these test metrics: iou, cs, mae."""
     config = nyu.get_config()
     config.tasks, config.seed, config.sparsity.lambda_, config.data.name = tasks, seed, lambda_, name
-    names = {"iou": "segmentation/image_iou_stride8", "cs": "normals/cosine_stride8"}
+    names = {"iou": "segmentation/image_iou_stride8", "cs": "normals/cosine"}
     names["mae"] = "depth/mae_normalized_stride8"
     results = {
         "test": {names[key]: value for key, value in values.items()},

@@ -24,6 +24,13 @@ def test_metric_of_ones_is_the_plain_one():
     np.testing.assert_allclose(weighted, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e-12, 0.5e-13, 1e-14])
+def test_small_groups_in_a_metric_of_ones_are_shrunk_as_plain_ones(scale):
+    z = jnp.full((4, 1), scale, jnp.float32)
+    plain = prox.group_lasso(z, scale, group_axis=1)
+    np.testing.assert_allclose(prox.group_lasso(z, scale, jnp.ones_like(z), group_axis=1), plain, rtol=1e-5)
+
+
 def test_threshold_is_on_the_norm_in_the_metric():
     z, d = jnp.array([[3.0], [2.0]]), jnp.array([[1.0], [2.0]])  # |D z| = 5
     zero = lambda weight: bool((prox.group_lasso(z, weight, d, group_axis=1) == 0).all())  # noqa: E731

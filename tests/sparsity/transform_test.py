@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -353,7 +354,9 @@ def test_the_penalty_in_the_gradient_is_the_group_lassos_derivative():
 
     def penalty(kernel):
         squares = jnp.sum(kernel**2, (0, 1, 3))
-        return lambda_ * (3 * 3 * 16) ** 0.5 * jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.maximum(squares, 1e-30)), 0))
+        return (
+            lambda_ * kernel.shape[2] ** 0.5 * jnp.sum(jnp.where(squares > 0, jnp.sqrt(jnp.maximum(squares, 1e-30)), 0))
+        )
 
     state, plain_state, expected = tx.init(params), plain.init(params), params
     for step in range(3):
@@ -363,6 +366,21 @@ def test_the_penalty_in_the_gradient_is_the_group_lassos_derivative():
         plain_updates, plain_state = plain.update(grads, plain_state, expected)
         params, expected = optax.apply_updates(params, updates), optax.apply_updates(expected, plain_updates)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, expected)
+
+
+def test_kernels_with_a_bias_are_free_in_boxes_and_alone():
+    """Parameters of Flax NNX, and those with metadata, lie in boxes; a convolution's own tree has no path above it."""
+    kernel, bias = jnp.ones((3, 3, 4, 8)), jnp.zeros(8)
+    box = lambda value: nn.LogicallyPartitioned(value, (None,) * value.ndim)  # noqa: E731
+    trees = {
+        "boxed, bias": ({"conv": {"kernel": box(kernel), "bias": box(bias)}}, set()),
+        "boxed": ({"conv": {"kernel": box(kernel)}}, {"conv/kernel"}),
+        "alone, bias": ({"kernel": kernel, "bias": bias}, set()),
+        "alone": ({"kernel": kernel}, {"kernel"}),
+    }
+    for name, (params, held) in trees.items():
+        state = transform.proximal_adam(1e-2, 1e-3).init(params)
+        assert state.kernel_norms.keys() == held, name
 
 
 BAD_ARGUMENTS = {
