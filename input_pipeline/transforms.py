@@ -127,7 +127,8 @@ class Transform:
         return x
 
     def _nearest(self, x):
-        return cv2.resize(np.ascontiguousarray(x), self.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        resized = cv2.resize(np.ascontiguousarray(x), self.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        return resized.reshape(*self.size, *x.shape[2:])  # it drops a last axis of length 1
 
     def _smooth(self, x):
         shrinks = self.size[0] < x.shape[0] or self.size[1] < x.shape[1]

@@ -92,3 +92,8 @@ def test_zoom_crops_jointly_and_divides_depth(frame):
 def test_without_a_generator_nothing_is_augmented(frame):
     example = Transform((16, 24), depth_target="metres", flip=True, max_scale=2.0)(frame)
     np.testing.assert_array_equal(example["depth"], frame["depth"])
+
+
+def test_a_label_of_ones_own_keeps_its_last_axis():
+    frame = {"image": np.zeros((16, 24, 3), np.uint8), "heat": np.ones((16, 24, 1), np.float32)}
+    assert Transform((8, 12), labels=("heat",))(frame)["heat"].shape == (8, 12, 1)
