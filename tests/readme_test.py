@@ -27,7 +27,7 @@ def snippet(containing):
 def test_somebody_elses_model(capsys):
     exec(snippet("proximal_adam"), {})
     percentage, groups = re.fullmatch(r"(\d+) % of (\d+) groups are zero\n", capsys.readouterr().out).groups()
-    assert abs(int(percentage) - 70) <= 4, "each group is a whole point"
+    assert abs(int(percentage) - 70) <= 6, "each group is a whole point, and roundings move some"
     assert int(groups) == 3 + 48 + 48
 
 
