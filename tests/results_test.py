@@ -1,5 +1,6 @@
 """docs/results.md says what the results that are kept under docs/results say."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -32,6 +33,14 @@ def row(found, **settings):
 
 
 DENSE, T70 = {"lambda_": 0.0}, {"target": 0.7, "debias_at": 0.0, "penalty": "group_lasso"}
+
+
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+
+
+def of_seeds(row, seeds):
+    """The row with its runs of these seeds alone."""
+    return dataclasses.replace(row, runs={seed: run for seed, run in row.runs.items() if seed in seeds})
 
 
 def gains(rows):
@@ -75,13 +84,14 @@ def test_what_the_text_says_of_target_07():
     found = read("evidence")
     gain, t70 = study.compare_gain(row(found, **T70), row(found, **DENSE)), row(found, **T70)
     assert f"Δm of {gain.mean:+.2f} % (95 % interval {gain.low:+.2f} to {gain.high:+.2f})" in TEXT
-    assert gain.mean >= 0 and gain.n == 3 and gain.low < 0 < gain.high, "no worse, and no difference to be seen"
+    assert gain.low < 0 < gain.high, "no difference to be seen"
+    assert f"that {NUMBERS[gain.n]} seeds could show" in TEXT and f"any of {NUMBERS[gain.n]} seeds" in TEXT
     zero = t70.sparsity("group")
     assert f"{100 * zero.mean:.1f} % of the backbone's groups zero" in TEXT
-    assert all(abs(run["sparsity"]["group"] - 0.7) < 0.005 for run in t70.runs.values())
+    assert all(abs(run["sparsity"]["group"] - 0.7) < 0.01 for run in t70.runs.values())
     for run in t70.runs.values():
         left = {stage: 1 - share(run, stage) for stage in ("stem", "layer1", "layer4")}
-        assert left["stem"] == 1 and left["layer1"] > 0.97 and 0.07 < left["layer4"] < 0.08
+        assert left["stem"] == 1 and left["layer1"] > 0.97 and round(100 * left["layer4"]) in (7, 8)
 
 
 def test_what_the_text_says_of_groups_weighted_alike():
@@ -111,7 +121,9 @@ def share(run, stage):
 
 def test_what_the_text_says_of_the_compact_models():
     t70 = row(read("evidence"), **T70)
-    for seed, folder in t70.folders.items():
+    compacted = {seed: folder for seed, folder in t70.folders.items() if (folder / "compact").exists()}
+    assert list(compacted) == [0, 1, 2]
+    for seed, folder in compacted.items():
         compact = json.loads((folder / "compact" / "results.json").read_text())["test"]
         assert compact == pytest.approx(t70.runs[seed]["test"], abs=8.5e-6)
     faster = [entry for found in t70.timings for entry in found["rows"]
@@ -147,9 +159,15 @@ def test_what_the_text_says_of_when_the_penalty_starts():
     schedule = control.Target(0.7, 20 * (715 // config["train"]["batch_size"]), config["sparsity"]["target_ramp"])
     asked = 100 * float(schedule.scheduled(schedule.total_steps * 4 / 20))
     assert config["train"]["epochs"] == 20 and f"{asked:.0f} % of the groups are asked to be zero after four of" in TEXT
+    fresh = set(late.runs) - set(soon.runs)
+    unseen = study.compare_gain(of_seeds(late, fresh), of_seeds(row(read("evidence"), **DENSE), fresh))
+    interval = f" ({unseen.low:+.1f} to {unseen.high:+.1f})"
+    assert f"On the {NUMBERS[unseen.n]} seeds that took no part in the choice" in TEXT
+    assert f"the Δm over dense is {unseen.mean:+.1f} %{interval}" in TEXT
     behind = study.compare_gain(soon, row(read("evidence"), **DENSE))
     assert f"{behind.mean:+.1f} % ({behind.low:+.1f} to {behind.high:+.1f})" in TEXT
-    for ours, theirs in zip(late.runs.values(), soon.runs.values(), strict=True):
+    for seed, theirs in soon.runs.items():
+        ours = late.runs[seed]
         assert ours["config"]["sparsity"].items() - theirs["config"]["sparsity"].items() == {
             ("start_step", 534),
             ("target_ramp", 0.45),
@@ -170,6 +188,4 @@ def test_what_the_text_says_of_single_tasks():
 def test_what_the_text_says_of_held_norms():
     found = read("evidence")
     gain = study.compare_gain(row(found, lambda_=sweeps.NORMS_HELD), row(found, **DENSE))
-    seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}[gain.n]
-    interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ""
-    assert f"{gain.mean:+.1f} %{interval} over dense, {seeds}." in TEXT
+    assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f}) over dense, {NUMBERS[gain.n]} seeds." in TEXT
