@@ -91,7 +91,7 @@ def test_what_the_text_says_of_target_07():
     assert all(abs(run["sparsity"]["group"] - 0.7) < 0.01 for run in t70.runs.values())
     for run in t70.runs.values():
         left = {stage: 1 - share(run, stage) for stage in ("stem", "layer1", "layer4")}
-        assert left["stem"] == 1 and left["layer1"] > 0.97 and round(100 * left["layer4"]) in (7, 8)
+        assert left["stem"] == 1 and left["layer1"] > 0.97 and round(100 * left["layer4"]) in (6, 7, 8)
 
 
 def test_what_the_text_says_of_groups_weighted_alike():
