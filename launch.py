@@ -88,8 +88,8 @@ def _trials(grid):
     """(settings of each trial, by configs/sweeps.py:NAME or a grid; how they are to be run)."""
     from mtl_sparse import sweep
 
-    stem, argument = _config_file()
-    if stem == "sweeps":
+    path, argument = _config_file()
+    if path.stem == "sweeps":
         from configs import sweeps
 
         if _GRID.value:
@@ -97,8 +97,7 @@ def _trials(grid):
         settings = sweeps.trials(argument)
     else:
         settings = sweep.parse_grid(grid)
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    own = os.path.abspath(path) if stem not in ("sweeps", "run") else ""
+    own = os.path.abspath(path) if path.stem not in ("sweeps", "run") else ""
     return settings, sweep.Options(
         max_parallel=_MAX_PARALLEL.value,
         shard=sweep.parse_shard(_SHARD.value),
@@ -201,7 +200,8 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.FIELD=VALUE")
     if _JOB.value not in JOBS:
         raise UserError(f"unknown job {_JOB.value!r}; the jobs are {', '.join(JOBS)}")
-    stem, argument = _config_file()
+    path, argument = _config_file()
+    stem = path.stem
     named = os.path.join("runs", "_".join(filter(None, (stem, *argument.split(":")))))
     named = argument if stem == "run" else f"{named}_lomt" if _JOB.value == "lomt" and stem != "sweeps" else named
     workdir = _WORKDIR.value or named
@@ -229,11 +229,11 @@ def _run_file(path):
 
 
 def _config_file():
-    """(name, argument) of --config=configs/<name>.py:<argument>."""
+    """(path, argument) of --config=<path>:<argument>."""
     path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist; configs/ has what comes with the project")
-    return pathlib.Path(path).stem, argument
+    return pathlib.Path(path), argument
 
 
 def _parse(argv):

@@ -17,7 +17,7 @@ def image_statistics(unit_range: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalize_image(image: np.ndarray, unit_range: bool = False) -> np.ndarray:
-    """uint8 RGB [..., 3] -> float32 with ImageNet's mean 0 and standard deviation 1."""
+    """uint8 RGB [..., 3] -> float32 by `image_statistics`: ImageNet's mean at 0 and spread at 1, or in [0, 1]."""
     mean, std = image_statistics(unit_range)
     return ((image.astype(np.float32) / 255.0 - mean) / std).astype(np.float32)
 
