@@ -56,7 +56,8 @@ def main(function: str, rounds: int) -> None:
     parser.add_argument("--rounds", type=int, default=rounds, help="times each side is timed")
     parser.add_argument("--device", default="cpu", help="PyTorch's; JAX takes the best that it has")
     parser.add_argument("--dtype", default="float32", help="of the computation; bfloat16 is autocast in PyTorch")
-    parser.add_argument("--variants", nargs="+", default=list(torch_peer.VARIANTS), help="of PyTorch's")
+    variants = list(torch_peer.VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=variants, choices=variants, help="of PyTorch's")
     logging.set_verbosity(logging.INFO)
     print(table(function, **vars(parser.parse_args())))
 
