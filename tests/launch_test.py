@@ -1,6 +1,8 @@
 """The command line, as a user meets it."""
 
+import ast
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,9 +12,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def launch(*arguments, cwd=ROOT):
+def launch(*arguments, cwd=ROOT, **settings):
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **settings)
 
 
 BAD = {
@@ -133,6 +135,20 @@ def test_a_sweep_over_a_data_set_of_ones_own(tmp_path):
     trial = tmp_path / "sweep" / "learning_rate=0.001"
     done = launch(f"--config={ROOT}/configs/run.py:{trial}", "--job=evaluate", f"--register={tmp_path / 'mine.py'}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("own", [None, "", "glibc.malloc.arena_max=1"])
+def test_memory_comes_in_huge_pages_unless_the_user_says_otherwise(own, tmp_path):
+    """Of the environment that the run's process started with, and its arguments are those that were given."""
+    (tmp_path / "mine.py").write_text("print(open('/proc/self/environ').read().split(chr(0)))")
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    env |= {} if own is None else {"GLIBC_TUNABLES": own}
+    arguments = f"--config={ROOT}/configs/demo.py", "--job=report", f"--register={tmp_path / 'mine.py'}"
+    done = launch(*arguments, f"--workdir={tmp_path / 'a folder'}", cwd=tmp_path, env=env)
+    assert f"{tmp_path / 'a folder'}/results.json is missing" in done.stderr
+    expected = "glibc.malloc.hugetlb=1" if own is None else own
+    assert f"GLIBC_TUNABLES={expected}" in ast.literal_eval(done.stdout)
 
 
 def test_each_task_set_has_a_folder_of_its_own(tmp_path):
