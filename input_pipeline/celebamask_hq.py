@@ -217,10 +217,10 @@ def read_face(folder: pathlib.Path, name: str) -> dict:
     """Reads and checks one face: "name", "image" (its path: the file's own bytes are stored), "parts" [H, W, 1].
 
     Raises:
-      UserError: an image or mask that does not decode, a mask of another size.
+      UserError: an image or mask that does not decode, a mask of another size or with other values.
     """
     path = folder / "CelebA-HQ-img" / f"{name}.jpg"
-    image = published.read_image(path, f"leave {name} out by a config.data.split of your own")
+    image = published.read_photo(path, f"leave {name} out by a config.data.split of your own")
     parts = None
     for index, part in enumerate(PARTS, 1):
         mask_path = _mask_folder(folder, name) / f"{int(name):05d}_{part}.png"
@@ -235,6 +235,8 @@ def read_face(folder: pathlib.Path, name: str) -> dict:
                 f"mask {mask_path} has size {mask.shape[0]}x{mask.shape[1]}: it must be as large as the face's other "
                 f"masks, and its image ({image.shape[0]}x{image.shape[1]}) a whole number of times as large"
             )
+        if 0 < mask.max() <= 127:
+            raise UserError(f"mask {mask_path} has no value above {mask.max()}; a part's pixels are 255, others 0")
         parts[mask > 127] = index
     if parts is None:
         raise UserError(f"{_mask_folder(folder, name)} has no part of face {name}; restore its masks")

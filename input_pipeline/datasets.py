@@ -112,18 +112,35 @@ def _check_frame(config, labels, frame, which):
         raise UserError(f"{which} needs an 'image' of uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     for label in labels:
         value = np.asarray(frame[label])
-        if label.startswith("attribute:") and value.shape != ():
-            raise UserError(f"{which} has {label!r} of shape {list(value.shape)}; it must be one number, 1, 0 or 255")
+        form, fits = _form(label, value)
+        if not fits:
+            raise UserError(f"{which} has {label!r} of {value.dtype} {list(value.shape)}; it must be {form}")
         if value.ndim >= 2 and value.shape[0] * image.shape[1] != value.shape[1] * image.shape[0]:
             raise UserError(
                 f"{which} has {label!r} of {value.shape[0]}x{value.shape[1]}, its image is "
                 f"{image.shape[0]}x{image.shape[1]}: their sides must have the same ratio"
             )
-        if label == "segmentation" and value.max() > config.num_classes:
+        if label == "segmentation" and not 0 <= value.min() <= value.max() <= config.num_classes:
             raise UserError(
-                f"{which} has a segmentation of {value.max()}; with config.data.num_classes={config.num_classes} it is "
-                f"0 (void) to {config.num_classes}"
+                f"{which} has a segmentation of {value.min()} to {value.max()}; with config.data.num_classes="
+                f"{config.num_classes} it is 0 (void) to {config.num_classes}"
             )
+
+
+def _form(label, value):
+    """(what a label must be, whether this one is); the labels of tasks of one's own may be anything."""
+    one = value.ndim == 2 or value.ndim == 3 and value.shape[-1] == 1
+    if label == "segmentation":
+        return "whole numbers [H, W] or [H, W, 1]", one and value.dtype.kind in "iu"
+    if label == "depth":
+        return "numbers [H, W] or [H, W, 1], in metres", one and value.dtype.kind in "fiu"
+    if label == "edge":
+        return "numbers in [0, 1], [H, W] or [H, W, 1]", one and bool(((value >= 0) & (value <= 1)).all())
+    if label == "normals":
+        return "unit vectors [H, W, 3]", value.ndim == 3 and value.shape[-1] == 3 and value.dtype.kind == "f"
+    if label.startswith("attribute:"):
+        return "one number, 1, 0 or 255", value.shape == () and value in (0, 1, 255)
+    return "", True
 
 
 def _check_classes(config, classes):

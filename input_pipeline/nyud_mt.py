@@ -160,7 +160,7 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
       UserError: a missing or unreadable file, a label of another size than the image, a class outside 0..40.
     """
     path = _existing(folder, "image", name)
-    image = published.read_image(path, f"take {name} out of gt_sets")
+    image = published.read_photo(path, f"take {name} out of gt_sets")
     path = _existing(folder, "segmentation", name)
     segmentation = published.read_image(path, f"take {name} out of gt_sets", cv2.IMREAD_UNCHANGED)
     frame = {"segmentation": segmentation}

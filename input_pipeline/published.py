@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mtl_sparse.errors import UserError
 
@@ -104,8 +104,24 @@ def draw_splits(names: Sequence[str], fractions: Sequence[float], seed: int) -> 
     return [[names[i] for i in sorted(part)] for part in parts]
 
 
-def read_image(path: pathlib.Path, way_out: str, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
-    """An image file as OpenCV decodes it with these flags: uint8 BGR [H, W, 3] by default.
+def read_photo(path: pathlib.Path, way_out: str) -> np.ndarray:
+    """An image file whose bytes are stored, as TFDS decodes them: uint8 [H, W] or BGR [H, W, 3], not turned by EXIF.
+
+    Raises:
+      UserError: as `read_image`; other pixels than 8 bits of grey or RGB; an EXIF orientation.
+    """
+    image = read_image(path, way_out, cv2.IMREAD_UNCHANGED)
+    if image.dtype != np.uint8 or image.ndim == 3 and image.shape[-1] != 3:
+        raise UserError(f"image {path} has no 8-bit grey or RGB pixels; save it as such, or {way_out}")
+    with Image.open(path) as header:
+        turned = header.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned != 1:
+        raise UserError(f"image {path} has EXIF orientation {turned}, which training would not see; save it upright")
+    return image
+
+
+def read_image(path: pathlib.Path, way_out: str, flags: int) -> np.ndarray:
+    """An image file as OpenCV decodes it with these flags.
 
     Raises:
       UserError: it does not decode, is a JPEG that was cut short, or has more than `MAX_PIXELS`, which is found before

@@ -5,6 +5,8 @@ import dataclasses
 import cv2
 import numpy as np
 
+from mtl_sparse.errors import UserError
+
 VOID = 255  # segmentation label of pixels that count nowhere
 # Mean and standard deviation of ImageNet's RGB in [0, 1], the field's habit also for training from scratch.
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -71,8 +73,10 @@ class Transform:
       depth_target: "normalized" (the paper's, see `normalize_depth`) or "metres".
       flip: mirror every second example; the normals' x changes sign with it.
       max_scale: zoom in by a random factor in [1, max_scale] at a random place; depth is divided by it,
-        as the same scene seen that much larger is that much nearer. 1 is off.
+        as the same scene seen that much larger is that much nearer, and the normals turn with it (exactly so where the
+        place is the image's middle; beside it a shear is left out). 1 is off.
       unit_range: images stay in [0, 1].
+      num_classes: of the segmentation; 0 does not check its labels.
     """
 
     size: tuple[int, int]
@@ -81,6 +85,7 @@ class Transform:
     flip: bool = False
     max_scale: float = 1.0
     unit_range: bool = False
+    num_classes: int = 0
 
     def __call__(self, frame: dict, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
         """Args: frame, as stored; rng, for the augmentations (None: they are off).
@@ -89,6 +94,9 @@ class Transform:
           image float32 [H, W, 3] normalised; of the labels asked for: segmentation int32 [H, W], class or VOID; depth
           float32 [H, W], 0 = invalid; normals float32 [H, W, 3] unit or 0 = invalid; edge float32 [H, W] in [0, 1];
           others in their own dtype; mask float32 [], 1 (0 marks the padding of a last batch).
+
+        Raises:
+          UserError: a segmentation outside 0 .. num_classes.
         """
         arrays = {key: np.asarray(frame[key]) for key in ("image", *self.labels)}
         maps = [key for key, array in arrays.items() if array.ndim >= 2]
@@ -103,6 +111,8 @@ class Transform:
                 arrays[key] = arrays[key][rows, columns]
             if "depth" in arrays:
                 arrays["depth"] = arrays["depth"] / scale
+            if "normals" in arrays:  # the inverse transpose of a divided z; `_label` brings them back to length 1
+                arrays["normals"] = arrays["normals"] * np.float32([1, 1, scale])
         if rng is not None and self.flip and rng.random() < 0.5:
             arrays |= {key: arrays[key][:, ::-1] for key in maps}
             if "normals" in arrays:
@@ -114,14 +124,21 @@ class Transform:
         if x.ndim < 2:
             return x
         if key == "edge":  # one pixel wide: nearest would tear it, the area mean keeps it, paler
-            return self._smooth(x).astype(np.float32)
+            return self._smooth(x).astype(np.float32).reshape(self.size)
         x = self._nearest(x)  # the others keep their exact values, and pixels without a label stay without one
         if key == "segmentation":
             x = x.astype(np.int32).reshape(self.size)
+            if self.num_classes and not 0 <= x.min() <= x.max() <= self.num_classes:
+                raise UserError(
+                    f"a segmentation has the values {x.min()} to {x.max()}; with config.data.num_classes="
+                    f"{self.num_classes} they are 0 (void) to {self.num_classes}"
+                )
             return np.where(x == 0, VOID, x - 1)
         if key == "depth":
+            x = np.nan_to_num(x.reshape(self.size), nan=0, posinf=0, neginf=0)  # however a sensor marks what it missed
             return normalize_depth(x) if self.depth_target == "normalized" else x.astype(np.float32)
         if key == "normals":
+            x = np.nan_to_num(x, nan=0, posinf=0, neginf=0)
             length = np.linalg.norm(x, axis=-1, keepdims=True)
             return np.where(length > 1e-3, x / np.maximum(length, 1e-3), 0).astype(np.float32)
         return x

@@ -9,6 +9,7 @@ import numpy as np
 
 from input_pipeline import loader
 from mtl_sparse import processes
+from mtl_sparse.errors import UserError
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
 from mtl_sparse.tasks import Task
 
@@ -67,13 +68,14 @@ def make_evaluator(model, tasks: Sequence[Task]) -> Callable:
 
     `variables` are on every local device (`loader.replicate`), `batches` host batches with a `mask`. Every example
     counts once; the result does not depend on the batch size, nor on how many processes have a share of the batches
-    each. "<task>/loss" is among the values.
+    each. "<task>/loss" is among the values; where it is not finite, none of the task's metrics is. With `labelled`, the
+    name of the split, a task that has no label in it raises UserError.
     """
     sums = functools.partial(eval_sums, model=model, tasks=tasks)
     step = jax.pmap(sums, in_axes=(None, 0), devices=jax.local_devices())
 
-    def evaluate(variables, batches: Iterator[loader.Batch]) -> dict[str, float]:
-        return _values(tasks, (_total(step(variables, loader.shard(batch)), batch) for batch in batches))
+    def evaluate(variables, batches: Iterator[loader.Batch], labelled: str = "") -> dict[str, float]:
+        return _values(tasks, (_total(step(variables, loader.shard(batch)), batch) for batch in batches), labelled)
 
     return evaluate
 
@@ -94,18 +96,23 @@ def _sum(totals):
     return processes.total(functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), totals))
 
 
-def _values(tasks, totals):
+def _values(tasks, totals, labelled=""):
     total = _sum(totals)
     values = {}
     for task in tasks:
-        sums = total[task.name]
+        sums, found = total[task.name], {}
+        for name, value in task.values(sums["full"]).items():
+            found[name] = value
+        for name, value in task.values(sums["strided"]).items() if "strided" in sums else ():
+            found[f"{name}{STRIDED}"] = value
         if "loss" in sums:
             count = sums["loss"]["count"]
-            values[f"{task.name}/loss"] = float(sums["loss"]["total"] / count) if count else float("nan")
-        for name, value in task.values(sums["full"]).items():
-            values[f"{task.name}/{name}"] = value
-        for name, value in task.values(sums["strided"]).items() if "strided" in sums else ():
-            values[f"{task.name}/{name}{STRIDED}"] = value
+            if labelled and not count:
+                raise UserError(f"no {labelled} frame has a label of task {task.name}; leave it out of config.tasks")
+            found = {"loss": float(sums["loss"]["total"] / count) if count else float("nan"), **found}
+            if not np.isfinite(found["loss"]):  # argmax and clip would make figures of a prediction that is none
+                found = dict.fromkeys(found, float("nan"))
+        values |= {f"{task.name}/{name}": value for name, value in found.items()}
     return values
 
 

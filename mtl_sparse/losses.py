@@ -1,8 +1,8 @@
 """Losses of the tasks, element by element.
 
 Each takes a raw prediction, [..., C] or logits [...], and its label, and returns (loss [...], valid [...]): `valid` is
-1 where there is a label and 0 elsewhere, and the loss is 0 there. The trainer divides the sum of one by the sum of the
-other over the whole global batch.
+1 where there is a label and 0 elsewhere, and the loss and its gradient are 0 there, though the label were NaN. The
+trainer divides the sum of one by the sum of the other over the whole global batch.
 """
 
 import jax
@@ -23,18 +23,21 @@ def cross_entropy(logits, label, smoothing: float = 0.0):
 
 def depth_mse(raw, label):
     """Squared error of sigmoid(raw [..., 1]) against normalised depth [...]; 0 is no measurement."""
-    return _masked(jnp.square(activations.unit_depth(raw)[..., 0] - label), label > 0)
+    valid = label > 0
+    return _masked(jnp.square(activations.unit_depth(raw)[..., 0] - jnp.where(valid, label, 0)), valid)
 
 
 def depth_l1(raw, label):
     """Absolute error in metres of softplus(raw [..., 1]) against depth [...]; 0 is no measurement."""
-    return _masked(jnp.abs(activations.metric_depth(raw)[..., 0] - label), label > 0)
+    valid = label > 0
+    return _masked(jnp.abs(activations.metric_depth(raw)[..., 0] - jnp.where(valid, label, 0)), valid)
 
 
 def one_minus_cosine(raw, label):
     """1 - cosine of the angle between the predicted normal and the unit label [..., 3]; 0 is no label."""
-    cosine = jnp.sum(activations.unit_normals(raw) * label, -1)
-    return _masked(1.0 - cosine, jnp.sum(label * label, -1) > 0.25)
+    valid = jnp.sum(label * label, -1) > 0.25
+    cosine = jnp.sum(activations.unit_normals(raw) * jnp.where(valid[..., None], label, 0), -1)
+    return _masked(1.0 - cosine, valid)
 
 
 def binary_cross_entropy(logits, label):

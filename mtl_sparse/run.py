@@ -114,7 +114,9 @@ class Run:
     def eval_transform(self) -> Transform:
         labels = tuple(dict.fromkeys(task.label for task in self.tasks))
         data = self.config.data
-        return Transform(tuple(data.size), labels, data.depth_target, unit_range=data.unit_range)
+        return Transform(
+            tuple(data.size), labels, data.depth_target, unit_range=data.unit_range, num_classes=data.num_classes
+        )
 
     def train_batches(self, start_step: int):
         """Host batches from the one of step `start_step` on, without end."""
@@ -240,7 +242,7 @@ _AT_LEAST = {
     "optimizer.plateau_factor": 0,
     "optimizer.weight_decay": 0,
     "sparsity.target_ramp": 0,
-    "train.batch_size": 1,
+    "train.batch_size": 2,  # BatchNorm of pooled features has no spread of one
     "train.bn_frames": 0,
     "train.early_stop_epochs": 0,
     "train.epochs": 1,

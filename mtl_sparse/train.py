@@ -70,12 +70,13 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config,
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
-        losses = {}
+        losses, counts = {}, {}
         for task in tasks:
             loss, valid = task.loss(raw[task.name], evaluate.strided_label(batch[task.label]))
-            total, count = jax.lax.psum((jnp.sum(loss), jnp.sum(valid)), AXIS)
-            losses[task.name] = total / jnp.maximum(count, 1)
-        combined = weighting.combine(loss_config.weighting, params["weighting"], losses, tuple(loss_config.weights))
+            total, counts[task.name] = jax.lax.psum((jnp.sum(loss), jnp.sum(valid)), AXIS)
+            losses[task.name] = total / jnp.maximum(counts[task.name], 1)
+        weights = tuple(loss_config.weights)
+        combined = weighting.combine(loss_config.weighting, params["weighting"], losses, weights, counts)
         return combined, (losses, updates["batch_stats"])
 
     (loss, (losses, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
@@ -240,7 +241,7 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
                 _write_pending(run, log, progress, saved)
             if epoch_ends:
                 evaluated = run.evaluated(state)
-                values = run.evaluator(evaluated.variables, run.eval_batches("validation"))
+                values = run.evaluator(evaluated.variables, run.eval_batches("validation"), labelled="validation")
                 score = validation_score(values, run.tasks)
                 if not math.isfinite(score):
                     logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)

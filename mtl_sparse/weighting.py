@@ -14,14 +14,18 @@ def init(kind: str, tasks: Sequence[str]) -> dict:
     return {task: jnp.ones([]) for task in tasks} if kind == "uncertainty" else {}
 
 
-def combine(kind: str, params: Mapping, losses: Mapping, weights: Sequence[float]):
+def combine(kind: str, params: Mapping, losses: Mapping, weights: Sequence[float], counts: Mapping | None = None):
     """Combined loss.
+
+    Args:
+      counts: labels of each task in the batch; a task without any adds nothing, so that its s_i stays where it is.
 
     "uncertainty": sum_i exp(-s_i) L_i + s_i with learned s_i (Kendall et al. 2018, arXiv 1705.07115, in the
     released code's form); "equal": sum_i L_i; "fixed": sum_i weights_i L_i, in the order of the losses.
     """
     if kind == "uncertainty":
-        return sum(jnp.exp(-params[task]) * loss + params[task] for task, loss in losses.items())
+        terms = {task: jnp.exp(-params[task]) * loss + params[task] for task, loss in losses.items()}
+        return sum(terms.values()) if counts is None else sum(jnp.where(counts[t] > 0, terms[t], 0.0) for t in terms)
     if kind == "equal":
         return sum(losses.values())
     return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))

@@ -8,6 +8,7 @@ import pytest
 from input_pipeline import loader
 from mtl_sparse import evaluate
 from mtl_sparse import run as run_lib
+from mtl_sparse.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,19 @@ def test_depth_in_metres_is_normalised_as_the_normalised_task_is(run):
         sums = evaluate.eval_sums(None, {"image": None, "depth": label}, model=model, tasks=[task])["depth"]["strided"]
         found.append(task.values(jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), sums))["mae_normalized"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_predictions_that_are_not_finite_have_no_metrics(run):
+    """NaN would count as class 0, and as a right angle that is none."""
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), run.init_state().variables)
+    values = run.evaluator(loader.replicate(broken), batches(run, "test", 4))
+    assert len(values) > 20 and np.isnan(list(values.values())).all()
+
+
+def test_a_task_without_a_label_is_named_where_labels_are_asked_for(run):
+    void = ({**batch, "segmentation": np.full_like(batch["segmentation"], 255)} for batch in batches(run, "test", 4))
+    with pytest.raises(UserError, match="no validation frame has a label of task segmentation; leave it out"):
+        run.evaluator(loader.replicate(run.init_state().variables), void, labelled="validation")
 
 
 def test_the_constant_predictors_metrics_follow_from_the_labels(run):

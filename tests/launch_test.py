@@ -30,7 +30,7 @@ BAD = {
     "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate"]),
     "stray argument": (["--config=configs/demo.py", "train"], ["unexpected argument 'train'"]),
     "no data folder": (
-        ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=1"],
+        ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=2"],
         ["/nowhere/NYUD_MT does not exist"],
     ),
     "nothing to import": (["--job=import", "--checkpoint=/nowhere/weights.pt"], ["/nowhere/weights.pt does not exist"]),

@@ -63,6 +63,22 @@ def test_weightings_by_hand():
     assert float(weighting.combine("fixed", {}, LOSSES, (0.5, 0.25))) == 2
 
 
+def test_a_task_without_a_label_leaves_its_weight():
+    counts = {"a": jnp.array(3.0), "b": jnp.array(0.0)}
+    combined = lambda s: weighting.combine("uncertainty", s, LOSSES | {"b": jnp.array(0.0)}, (), counts)  # noqa: E731
+    value, grads = jax.value_and_grad(combined)({"a": jnp.array(1.0), "b": jnp.array(1.0)})
+    assert float(value) == pytest.approx(2 / np.e + 1) and float(grads["b"]) == 0 and float(grads["a"]) != 0
+
+
+@pytest.mark.parametrize("loss", [losses.depth_mse, losses.depth_l1, losses.one_minus_cosine])
+def test_labels_that_are_none_give_no_gradient(loss):
+    raw = jnp.ones((2, 3 if loss is losses.one_minus_cosine else 1))
+    label = jnp.full((2, 3) if loss is losses.one_minus_cosine else (2,), 0.6).at[1].set(jnp.nan)
+    (value, valid), grads = loss(raw, label), jax.grad(lambda raw: loss(raw, label)[0].sum())(raw)
+    np.testing.assert_array_equal(valid, [1, 0])
+    assert np.isfinite(value).all() and np.isfinite(grads).all() and not np.any(grads[1])
+
+
 def test_uncertainty_is_least_at_the_log_of_the_loss():
     grads = jax.grad(lambda s: weighting.combine("uncertainty", s, LOSSES, ()))({"a": jnp.log(2.0), "b": jnp.log(4.0)})
     np.testing.assert_allclose([grads["a"], grads["b"]], 0, atol=1e-6)

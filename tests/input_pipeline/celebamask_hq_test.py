@@ -169,6 +169,10 @@ BAD_FOLDERS = {
         "CelebA-HQ-img/3.jpg cannot be decoded",
     ),
     "unreadable mask": (lambda folder: mask(folder).write_bytes(b"no png"), "00003_skin.png cannot be decoded"),
+    "mask of ones": (
+        lambda folder: cv2.imwrite(str(mask(folder)), np.ones((32, 32), np.uint8)),
+        "00003_skin.png has no value above 1; a part's pixels are 255",
+    ),
     "mask of another size": (
         lambda folder: cv2.imwrite(str(mask(folder, "mouth")), np.zeros((16, 16), np.uint8)),
         "00003_mouth.png has size 16x16.*other masks",

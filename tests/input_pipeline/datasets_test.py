@@ -46,11 +46,11 @@ def test_what_cannot_be_trained_on_is_named(load):
         load(["attribute:Larg"], [frame()])
     with pytest.raises(UserError, match=r"'image' of uint8 \[H, W, 3\], not float32 \[16, 24, 3\]"):
         load([], [frame(image=np.zeros((16, 24, 3), np.float32))])
-    with pytest.raises(UserError, match=r"'attribute:Large' of shape \[1\]; it must be one number"):
+    with pytest.raises(UserError, match=r"'attribute:Large' of uint8 \[1\]; it must be one number"):
         load(["attribute:Large"], [frame(**{"attribute:Large": np.ones(1, np.uint8)})])
     with pytest.raises(UserError, match="'segmentation' of 16x16, its image is 16x24: their sides"):
         load(["segmentation"], [frame(segmentation=np.ones((16, 16), np.uint8))])
-    with pytest.raises(UserError, match="segmentation of 8; with config.data.num_classes=2 it is 0 .void. to 2"):
+    with pytest.raises(UserError, match="segmentation of 8 to 8; with config.data.num_classes=2 it is 0 .void. to 2"):
         load(["segmentation"], [frame(segmentation=np.full((16, 24), 8, np.uint8))])
     load(["segmentation"], [frame(segmentation=np.ones((8, 12), np.uint8))])
     with pytest.raises(UserError, match="num_classes=2.*have 3 classes"):
@@ -60,6 +60,25 @@ def test_what_cannot_be_trained_on_is_named(load):
         config.name = "yours"
         load([], [frame()])
         datasets.load(config)
+
+
+WRONG = {
+    "negative class": ({"segmentation": np.full((16, 24), -1)}, "segmentation of -1 to -1; .* 0 .void. to 2"),
+    "classes in colour": ({"segmentation": np.ones((16, 24, 3), np.uint8)}, r"'segmentation' of uint8 \[16, 24, 3\]"),
+    "classes as floats": ({"segmentation": np.ones((16, 24))}, "'segmentation' of float64.*whole numbers"),
+    "two depths": ({"depth": np.ones((16, 24, 2), np.float32)}, r"'depth' of float32 \[16, 24, 2\].*in metres"),
+    "edges to 255": ({"edge": np.full((16, 24), 255, np.uint8)}, r"'edge' of uint8.*in \[0, 1\]"),
+    "flat normals": ({"normals": np.ones((16, 24), np.float32)}, r"'normals' of float32 \[16, 24\].*\[H, W, 3\]"),
+    "attribute of -1": ({"attribute:Large": np.int8(-1)}, "'attribute:Large' of int8.*1, 0 or 255"),
+    "attribute unknown": ({"attribute:Large": np.float32("nan")}, "'attribute:Large' of float32.*1, 0 or 255"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_labels_of_another_form_are_named(load, case):
+    changes, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        load(list(changes), [frame(**changes)])
 
 
 def test_one_of_several_draws_and_prepares_what_all_open(tmp_path, caplog):

@@ -6,6 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from input_pipeline import datasets, nyud_mt
 from mtl_sparse.errors import UserError
@@ -96,6 +97,9 @@ def claim_shape(path, shape):
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
 
 
+UPSIDE_DOWN = Image.Exif()
+UPSIDE_DOWN[ExifTags.Base.Orientation] = 3
+
 BAD_FOLDERS = {
     "no data folder": (lambda folder: folder.rename(folder.with_name("gone")), "does not exist.*config.data.folder"),
     "no list": (lambda folder: (folder / "gt_sets" / "val.txt").unlink(), "val.txt is missing"),
@@ -152,6 +156,18 @@ BAD_FOLDERS = {
     "segmentation of another shape": (
         lambda folder: damage_segmentation(folder, lambda label: label[:, 1:]),
         r"segmentation/00003.png has shape \(32, 47\)",
+    ),
+    "image with an alpha channel": (
+        lambda folder: Image.new("RGBA", (48, 32)).save(folder / "images" / "00003.jpg", "PNG"),
+        "images/00003.jpg has no 8-bit grey or RGB pixels",
+    ),
+    "image of 16 bits": (
+        lambda folder: Image.new("I;16", (48, 32)).save(folder / "images" / "00003.jpg", "PNG"),
+        "images/00003.jpg has no 8-bit grey or RGB pixels",
+    ),
+    "image that stands on its head": (
+        lambda folder: Image.new("RGB", (48, 32)).save(folder / "images" / "00003.jpg", exif=UPSIDE_DOWN),
+        "images/00003.jpg has EXIF orientation 3, which training would not see",
     ),
     "class out of range": (lambda folder: damage_segmentation(folder, set_class_41), "00003.png has class 41.*0.*40"),
 }

@@ -3,6 +3,7 @@ import pytest
 
 from input_pipeline import transforms
 from input_pipeline.transforms import VOID, Transform
+from mtl_sparse.errors import UserError
 
 
 @pytest.fixture
@@ -84,9 +85,40 @@ def test_zoom_crops_jointly_and_divides_depth(frame):
     zoomed = Transform((8, 12), depth_target="metres", max_scale=2.0)(frame, Always(uniform=2.0, integer=5))
     window = np.s_[5:13, 5:17]
     np.testing.assert_allclose(zoomed["depth"], frame["depth"][window] / 2)
-    np.testing.assert_allclose(zoomed["normals"], frame["normals"][window], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(zoomed["segmentation"], frame["segmentation"][window][..., 0].astype(int) - 1)
     np.testing.assert_array_equal(transforms.unnormalize_image(zoomed["image"]), frame["image"][window])
+
+
+def test_zoom_turns_normals_as_the_zoomed_depth_has_them():
+    """A tilted plane before a pinhole camera: three of its zoomed points span a plane with the zoomed normal."""
+    normal, focal = np.array([0.5, 0.3, -0.8]) / np.linalg.norm([0.5, 0.3, -0.8]), 40.0
+    v, u = np.mgrid[:32, :32] - 15.5
+    rays = np.stack([u / focal, v / focal, np.ones_like(u)], -1)
+    frame = {"image": np.zeros((32, 32, 3), np.uint8), "depth": (-3 / (rays @ normal)).astype(np.float32)}
+    frame["normals"] = np.broadcast_to(normal, (32, 32, 3)).astype(np.float32)
+    transform = Transform((16, 16), labels=("depth", "normals"), depth_target="metres", max_scale=2.0)
+    zoomed = transform(
+        frame, Always(uniform=2.0, integer=8)
+    )  # of half the size, so the same camera's focal length halves
+    rays = np.stack([u[8:24, 8:24] / (focal / 2), v[8:24, 8:24] / (focal / 2), np.ones((16, 16))], -1)
+    a, b, c = ((zoomed["depth"][..., None] * rays)[at] for at in ((2, 3), (2, 13), (12, 4)))
+    spanned = np.cross(c - a, b - a)
+    spanned *= -np.sign(spanned[2]) / np.linalg.norm(spanned)
+    np.testing.assert_allclose(zoomed["normals"], np.broadcast_to(spanned, (16, 16, 3)), atol=1e-4)
+    assert np.abs(spanned - normal).max() > 0.05
+
+
+def test_labels_out_of_range_and_measurements_that_are_none(frame):
+    bad = frame | {"segmentation": np.full((16, 24), 255, np.uint8)}
+    with pytest.raises(UserError, match="values 255 to 255; with config.data.num_classes=40 they are 0 .void. to 40"):
+        Transform((8, 12), num_classes=40)(bad)
+    holes = frame["depth"].copy()
+    holes[8, 3:6] = np.nan, np.inf, -1
+    expected = np.where(np.isfinite(holes) & (holes > 0), holes, 0)
+    for target in ("metres", "normalized"):
+        transform = Transform((16, 24), labels=("depth",), depth_target=target)
+        marked = transform(frame | {"depth": holes[..., None]})["depth"]
+        np.testing.assert_array_equal(np.maximum(marked, 0), transform(frame | {"depth": expected})["depth"])
 
 
 def test_without_a_generator_nothing_is_augmented(frame):

@@ -139,3 +139,21 @@ def test_dropout_does_not_depend_on_how_a_batch_is_split():
     assert len({tuple(example.ravel().tolist()) for example in np.asarray(whole)}) == 8, "a mask for each example"
     assert set(np.unique(whole)) == {0.0, 2.0}
     np.testing.assert_array_equal(layer.apply({}, x, False), x)
+
+
+@pytest.mark.parametrize("place", ["drop0", "drop1"])
+def test_a_deeplab_head_draws_in_both_places_while_training_alone(place, monkeypatch):
+    """Each alone, the other one off."""
+    plain = deeplab.Dropout.__call__
+    monkeypatch.setattr(
+        deeplab.Dropout, "__call__", lambda self, x, train: plain(self, x, train) if self.name == place else x
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 5)).astype(np.float32)
+    head = deeplab.DeepLabHead(3, features=8, dropout=0.5)
+    variables = head.init(jax.random.key(0), x)
+
+    def outputs(train, seed=0):
+        return head.apply(variables, x, train, rngs={"dropout": jax.random.key(seed)}, mutable=["batch_stats"])[0]
+
+    assert (np.asarray(outputs(True)) != outputs(True, 1)).mean() > 0.9
+    np.testing.assert_array_equal(outputs(False), outputs(False, 1))
