@@ -257,17 +257,42 @@ def _parse(argv):
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0] if error.args else error).strip("'").replace("\\n", " ").replace("\\'", "'")
         _, ours, sentence = text.rpartition("UserError: ")  # raised by a config file, and wrapped in a traceback
+        if unknown := _unknown_setting(argv):
+            _exit(unknown)
+        if "--config must have a value" in text:
+            _exit("which config? give --config=configs/demo.py, or another file of configs/")
         _exit(" ".join(sentence.split()) if ours else f"cannot use these settings: {' '.join(text.split())}")
+
+
+def _unknown_setting(argv):
+    """What `run.unknown_setting` says of the first --config.NAME that the config file does not have."""
+    file = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+    path, _, argument = file.partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("config", path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        config = module.get_config(*[argument] if argument else [])
+    except Exception:  # the file itself is what is wrong, and the first error tells of it
+        return ""
+    from mtl_sparse import run as run_lib
+
+    names = (a.removeprefix("--config.").partition("=")[0] for a in argv if a.startswith("--config."))
+    return next(filter(None, (run_lib.unknown_setting(config, name) for name in names)), "")
 
 
 def _exit(message, code=2, at_once=False):
     print(f"error: {message}" if code == 2 else message, file=sys.stderr)
     # At once means without waiting for threads of a save that failed, or for the other processes, which wait for this.
-    if at_once or (flags.FLAGS.is_parsed() and _COORDINATOR.value):
+    if at_once or _one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _one_of_several():
+    """Whether this is one of several processes, which must not be left waiting for it."""
+    return flags.FLAGS.is_parsed() and bool(_COORDINATOR.value)
 
 
 def run(argv=None):
@@ -281,11 +306,11 @@ def run(argv=None):
     except KeyboardInterrupt:
         _exit("interrupted; what was saved is kept", 128 + signal.SIGINT)
     except OSError as error:
-        if error.errno not in OF_THE_DISK and not _COORDINATOR.value:
+        if error.errno not in OF_THE_DISK and not _one_of_several():
             raise
         _exit(f"{error.strerror}: {error.filename}; what was saved is kept: put it right and run again", at_once=True)
     except Exception as error:
-        if not _COORDINATOR.value:
+        if not _one_of_several():
             raise
         traceback.print_exc()
         _exit(f"this process or one it waited for failed ({type(error).__name__}, see above); what was saved is kept")

@@ -75,13 +75,18 @@ def load(config, labels: Collection[str] = ()) -> Data:
         damaged, or that changed after it was prepared, no TensorFlow to prepare with.
     """
     if config.name not in DATASETS:
-        raise UserError(f"unknown data set config.data.name={config.name!r}; known: {', '.join(DATASETS)}")
+        known = ", ".join(DATASETS)
+        raise UserError(
+            f"unknown data set config.data.name={config.name!r}; known: {known}, and those of --register=FILE"
+        )
     dataset = DATASETS[config.name]
     if isinstance(dataset, Published):  # before anything is prepared
         _check_labels(config, labels, dataset.module.LABELS)
         _check_classes(config, dataset.module.classes(config))
         return dataset(config)
     data = dataset(config)
+    if not isinstance(data, Data):
+        raise UserError(f"DATASETS[{config.name!r}] gives {type(data).__name__}, not a datasets.Data")
     for split in published.SPLITS:
         frames = getattr(data, split)
         if not len(frames):

@@ -45,7 +45,7 @@ def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
     sums = {}
     for task in tasks:
         label, prediction = batch[task.label], raw[task.name]
-        loss, valid = task.loss(prediction, strided_label(label))
+        loss, valid = task.elementwise(prediction, strided_label(label))
         axes = tuple(range(1, loss.ndim))
         sums[task.name] = {
             "loss": {"total": jnp.sum(loss, axes), "count": jnp.sum(valid, axes)},
@@ -105,6 +105,8 @@ def _values(tasks, totals, labelled=""):
             found[name] = value
         for name, value in task.values(sums["strided"]).items() if "strided" in sums else ():
             found[f"{name}{STRIDED}"] = value
+        if task.headline not in found:
+            raise UserError(f"task {task.name!r}: its headline {task.headline!r} is none of {', '.join(found)}")
         if "loss" in sums:
             count = sums["loss"]["count"]
             if labelled and not count:

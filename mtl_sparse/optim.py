@@ -56,7 +56,7 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
             "group_weights": sparsity.group_weights,
             "target": _target(sparsity, total_steps),
             "start_step": sparsity.start_step,
-            "warmup_steps": sparsity.warmup_steps,
+            "warmup_steps": warmup_steps(config, total_steps),
             "debias_step": debias_step(config, total_steps),
             "b1": config.optimizer.b1,
             "b2": config.optimizer.b2,
@@ -92,7 +92,19 @@ def _target(sparsity, total_steps):
 
 def debias_step(config, total_steps: int) -> int | None:
     """First step of the phase without a penalty, None where there is none."""
-    return round(config.sparsity.debias_at * total_steps) if config.sparsity.debias_at > 0 else None
+    sparsity = config.sparsity
+    penalizes = sparsity.lambda_ > 0 or sparsity.target > 0
+    return round(sparsity.debias_at * total_steps) if penalizes and sparsity.debias_at > 0 else None
+
+
+def warmup_steps(config, total_steps: int) -> int:
+    """Steps of the penalty's warm-up: as many as are asked for, but over before lambda has to have its full strength.
+
+    That is where a target's lambda is frozen, or where the run or its penalised part ends.
+    """
+    debias = debias_step(config, total_steps)
+    end = _freeze_step(config, total_steps) if config.sparsity.target > 0 else total_steps if debias is None else debias
+    return max(0, min(config.sparsity.warmup_steps, end - config.sparsity.start_step - 1))
 
 
 def settled_step(config, total_steps: int) -> int:
@@ -105,11 +117,18 @@ def settled_step(config, total_steps: int) -> int:
 
 
 def _penalised_step(config, total_steps):
-    """`settled_step` before a last phase without a penalty."""
+    """`settled_step` before a last phase without a penalty: with a fixed lambda, a step at its full strength."""
     sparsity = config.sparsity
     if sparsity.target > 0:
-        return sparsity.start_step + round(sparsity.target_freeze * (total_steps - sparsity.start_step))
-    return sparsity.start_step + 1 if sparsity.lambda_ > 0 and sparsity.start_step > 0 else 0
+        return _freeze_step(config, total_steps)
+    waits = sparsity.start_step + warmup_steps(config, total_steps)
+    return waits + 1 if sparsity.lambda_ > 0 and waits > 0 else 0
+
+
+def _freeze_step(config, total_steps):
+    """First step with a target's last lambda."""
+    sparsity = config.sparsity
+    return sparsity.start_step + round(sparsity.target_freeze * (total_steps - sparsity.start_step))
 
 
 def _check_steps(config, total_steps):
@@ -118,7 +137,9 @@ def _check_steps(config, total_steps):
     if sparsity.lambda_ > 0 and sparsity.start_step >= total_steps:
         raise UserError(f"sparsity.start_step={sparsity.start_step}: the run has only {total_steps} steps")
     debias = debias_step(config, total_steps)
-    if debias is not None and debias < _penalised_step(config, total_steps):
+    if debias is not None and debias >= total_steps:
+        raise UserError(f"sparsity.debias_at={sparsity.debias_at}: of {total_steps} steps it leaves none")
+    if debias is not None and (debias < _penalised_step(config, total_steps) or debias <= sparsity.start_step):
         raise UserError(
             f"sparsity.debias_at={sparsity.debias_at} lies before "
             f"{'sparsity.target_freeze' if sparsity.target > 0 else 'sparsity.start_step'}: the zero pattern would "

@@ -1,6 +1,7 @@
 """What a config stands for: checked settings, opened data, tasks, model, optimizer, first state."""
 
 import dataclasses
+import difflib
 import functools
 import math
 import pathlib
@@ -320,6 +321,18 @@ def check_config(config) -> None:
         raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {devices} devices")
     optim.check(config)
     weighting.check(config.loss.weighting, config.loss.weights, config.tasks)
+
+
+def unknown_setting(config, name: str) -> str:
+    """What to say of config.<name> where there is no such setting: those that come near; "" where there is one."""
+    known = dict(_leaves(config))
+    if name in known or any(other.startswith(f"{name}.") for other in known):
+        return ""
+    last = name.rpartition(".")[2]
+    near = [other for other in known if other.rpartition(".")[2] == last]
+    near += [other for other in difflib.get_close_matches(name, known, n=3) if other not in near]
+    nearest = f"; nearest: {', '.join(f'config.{other}' for other in near)}" if near else ""
+    return f"there is no setting config.{name}{nearest}"
 
 
 def _leaves(config, prefix=""):

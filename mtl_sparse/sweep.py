@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import operator
 import os
 import pathlib
 import signal
@@ -123,15 +124,13 @@ def make_trials(config, settings: Sequence[Mapping[str, Any]]) -> list[Trial]:
     for values in settings:
         one = config.copy_and_resolve_references()
         for path, value in values.items():
+            if unknown := run_lib.unknown_setting(config, path):
+                raise UserError(f"a sweep cannot set config.{path}={value!r}: {unknown}")
             *parents, name = path.split(".")
             try:
-                node = one
-                for parent in parents:
-                    node = node[parent]
-                if name not in node:
-                    raise KeyError(name)
+                node = functools.reduce(operator.getitem, parents, one)
                 node[name] = (value,) if path == "tasks" and isinstance(value, str) else value
-            except (KeyError, AttributeError, TypeError) as error:
+            except TypeError as error:
                 raise UserError(f"a sweep cannot set config.{path}={value!r}: {error}") from error
         name = _fitting(",".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in values.items()))
         if name in trials:

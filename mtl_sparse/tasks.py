@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from input_pipeline.transforms import VOID
 from mtl_sparse import activations, losses, metrics
 from mtl_sparse.errors import UserError
+from mtl_sparse.models import multitask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Task:
       name: as in config.tasks and in the model's output dictionary.
       label: key of its label in a frame and a batch.
       outputs: channels of the raw prediction.
-      loss: (raw, label) -> (loss, valid), both of the label's places, see `losses`.
+      loss: (raw, label) -> (loss, valid), both of the label's places, see `losses`; `elementwise` calls and checks it.
       activation: raw -> prediction in the label's unit.
       sums: (prediction, label) of one image -> dict of sums, see `metrics`.
       values: sums over a split -> dict of floats.
@@ -48,6 +49,20 @@ class Task:
     higher_is_better: bool
     head: str = "deeplab"
     whole: Callable | None = None
+
+    def elementwise(self, raw, label):
+        """`loss` of raw predictions [B, ...] and labels [B, ...].
+
+        Raises:
+          UserError: (loss, valid) of other shapes: a prediction and a label that were broadcast against each other.
+        """
+        loss, valid = self.loss(raw, label)
+        if not jnp.shape(loss) == jnp.shape(valid) in (jnp.shape(raw), jnp.shape(raw)[:-1]):
+            raise UserError(
+                f"the loss of task {self.name!r} has the shape {jnp.shape(loss)} and its mask {jnp.shape(valid)}, of "
+                f"raw predictions {jnp.shape(raw)} and labels {jnp.shape(label)}: it must be one number a label"
+            )
+        return loss, valid
 
 
 def _segmentation(config):
@@ -161,10 +176,18 @@ def resolve(config) -> tuple[Task, ...]:
     for name in names:
         if _key(name) not in TASKS or name.endswith(":"):
             known = [f"{key}NAME" if key.endswith(":") else key for key in TASKS]
-            raise UserError(f"unknown task {name!r} in config.tasks; the tasks are {', '.join(known)}")
+            raise UserError(
+                f"unknown task {name!r} in config.tasks; the tasks are {', '.join(known)}, and those of --register=FILE"
+            )
         if names.count(name) > 1:
             raise UserError(f"task {name!r} stands twice in config.tasks")
-    return tuple(_row(name, config) for name in names)
+    rows = tuple(_row(name, config) for name in names)
+    for name, row in zip(names, rows, strict=True):
+        if row.name != name:
+            raise UserError(f"TASKS[{name!r}] makes a task of the name {row.name!r}; give it its own")
+        if row.head not in multitask.HEADS:
+            raise UserError(f"task {name!r} has the unknown head {row.head!r}; one of {', '.join(multitask.HEADS)}")
+    return rows
 
 
 def _key(name):

@@ -72,7 +72,7 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config,
         )
         losses, counts = {}, {}
         for task in tasks:
-            loss, valid = task.loss(raw[task.name], evaluate.strided_label(batch[task.label]))
+            loss, valid = task.elementwise(raw[task.name], evaluate.strided_label(batch[task.label]))
             total, counts[task.name] = jax.lax.psum((jnp.sum(loss), jnp.sum(valid)), AXIS)
             losses[task.name] = total / jnp.maximum(counts[task.name], 1)
         weights = tuple(loss_config.weights)
@@ -325,7 +325,7 @@ def _end_epoch(run, progress: Progress, step: int, score: float, state):
     """
     config = run.config
     taken = step - progress.skipped  # the optimizer's count, by which its phases go
-    settled = taken >= run.settled_step
+    settled = taken >= run.settled_step or step >= run.total_steps
     improved = settled and score < progress.best
     if improved or not settled:
         progress.best, progress.stale_epochs, progress.plateau_epochs = score if improved else math.inf, 0, 0

@@ -19,8 +19,13 @@ def launch(*arguments, cwd=ROOT, **settings):
 
 BAD = {
     "unknown field": (["--config=configs/demo.py", "--config.sparsity.lamda=1"], ["lamda", "lambda_"]),
+    "underscore forgotten": (
+        ["--config=configs/demo.py", "--config.sparsity.lambda=1"],
+        ["there is no setting config.sparsity.lambda; nearest: config.sparsity.lambda_"],
+    ),
+    "section forgotten": (["--config=configs/demo.py", "--config.epochs=1"], ["nearest: config.train.epochs\n"]),
     "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
-    "no config": (["--workdir=x"], ["--config"]),
+    "no config": (["--workdir=x"], ["error: which config? give --config=configs/demo.py"]),
     "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),
     "missing run": (["--config=configs/run.py:/nowhere/run"], ["error: /nowhere/run/config.json does not exist"]),
     "unknown task set": (

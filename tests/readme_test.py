@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import sweeps
 from input_pipeline import datasets, loader
 from mtl_sparse import run as run_lib
 from mtl_sparse import tasks, train
@@ -33,8 +34,8 @@ def test_somebody_elses_model(capsys):
 
 def test_a_task_of_your_own(config, monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    exec(snippet("TASKS["), {})
-    config.tasks = ("segmentation", "depth_l1")
+    exec(snippet("TASKS["), names := {})
+    config.tasks = names["get_config"]().tasks
     run = run_lib.setup(config)
     state, scalars = train.make_train_step(run)(
         loader.replicate(run.init_state()), loader.shard(next(run.train_batches(0)))
@@ -48,9 +49,11 @@ def test_a_data_set_of_your_own(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
     monkeypatch.chdir(tmp_path)
     text = snippet("DATASETS[")
-    assert "epochs = 10\n" in text
-    shorter = "epochs = 2; config.run.summary_rounds = 0; config.model.update(depth=10, width=8, head_features=8)\n"
-    exec(text.replace("epochs = 10\n", shorter), {})
+    exec(text, names := {})
+    config = names["get_config"]()
+    config.train.epochs, config.run.summary_rounds = 2, 0
+    config.model.update(depth=10, width=8, head_features=8)
+    train.train(config, "runs/discs")
     results = json.loads((tmp_path / "runs" / "discs" / "results.json").read_text())
     assert results["frames"] == {"train": 320, "validation": 32, "test": 64}
     assert results["test"]["segmentation/miou"] > results["constant"]["segmentation/miou"] + 0.1
@@ -74,6 +77,14 @@ def test_every_setting_is_taken_as_it_stands(row, name, monkeypatch):
     if "lambda_=1e-4" in row or "penalty" in row:
         assert len(arguments) == 2, "alternatives, or what another config needs"
     run_lib.check_config(config)
+
+
+def test_every_sweep_has_as_many_runs_as_it_says():
+    said = re.findall(r"^\| `(\w+)` \| .*?\((\d+)(?: runs)?\)", README, re.M)
+    assert {name for name, _ in said} == sweeps.SWEEPS.keys()
+    counts = {name: int(count) for name, count in said}
+    assert counts.pop("lomt") == 6 * len(sweeps.trials("lomt")), "four single tasks and two multi-task runs a seed"
+    assert counts == {name: len(sweeps.trials(name)) for name in counts}
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -1,7 +1,12 @@
-"""Settings that cannot work, each named in one sentence."""
+"""Settings and tasks that cannot work, each named in one sentence."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
+from input_pipeline import loader
+from mtl_sparse import evaluate, tasks
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 
@@ -36,7 +41,7 @@ BAD_CONFIGS = {
     "depth": (lambda c: c.model.update(depth=34), "model.depth=34.*18, 50, 101"),
     "dtype": (lambda c: c.model.update(dtype="float16"), "'float16'.*float32, bfloat16"),
     "depth target": (lambda c: c.data.update(depth_target="feet"), "'feet'.*'normalized' or 'metres'"),
-    "no batch": (lambda c: c.train.update(batch_size=0), "train.batch_size=0"),
+    "batch of one": (lambda c: c.train.update(batch_size=1), "train.batch_size=1: it must be at least 2"),
     "schedule": (lambda c: c.optimizer.update(schedule="step"), "'step'.*constant, cosine, plateau"),
     "rate": (lambda c: c.optimizer.update(learning_rate=-1.0), "optimizer.learning_rate=-1.0"),
     "dropout": (lambda c: c.model.update(dropout=1.0), "model.dropout=1.0"),
@@ -57,3 +62,35 @@ def test_bad_settings_are_named(config, case):
     change(config)
     with pytest.raises(UserError, match=message):
         run_lib.setup(config)
+
+
+ROWS = {
+    "another name": ({"name": "depth"}, r"TASKS\['mine'\] makes a task of the name 'depth'"),
+    "unknown head": ({"head": "clasifier"}, "'mine' has the unknown head 'clasifier'; one of deeplab, classifier"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_bad_rows_of_a_task_of_ones_own_are_named(config, case, monkeypatch):
+    changes, message = ROWS[case]
+    row = tasks.resolve(config)[0]
+    make = lambda config: dataclasses.replace(row, **{"name": "mine"} | changes)  # noqa: E731
+    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS | {"mine": make})
+    config.tasks = ("mine",)
+    with pytest.raises(UserError, match=message):
+        tasks.resolve(config)
+
+
+def test_a_loss_that_broadcasts_and_a_headline_that_is_no_metric_are_named(config):
+    """raw [B, h, w, 1] against a label [B, h, w] of equal sides would be [B, h, w, h]: a run on nonsense."""
+    config.tasks = ("depth",)
+    run = run_lib.setup(config)
+    label = np.ones((4, 4, 4), np.float32)
+    careless = dataclasses.replace(run.tasks[0], loss=lambda raw, label: (abs(raw - label), label > 0))
+    with pytest.raises(UserError, match=r"task 'depth' has the shape \(4, 4, 4, 4\) and its mask \(4, 4, 4\), of raw"):
+        careless.elementwise(np.ones((4, 4, 4, 1), np.float32), label)
+    with pytest.raises(UserError, match="one number a label"):
+        careless.elementwise(np.ones((4, 4, 4, 1), np.float32), label[..., None, None])
+    evaluator = evaluate.make_evaluator(run.model, [dataclasses.replace(run.tasks[0], headline="mae")])
+    with pytest.raises(UserError, match="task 'depth': its headline 'mae' is none of mae_normalized"):
+        evaluator(loader.replicate(run.init_state().variables), run.eval_batches("test"))

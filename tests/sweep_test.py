@@ -296,7 +296,7 @@ BAD = {
     "": "needs --config=configs/sweeps.py:NAME, or --grid",
     "seed": "'seed' is not NAME=VALUE",
     "seed=0; seed=1": "'seed=1' is not NAME=VALUE,VALUE,... of a name that stands once",
-    "sparsity.lamda=0": "cannot set config.sparsity.lamda=0",
+    "sparsity.lamda=0": "cannot set config.sparsity.lamda=0: there is no.*nearest: config.sparsity.lambda_",
     "seed=one": "cannot set config.seed='one'",
     "seed=0,0": "the trial seed=0 stands twice",
     "sparsity.lambda_=-1.0": "lambda_.*-1",

@@ -1,0 +1,132 @@
+"""The optimizer that a config stands for: how the phases of its penalty follow one another, and what it hands on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import nyu
+from mtl_sparse import optim
+from mtl_sparse.errors import UserError
+from mtl_sparse.sparsity import transform
+
+STEPS = 40
+PARAMS = {"backbone": {"conv": {"kernel": jnp.ones((1, 1, 4, 3))}}}
+
+
+def settings(**sparsity):
+    config = nyu.get_config()
+    config.optimizer.schedule = "constant"
+    config.sparsity.update(sparsity)
+    return config
+
+
+def strengths(config):
+    """The penalty's strength in each step of a run of STEPS."""
+    tx = optim.build(config, STEPS)
+    state, step = tx.init(PARAMS), jax.jit(tx.update)
+    grads, found = jax.tree.map(lambda x: 0.1 * x, PARAMS), []
+    for _ in range(STEPS):
+        _, state = step(grads, state, PARAMS)
+        found.append(float(optim.lambda_(state)))
+    return np.array(found), state
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "settled", "full"),
+    [
+        ({"warmup_steps": 0}, 0, range(STEPS)),
+        ({"warmup_steps": 10}, 11, range(10, STEPS)),
+        ({"warmup_steps": 100}, 40, range(39, STEPS)),
+        ({"warmup_steps": 10, "start_step": 20}, 31, range(30, STEPS)),
+        ({"warmup_steps": 0, "start_step": 20}, 21, range(20, STEPS)),
+        ({"warmup_steps": 100, "debias_at": 0.5}, 21, range(19, 20)),
+        ({"warmup_steps": 100, "start_step": 18, "debias_at": 0.5}, 21, range(19, 20)),
+    ],
+)
+def test_a_fixed_lambda_has_its_full_strength_before_a_checkpoint_can_be_the_best(sparsity, settled, full):
+    config = settings(lambda_=1e-2, **sparsity)
+    found, _ = strengths(config)
+    np.testing.assert_array_equal(np.flatnonzero(np.isclose(found, 1e-2, rtol=1e-5)), list(full))
+    assert optim.settled_step(config, STEPS) == settled
+    if settled and not sparsity.get("debias_at"):
+        assert full[0] < settled
+
+
+def test_a_targets_lambda_is_the_one_that_is_told_once_it_is_frozen():
+    """Though the warm-up were longer than the run."""
+    config = settings(lambda_=1e-3, target=0.5, target_freeze=0.75, warmup_steps=100)
+    found, state = strengths(config)
+    assert (found[30:] == found[-1]).all() and found[-1] == pytest.approx(optim.settled_lambda(config, state), rel=1e-5)
+
+
+def test_a_dense_run_has_no_last_phase():
+    config = settings(lambda_=0.0, target=0.0, debias_at=0.85)
+    assert optim.debias_step(config, STEPS) is None and optim.settled_step(config, STEPS) == 0
+
+
+@pytest.mark.parametrize("debias_at", [0.01, 0.25, 0.99])
+def test_phases_of_no_steps_are_named(debias_at):
+    config = settings(lambda_=1e-2, start_step=10, debias_at=debias_at)
+    with pytest.raises(UserError, match=f"debias_at={debias_at}"):
+        optim.build(config, STEPS)
+
+
+HANDED_ON = {
+    "sparsity.penalty": ("penalty", "l1"),
+    "sparsity.gamma": ("gamma", 7.0),
+    "sparsity.group_weights": ("group_weights", "none"),
+    "sparsity.start_step": ("start_step", 3),
+    "sparsity.metric": ("metric", "plain"),
+    "sparsity.bias_correction": ("bias_correction", False),
+    "sparsity.fixed_norm": ("fixed_norm", False),
+    "sparsity.anneal_revival": ("anneal_revival", False),
+    "sparsity.penalty_in_gradient": ("penalty_in_gradient", True),
+    "sparsity.scope": ("scope", "all"),
+    "sparsity.lambda_": ("lambda_", 0.25),
+    "optimizer.b1": ("b1", 0.5),
+    "optimizer.b2": ("b2", 0.5),
+    "optimizer.eps": ("eps", 0.5),
+    "optimizer.weight_decay": ("weight_decay", 0.5),
+    "optimizer.l2": ("l2", 0.5),
+}
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """The keyword arguments of each call of `transform.proximal_adam`."""
+    calls, make = [], transform.proximal_adam
+
+    @functools.wraps(make)
+    def noting(learning_rate, **settings):
+        calls.append(settings)
+        return make(learning_rate, **settings)
+
+    monkeypatch.setattr(transform, "proximal_adam", noting)
+    return calls
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_every_setting_reaches_the_optimizer(name, given):
+    keyword, value = HANDED_ON[name]
+    config = settings()
+    optim.build(config, STEPS)
+    assert given[-1][keyword] != value, "another value than the config's own"
+    config.update_from_flattened_dict({name: value})
+    optim.build(config, STEPS)
+    assert given[-1][keyword] == value
+
+
+def test_a_restart_comes_with_every_epoch_and_decay_acts_on_kernels(given):
+    config = settings()
+    config.train.epochs = 4
+    optim.build(config, STEPS)
+    assert given[-1]["restart_every"] is None
+    config.optimizer.restart_each_epoch = True
+    optim.build(config, STEPS)
+    assert given[-1]["restart_every"] == 10
+    params = {"model": {"backbone": {"conv": {"kernel": 1}, "bn": {"scale": 1, "bias": 1}}}, "weighting": {"depth": 1}}
+    assert jax.tree.leaves(given[-1]["weight_decay_mask"](params)) == [False, False, True, False]
+    assert jax.tree.leaves(given[-1]["l2_mask"](params)) == [True, True, True, False]
