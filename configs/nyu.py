@@ -82,7 +82,8 @@ def get_config() -> ml_collections.ConfigDict:
             group_weights="sqrt_size",  # or "none"
             start_step=0,  # steps without a penalty
             # Steps over which lambda then grows from 0. In Adam's first steps v, which is the metric, stands on a few
-            # batches: weights whose gradient happens to be small there would be shrunk for it. 0 is published; a short run has fewer.
+            # batches: weights whose gradient happens to be small there would be shrunk for it. 0 is published; in
+            # a short run it ends before the penalty has to be whole.
             warmup_steps=100,
             metric="adaptive",  # prox in Adam's metric; "plain" is the closed form
             bias_correction=True,  # of v in that metric; False is published
