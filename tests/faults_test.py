@@ -247,7 +247,7 @@ def not_finite_at(monkeypatch, *steps):
 
     def broken(self, start_step):
         for step, batch in enumerate(batches(self, start_step), start_step + 1):
-            yield {**batch, "depth": batch["depth"] * np.float32(np.nan)} if step in steps else batch
+            yield {**batch, "image": batch["image"] * np.float32(np.nan)} if step in steps else batch
 
     monkeypatch.setattr(run_lib.Run, "train_batches", broken)
 

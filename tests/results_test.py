@@ -113,6 +113,39 @@ def test_what_the_text_says_of_other_targets():
     assert gains[0].low < 0 < gains[0].high and gains[1].high < 0
 
 
+def said(gain):
+    return f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})"
+
+
+def test_what_the_text_says_of_the_last_phase():
+    found = read("evidence")
+    gains = {t: study.compare_gain(row(found, target=t, debias_at=0.85), row(found, **DENSE)) for t in (0.5, 0.7, 0.9)}
+    text = ", ".join(f"{said(gain)} at target {target}" for target, gain in gains.items())
+    assert f"Δm over dense is {text}" in TEXT
+    for target in (0.5, 0.7, 0.9):
+        with_it, without = (row(found, target=target, debias_at=at, penalty="group_lasso") for at in (0.85, 0.0))
+        change = study.compare_gain(with_it, without)
+        assert change.low < 0 < change.high, target
+
+
+def test_what_the_text_says_of_l1():
+    found = read("evidence")
+    l1, t70 = row(found, penalty="l1"), row(found, **T70)
+    assert f"With {100 * l1.sparsity('parameter').mean:.0f} % of the weights zero" in TEXT
+    assert abs(l1.sparsity("parameter").mean - t70.sparsity("parameter").mean) < 0.01, "as many as there"
+    assert all(run["sparsity"]["group"] < 0.001 for run in l1.runs.values()), "not one group"
+    assert f"its Δm over dense is {said(study.compare_gain(l1, row(found, **DENSE)))}" in TEXT
+
+
+def test_what_the_text_says_of_lambda_as_published():
+    found = read("evidence")
+    for lambda_ in (1e-6, 1e-5):
+        published_form = row(found, lambda_=lambda_, bias_correction=False)
+        zero = published_form.sparsity("group")
+        gain = study.compare_gain(published_form, row(found, **DENSE))
+        assert f"{100 * zero.mean:.1f} % zero and {said(gain)} at {lambda_:.0e}".replace("e-0", "e-") in TEXT
+
+
 def share(run, stage):
     """Fraction of a stage's groups that are zero."""
     layers = [layer for layer in run["sparsity"]["layers"] if layer["path"].startswith(f"backbone/{stage}_")]
