@@ -23,7 +23,7 @@ BAD = {
         ["--config=configs/demo.py", "--config.sparsity.lambda=1"],
         ["there is no setting config.sparsity.lambda; nearest: config.sparsity.lambda_"],
     ),
-    "section forgotten": (["--config=configs/demo.py", "--config.epochs=1"], ["nearest: config.train.epochs\n"]),
+    "section forgotten": (["--config=configs/demo.py", "--config.height=64"], ["nearest: config.data.embedded.height"]),
     "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
     "no config": (["--workdir=x"], ["error: which config? give --config=configs/demo.py"]),
     "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),

@@ -118,6 +118,14 @@ def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms)
     )
 
 
+def test_the_last_checkpoint_may_be_the_best_however_many_steps_were_skipped(rooms):
+    """8 steps, settled after 7 that were taken; two are skipped."""
+    config = tiny(rooms)
+    config.train.epochs = 4
+    config.sparsity.update(target=0.5, target_freeze=0.5, debias_at=0.8)
+    assert [best for best, _, _ in end_epochs(config, (0.1, 0.2, 0.3, 0.4), skipped=2)] == [False] * 3 + [True]
+
+
 def test_a_step_that_is_skipped_later_does_not_make_a_worse_checkpoint_the_best(rooms):
     config = tiny(rooms)
     config.train.epochs = 4
