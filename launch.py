@@ -228,10 +228,12 @@ def main(argv):
 
 
 def _run_file(path):
+    """The module that the Python file makes."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"--register={path}: there is no such file")
     spec = importlib.util.spec_from_file_location("registered", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
 def _config_file():
@@ -269,9 +271,7 @@ def _unknown_setting(argv):
     file = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
     path, _, argument = file.partition(":")
     try:
-        spec = importlib.util.spec_from_file_location("config", path)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        config = module.get_config(*[argument] if argument else [])
+        config = _run_file(path).get_config(*[argument] if argument else [])
     except Exception:  # the file itself is what is wrong, and the first error tells of it
         return ""
     from mtl_sparse import run as run_lib

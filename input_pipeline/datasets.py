@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from input_pipeline import celebamask_hq, nyud_mt, published
+from input_pipeline import celebamask_hq, nyud_mt, published, transforms
 from input_pipeline.synthetic import faces, rooms
 from mtl_sparse.errors import UserError, as_os_error
 
@@ -125,11 +125,8 @@ def _check_frame(config, labels, frame, which):
                 f"{which} has {label!r} of {value.shape[0]}x{value.shape[1]}, its image is "
                 f"{image.shape[0]}x{image.shape[1]}: their sides must have the same ratio"
             )
-        if label == "segmentation" and not 0 <= value.min() <= value.max() <= config.num_classes:
-            raise UserError(
-                f"{which} has a segmentation of {value.min()} to {value.max()}; with config.data.num_classes="
-                f"{config.num_classes} it is 0 (void) to {config.num_classes}"
-            )
+        if label == "segmentation":
+            transforms.check_segmentation(value, config.num_classes, f"{which} has a segmentation")
 
 
 def _form(label, value):

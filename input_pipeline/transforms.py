@@ -47,6 +47,15 @@ def normalize_depth(depth: np.ndarray) -> np.ndarray:
     return np.where(valid, np.clip(relative, 0.1, max(top, 0.1)), 0).astype(np.float32)
 
 
+def check_segmentation(label: np.ndarray, num_classes: int, which: str) -> None:
+    """Raises UserError for values outside 0 .. num_classes; `which` begins the sentence."""
+    if not 0 <= label.min() <= label.max() <= num_classes:
+        raise UserError(
+            f"{which} of {label.min()} to {label.max()}; with config.data.num_classes={num_classes} it is 0 (void) to "
+            f"{num_classes}"
+        )
+
+
 def _scaled(start: int, count: int, factor: float) -> slice:
     """The pixels of a map `factor` times as large that lie under `count` pixels from `start` on; at least one."""
     first = round(start * factor)
@@ -128,11 +137,8 @@ class Transform:
         x = self._nearest(x)  # the others keep their exact values, and pixels without a label stay without one
         if key == "segmentation":
             x = x.astype(np.int32).reshape(self.size)
-            if self.num_classes and not 0 <= x.min() <= x.max() <= self.num_classes:
-                raise UserError(
-                    f"a segmentation has the values {x.min()} to {x.max()}; with config.data.num_classes="
-                    f"{self.num_classes} they are 0 (void) to {self.num_classes}"
-                )
+            if self.num_classes:
+                check_segmentation(x, self.num_classes, "a frame has a segmentation")
             return np.where(x == 0, VOID, x - 1)
         if key == "depth":
             x = np.nan_to_num(x.reshape(self.size), nan=0, posinf=0, neginf=0)  # however a sensor marks what it missed

@@ -100,11 +100,10 @@ def _values(tasks, totals, labelled=""):
     total = _sum(totals)
     values = {}
     for task in tasks:
-        sums, found = total[task.name], {}
-        for name, value in task.values(sums["full"]).items():
-            found[name] = value
-        for name, value in task.values(sums["strided"]).items() if "strided" in sums else ():
-            found[f"{name}{STRIDED}"] = value
+        sums = total[task.name]
+        found = dict(task.values(sums["full"]))
+        if "strided" in sums:
+            found |= {f"{name}{STRIDED}": value for name, value in task.values(sums["strided"]).items()}
         if task.headline not in found:
             raise UserError(f"task {task.name!r}: its headline {task.headline!r} is none of {', '.join(found)}")
         if "loss" in sums:

@@ -102,8 +102,10 @@ def warmup_steps(config, total_steps: int) -> int:
 
     That is where a target's lambda is frozen, or where the run or its penalised part ends.
     """
-    debias = debias_step(config, total_steps)
-    end = _freeze_step(config, total_steps) if config.sparsity.target > 0 else total_steps if debias is None else debias
+    if config.sparsity.target > 0:
+        end = _freeze_step(config, total_steps)
+    else:
+        end = debias_step(config, total_steps) or total_steps
     return max(0, min(config.sparsity.warmup_steps, end - config.sparsity.start_step - 1))
 
 

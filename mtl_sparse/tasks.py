@@ -57,10 +57,11 @@ class Task:
           UserError: (loss, valid) of other shapes: a prediction and a label that were broadcast against each other.
         """
         loss, valid = self.loss(raw, label)
-        if not jnp.shape(loss) == jnp.shape(valid) in (jnp.shape(raw), jnp.shape(raw)[:-1]):
+        shape, given = jnp.shape(loss), jnp.shape(raw)
+        if shape != jnp.shape(valid) or shape not in (given, given[:-1]):
             raise UserError(
-                f"the loss of task {self.name!r} has the shape {jnp.shape(loss)} and its mask {jnp.shape(valid)}, of "
-                f"raw predictions {jnp.shape(raw)} and labels {jnp.shape(label)}: it must be one number a label"
+                f"the loss of task {self.name!r} has the shape {shape} and its mask {jnp.shape(valid)}, of "
+                f"raw predictions {given} and labels {jnp.shape(label)}: it must be one number a label"
             )
         return loss, valid
 
