@@ -110,9 +110,7 @@ def test_zoom_turns_normals_as_the_zoomed_depth_has_them():
 
 def test_labels_out_of_range_and_measurements_that_are_none(frame):
     bad = frame | {"segmentation": np.full((16, 24), 255, np.uint8)}
-    with pytest.raises(
-        UserError, match="segmentation of 255 to 255; with config.data.num_classes=40 it is 0"
-    ):
+    with pytest.raises(UserError, match="segmentation of 255 to 255; with config.data.num_classes=40 it is 0"):
         Transform((8, 12), num_classes=40)(bad)
     holes = frame["depth"].copy()
     holes[8, 3:6] = np.nan, np.inf, -1
