@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
@@ -130,12 +131,14 @@ def is_done(config, workdir: pathlib.Path) -> bool:
     path = workdir / "benchmark.json"
     found = records.read_json(path) if path.exists() else {}
     done = found.get("device"), found.get("rounds"), {row["batch"] for row in found.get("rows", ())}
-    asked = _device(), config.benchmark.rounds, set(config.benchmark.batch_sizes)
+    asked = device(), config.benchmark.rounds, set(config.benchmark.batch_sizes)
     return done == asked and found.get("compact") == json.loads(config.compact.to_json())
 
 
-def _device():
-    return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}"
+def device() -> str:
+    """What is timed on, and with which pages of memory: they change a CPU's figures (docs/benchmarks.md)."""
+    huge = jax.default_backend() == "cpu" and "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
+    return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}{', huge pages' if huge else ''}"
 
 
 def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
@@ -160,7 +163,7 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
         logging.info("Timing batch %d at %dx%d: %d rounds of each model", batch, *size, settings.rounds)
         rows += compare(models, size, batch, settings.rounds)
     found = {
-        "device": _device(),
+        "device": device(),
         "size": size,
         "rounds": settings.rounds,
         "compact": json.loads(config.compact.to_json()),

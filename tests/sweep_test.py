@@ -9,7 +9,6 @@ import threading
 import time
 from unittest import mock
 
-import jax
 import pytest
 import submitit
 
@@ -357,12 +356,13 @@ def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path,
     trained.fails.add(NAMES[1])
     with pytest.raises(UserError):
         run(config, tmp_path)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     timed = []
 
     def run_job(own, folder):
         timed.append((folder.name, own.sparsity.lambda_, own.benchmark.rounds))
         rows = [{"batch": batch} for batch in own.benchmark.batch_sizes]
-        found = {"device": f"cpu, JAX {jax.__version__}", "rounds": own.benchmark.rounds, "rows": rows}
+        found = {"device": benchmark.device(), "rounds": own.benchmark.rounds, "rows": rows}
         found["compact"] = json.loads(own.compact.to_json())
         (folder / "benchmark.json").write_text(json.dumps(found))
 
@@ -379,6 +379,9 @@ def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path,
     config.compact.multiple = 1
     sweep.benchmark_job(config, tmp_path)
     assert len(timed) == 10, "and so are other compact models"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    sweep.benchmark_job(config, tmp_path)
+    assert len(timed) == 13, "and other pages of memory"
 
 
 def test_unknown_sweeps_are_named():
