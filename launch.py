@@ -9,10 +9,9 @@ import signal
 import sys
 import traceback
 
-# The memory that XLA takes anew in every step comes in huge pages then: a seventh of a step less on a CPU
-# (docs/benchmarks.md). glibc reads this when a process starts, so it starts again; elsewhere it changes nothing.
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+from mtl_sparse import environment
+
+if __name__ == "__main__" and environment.tune():
     os.execv(sys.executable, sys.orig_argv)
 
 # TensorFlow only prepares data and writes event files here; its start-up notes would drown the run's own.

@@ -1,14 +1,15 @@
 """Functions timed in alternation, each in a process of its own: thread pools that idle in one do not slow the other.
 
-All of them get their memory in huge pages, as launch.py does.
+All of them get the environment that launch.py gives itself.
 """
 
 import importlib
 import multiprocessing
-import os
 import time
 
 import numpy as np
+
+from mtl_sparse import environment
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -36,7 +37,7 @@ def alternate(peers: dict[str, tuple[str, str, dict]], rounds: int) -> dict[str,
     Raises:
       RuntimeError: a peer failed, with its reason.
     """
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    environment.tune()
     pipes, workers = {}, []
     try:
         for name, (module, function, settings) in peers.items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mtl_sparse import cost
+from mtl_sparse import cost, environment
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.models import multitask, resnet
@@ -137,7 +137,7 @@ def is_done(config, workdir: pathlib.Path) -> bool:
 
 def device() -> str:
     """What is timed on, and with which pages of memory: they change a CPU's figures (docs/benchmarks.md)."""
-    huge = jax.default_backend() == "cpu" and "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
+    huge = jax.default_backend() == "cpu" and environment.HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", "")
     return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}{', huge pages' if huge else ''}"
 
 

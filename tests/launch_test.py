@@ -142,18 +142,22 @@ def test_a_sweep_over_a_data_set_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.skipif(sys.platform != "linux", reason="set there alone")
 @pytest.mark.parametrize("own", [None, "", "glibc.malloc.arena_max=1"])
-def test_memory_comes_in_huge_pages_unless_the_user_says_otherwise(own, tmp_path):
+def test_a_run_has_the_environment_that_is_fast_unless_the_user_says_otherwise(own, tmp_path):
     """Of the environment that the run's process started with, and its arguments are those that were given."""
-    (tmp_path / "mine.py").write_text("print(open('/proc/self/environ').read().split(chr(0)))")
+    (tmp_path / "mine.py").write_text(
+        "import os; print(open('/proc/self/environ').read().split(chr(0)), dict(os.environ))"
+    )
     env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     env |= {} if own is None else {"GLIBC_TUNABLES": own}
     arguments = f"--config={ROOT}/configs/demo.py", "--job=report", f"--register={tmp_path / 'mine.py'}"
     done = launch(*arguments, f"--workdir={tmp_path / 'a folder'}", cwd=tmp_path, env=env)
     assert f"{tmp_path / 'a folder'}/results.json is missing" in done.stderr
-    expected = "glibc.malloc.hugetlb=1" if own is None else own
-    assert f"GLIBC_TUNABLES={expected}" in ast.literal_eval(done.stdout)
+    started, now = ast.literal_eval(done.stdout.replace("] {", "], {"))
+    assert f"GLIBC_TUNABLES={'glibc.malloc.hugetlb=1' if own is None else own}" in started
+    flags = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+    assert now["XLA_FLAGS"] == f"{env['XLA_FLAGS']} {flags}", "after those that were there"
 
 
 def test_each_task_set_has_a_folder_of_its_own(tmp_path):
