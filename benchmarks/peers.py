@@ -1,5 +1,7 @@
 """Functions timed in alternation, each in a process of its own: thread pools that idle in one do not slow the other.
 
+In its turn each is called twice and the second call timed, as one training step follows another: a virtual machine may
+have given the memory that a process freed back to its host while the process idled, and the first call waits for it.
 All of them get the environment that launch.py gives itself.
 """
 
@@ -15,12 +17,13 @@ _CONTEXT = multiprocessing.get_context("spawn")
 
 
 def _work(pipe, module, function, settings):
-    """Makes the function, calls it once to warm up, then once for each message; sends seconds, None at the first."""
+    """Makes the function and calls it, then twice for each message; sends None, then the second call's seconds."""
     try:
         call = getattr(importlib.import_module(module), function)(**settings)
         call()
         pipe.send(None)
         while pipe.recv():
+            call()
             start = time.perf_counter()
             call()
             pipe.send(time.perf_counter() - start)

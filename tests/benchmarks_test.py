@@ -93,6 +93,17 @@ def test_peers_take_turns_in_processes_of_their_own():
         peers.alternate({"theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}, 1)
 
 
+def test_a_turns_first_call_is_not_timed():
+    (seconds,) = peers.alternate({"ours": ("tests.benchmarks_test", "slow_at_first", {})}, 3).values()
+    assert (seconds < 0.3).all()
+
+
+def slow_at_first():
+    """Its second, fourth and sixth call, the first of each of three turns, take long."""
+    pauses = iter([0, 0.4, 0, 0.4, 0, 0.4, 0])
+    return lambda: time.sleep(next(pauses))
+
+
 def sleeper(*, seconds):
     return functools.partial(time.sleep, seconds)
 
