@@ -11,8 +11,8 @@ import traceback
 
 from mtl_sparse import environment
 
-if __name__ == "__main__" and environment.tune():
-    os.execv(sys.executable, sys.orig_argv)
+if __name__ == "__main__":  # before all that takes long to import
+    environment.restart_tuned()
 
 # TensorFlow only prepares data and writes event files here; its start-up notes would drown the run's own.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

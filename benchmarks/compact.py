@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from flax import traverse_util
 
-from mtl_sparse import benchmark
+from mtl_sparse import benchmark, environment
 from mtl_sparse.models import multitask, widths
 from mtl_sparse.report import tables
 from mtl_sparse.sparsity import compact, liveness
@@ -87,6 +87,7 @@ def main(size: int, batch: int, rounds: int, only_costs: bool) -> None:
 
 
 if __name__ == "__main__":  # the other benchmarks' flags have the same names
+    environment.restart_tuned()
     _SIZE = flags.DEFINE_integer("size", 128, "Side of the images.")
     _BATCH = flags.DEFINE_integer("batch", 8, "Images in a call.")
     _ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each model is timed.")

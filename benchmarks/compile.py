@@ -13,6 +13,7 @@ import tempfile
 import time
 
 from benchmarks import ours
+from mtl_sparse import environment
 from mtl_sparse.report.tables import markdown
 
 
@@ -41,6 +42,7 @@ def table(**settings) -> str:
 
 
 if __name__ == "__main__":
+    environment.tune()  # of the processes that it starts
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)

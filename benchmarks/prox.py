@@ -17,7 +17,7 @@ from absl import app, flags
 
 from benchmarks import ours
 from configs import nyu
-from mtl_sparse import tasks
+from mtl_sparse import environment, tasks
 from mtl_sparse.benchmark import timed
 from mtl_sparse.models import multitask
 from mtl_sparse.sparsity import groups, prox
@@ -94,4 +94,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    environment.restart_tuned()
     app.run(main)

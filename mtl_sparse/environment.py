@@ -23,3 +23,9 @@ def tune() -> bool:
         return False
     os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
     return True
+
+
+def restart_tuned() -> None:
+    """`tune`, and where that asks for it starts this process again, with the arguments that it had."""
+    if tune():
+        os.execv(sys.executable, sys.orig_argv)
