@@ -1,4 +1,4 @@
-"""Everything that docs/benchmarks.md tells of speed, one after the other, about half an hour on two cores.
+"""Everything that docs/benchmarks.md tells of speed, one after the other.
 
 python -m benchmarks
 """

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from mtl_sparse import environment
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -158,6 +160,14 @@ def test_a_run_has_the_environment_that_is_fast_unless_the_user_says_otherwise(o
     assert f"GLIBC_TUNABLES={'glibc.malloc.hugetlb=1' if own is None else own}" in started
     flags = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
     assert now["XLA_FLAGS"] == f"{env['XLA_FLAGS']} {flags}", "after those that were there"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="set there alone")
+def test_a_users_own_choice_of_xlas_library_stays(monkeypatch):
+    own = "--xla_cpu_experimental_ynn_fusion_type=+LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setenv("XLA_FLAGS", own)
+    assert not environment.tune() and os.environ["XLA_FLAGS"] == own
 
 
 def test_each_task_set_has_a_folder_of_its_own(tmp_path):
