@@ -56,7 +56,8 @@ def norms(x):
     return np.linalg.norm(np.asarray(x, np.float64), axis=(0, 2))
 
 
-PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-6), (jnp.float32, 1e-4)])
+# float32: rounding alone reached 2.5e-4 in 7500 draws of metrics over 6 to 11 decades; one step fewer, 1.5e-2.
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-6), (jnp.float32, 5e-4)])
 DRAWS = hypothesis.given(seed=st.integers(0, 10**6), spread=st.floats(0, 11))
 SETTINGS = hypothesis.settings(deadline=None, max_examples=40)
 
