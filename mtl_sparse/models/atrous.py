@@ -19,6 +19,10 @@ from mtl_sparse.errors import UserError
 # those with padding. Measured on two CPU cores, forward and both gradients: 1.0 to 1.2 (docs/benchmarks.md).
 _TAP_COST = 1.2
 
+# Up to so many input channels a product is written as a sum, which XLA fuses with the BatchNorm and the residual that
+# follow: the result of [H W, 8] @ [8, 2048] takes longer to write and to read again than to compute.
+_FEW_INPUTS = 8
+
 _plain = contextvars.ContextVar("plain", default=False)
 
 
@@ -50,6 +54,9 @@ def conv(x, kernel, strides, padding, *, rhs_dilation, **settings):
 @jax.custom_vjp
 def _product(x, kernel):
     """x [..., I] @ kernel [I, O]."""
+    inputs = kernel.shape[0]
+    if 0 < inputs <= _FEW_INPUTS:
+        return sum(x[..., i, None] * kernel[i] for i in range(inputs))
     return x @ kernel
 
 
@@ -58,7 +65,7 @@ def _product_backward(residuals, dy):
     return _to_input(dy, kernel), _to_kernel(x, dy)
 
 
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
 def _to_input(dy, kernel):

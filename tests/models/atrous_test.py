@@ -31,7 +31,7 @@ def test_equals_the_plain_convolution_with_gradients(rate, size):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (3, 5)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (1, 4), (5, 3), (3, 5), (8, 9), (9, 8)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_product_equals_the_plain_1x1_with_gradients(inputs, outputs, stride):
     keys = jax.random.split(jax.random.key(inputs), 2)
