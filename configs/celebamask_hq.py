@@ -30,6 +30,6 @@ def get_config(tasks: str = "seg+male+smile"):
         raise UserError(f"unknown task set {tasks!r}; those of Table 2 are {', '.join(TABLE2)}")
     config = nyu.get_config()
     config.tasks = TABLE2[tasks]
-    config.data.update(name="celebamask_hq", num_classes=len(CLASSES), classes=CLASSES)
+    config.data.update(name="celebamask_hq", num_classes=len(CLASSES), classes=CLASSES, split="")
     config.train.update(batch_size=32, eval_batch_size=32, early_stop_epochs=10)
     return config

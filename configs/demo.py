@@ -9,7 +9,7 @@ def get_config():
     config.data.size = (64, 96)
     config.model.update(depth=18, width=32, head_features=64, bn_momentum=0.97)
     config.optimizer.update(learning_rate=2e-3, schedule="cosine", weight_decay=0.0)
-    config.sparsity.target = 0.7
+    config.sparsity.update(target=0.7, warmup=0.182, warmup_steps=0)
     config.train.update(epochs=25, early_stop_epochs=0)
     config.run.update(num_workers=0, log_every_steps=10, progress_every_secs=10.0)
     return config

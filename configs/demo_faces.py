@@ -12,7 +12,7 @@ def get_config(tasks: str = "seg+male+smile"):
     weights = {"segmentation": 1.0, "attribute:Male": 1.0, "attribute:Smiling": 2.0}
     config.loss.update(weighting="fixed", weights=tuple(weights[task] for task in config.tasks))
     config.optimizer.update(learning_rate=5e-4, schedule="cosine", weight_decay=0.0)
-    config.sparsity.update(target=0.6, start_step=270)
+    config.sparsity.update(target=0.6, start_at=0.231, warmup=0.0855, warmup_steps=0)
     config.train.update(batch_size=16, epochs=13, early_stop_epochs=0)
     config.run.update(num_workers=0, log_every_steps=10, progress_every_secs=10.0)
     return config

@@ -21,9 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
             folder="",  # the published NYUD_MT folder
             prepared="",  # where its array_record form is kept; "" is <folder>.tfds beside it
             size=(256, 256),  # height, width; plain resize
-            num_classes=40,
+            num_classes=40,  # at most 255
             classes=(),  # of celebamask_hq: pairs (class, its parts)
-            split="",  # JSON file with the lists train, validation and test of frame names; "" is the data set's own
+            # The split: "scenes" holds out whole scenes for validation, "" single frames (where the folder has no
+            # gt_sets/test.txt); a JSON file with the lists train, validation and test of frame names is your own.
+            split="scenes",
             depth_target="normalized",  # the paper's; "metres" trains L1 in metres
             unit_range=False,  # images in [0, 1], as in the released code, not normalised by ImageNet's mean and spread
             flip=False,  # mirror every second training frame
@@ -66,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
             schedule="plateau",  # or "constant", "cosine"
             plateau_epochs=5,  # stale epochs before the learning rate is multiplied by ...
             plateau_factor=0.1,
-            min_learning_rate=1e-7,
+            min_learning_rate=1e-7,  # of "plateau", and the end of "cosine"
         ),
         sparsity=create(
             lambda_=1e-5,  # strength of the penalty; 0 is dense
@@ -80,14 +82,23 @@ def get_config() -> ml_collections.ConfigDict:
             penalty="group_lasso",  # or "group_mcp", "l1"
             gamma=1000.0,  # of group_mcp: a group of root mean square above gamma * lambda is not shrunk
             group_weights="sqrt_size",  # or "none"
-            start_step=0,  # steps without a penalty
-            # Steps over which lambda then grows from 0. In Adam's first steps v, which is the metric, stands on a few
-            # batches: weights whose gradient happens to be small there would be shrunk for it. 0 is published; in
-            # a short run it ends before the penalty has to be whole.
+            # Where the penalty starts: after a fraction of the run (start_at) or a number of steps (start_step).
+            start_at=0.0,
+            start_step=0,
+            # How long lambda then grows from 0: a fraction of the run (warmup) or a number of steps (warmup_steps). In
+            # Adam's first steps v, which is the metric, averages a few batches: weights whose gradient happens to be
+            # small there would shrink for it. 0 is published. In a short run the warm-up ends before lambda has to
+            # have its full value.
+            warmup=0.0,
             warmup_steps=100,
             metric="adaptive",  # prox in Adam's metric; "plain" is the closed form
             bias_correction=True,  # of v in that metric; False is published
-            fixed_norm=True,  # False is the published behaviour; see README, "Fixed-norm kernels"
+            fixed_norm=True,  # False is the published behavior; see README, "Fixed-norm kernels"
+            # A fixed-norm kernel keeps its initial norm, which voids its weight decay. True: it keeps the norm that
+            # each step has without the penalty, on which weight decay acts as in a dense training.
+            norm_decays=False,
+            # With a target, layers that every path from the images to a head passes keep at least one group.
+            keep_connected=True,
             anneal_revival=True,  # a falling rate makes it harder to come back; False is published
             penalty_in_gradient=False,  # besides the prox; True is what the released code does
             scope="backbone",  # or "all": the heads' kernels, too

@@ -14,7 +14,7 @@ def get_config():
     config.model.update(depth=18, head_features=64, bn_momentum=0.97)
     config.optimizer.update(learning_rate=1e-3, schedule="cosine")
     config.train.update(batch_size=8, epochs=20, early_stop_epochs=0, bn_frames=128)
-    # In epochs 7 to 13: groups of a model that has learned little yet are the wrong ones to go (docs/results.md).
-    config.sparsity.update(start_step=534, target_ramp=0.45)
+    # Pruning happens in epochs 7 to 13: a model that has learned little yet loses the wrong groups (docs/results.md).
+    config.sparsity.update(start_at=0.3, warmup=0.056, warmup_steps=0, target_ramp=0.45)
     config.run.update(num_workers=0, summary_rounds=0)
     return config

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import nyu
 from mtl_sparse.errors import UserError
+from mtl_sparse.report import records
 
 
 def get_config(folder: str = ""):
@@ -17,6 +18,7 @@ def get_config(folder: str = ""):
     if not folder or not path.is_file():
         raise UserError(f"{path} does not exist: name a run's folder, --config=configs/run.py:FOLDER")
     config = nyu.get_config()
+    config.update_from_flattened_dict(records.EARLIER)
     _update(config, json.loads(path.read_text()))
     return config
 

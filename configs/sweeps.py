@@ -32,7 +32,7 @@ ALL = TABLE1[-1]
 ADAM_L2 = {"optimizer.weight_decay": 0.0, "optimizer.l2": 0.01}
 PUBLISHED = (
     {"sparsity.bias_correction": False},
-    {"sparsity.warmup_steps": 0},
+    {"sparsity.warmup": 0.0, "sparsity.warmup_steps": 0},
     {"sparsity.fixed_norm": False},
     {"sparsity.anneal_revival": False},
 )
@@ -103,7 +103,7 @@ def evidence(small):
     """
     dense = {"sparsity.lambda_": 0.0}
     targets = _product(sparsity__target=(0.7, 0.5, 0.9), sparsity__debias_at=(0.0, 0.85))
-    published = functools.reduce(operator.or_, PUBLISHED) | {"sparsity.start_step": 0}
+    published = functools.reduce(operator.or_, PUBLISHED) | {"sparsity.start_at": 0.0}
     rows = [
         dense,
         *targets[:2],
@@ -133,7 +133,7 @@ def fidelity(small):
 
 def _shrink(config, frames, size):
     """A demo's config at the size of a sweep's run, with a fixed lambda, which table and sweep set."""
-    config.sparsity.update(target=0.0, start_step=0, warmup_steps=20)
+    config.sparsity.update(target=0.0, start_at=0.0, warmup=0.0, warmup_steps=20)
     config.loss.weighting = "uncertainty"
     config.data.embedded.update(frames=frames, height=size[0], width=size[1])
     config.data.size = size

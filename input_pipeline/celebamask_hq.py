@@ -177,6 +177,11 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
     return dict(zip(published.SPLITS, published.draw_splits(names, FRACTIONS, SPLIT_SEED), strict=True))
 
 
+def train_count(faces: int) -> int:
+    """Number of training images among so many faces, as `read_splits` divides them."""
+    return len(published.draw_splits(range(faces), FRACTIONS, SPLIT_SEED)[0])
+
+
 def fingerprint(folder: pathlib.Path, split: str = "") -> str:
     """Digest of the lists, the attribute file, and the name and size of each listed face's files.
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import hashlib
 import importlib.util
 import pathlib
 import shutil
@@ -26,7 +27,8 @@ class Data:
       train, validation, test: random-access sources (`len` and `[index]`) of frames, as `transforms.Transform` takes
         them.
       names: of the frames of each split; by default their numbers.
-      fingerprint: changes when the data do; a run is not continued on others.
+      fingerprint: changes when the data do; a run is not continued on other data. "" takes the digest of the splits'
+        lengths and of some of their frames: give one yourself where a frame is not the same each time it is read.
       classes: names of the segmentation's classes, for pictures.
     """
 
@@ -45,23 +47,25 @@ class Published:
     Attributes:
       module: with its `BUILDER`, its `LABELS`, and `classes`, `frames` and `fingerprint`, see `nyud_mt`.
       draw: (frames, height, width, seed, folder) -> folder of embedded frames in the same layout.
+      train_count: number of embedded frames -> number of training images among them.
     """
 
     module: object
     draw: Callable[..., pathlib.Path]
+    train_count: Callable[[int], int]
 
-    def __call__(self, config) -> Data:
-        return _open_published(self, config)
+    def __call__(self, config, check: Callable[[int], object] = lambda images: None) -> Data:
+        return _open_published(self, config, check)
 
 
 # Data set by name: a function (config.data) -> Data. `DATASETS["mine"] = ...` is all that one of your own takes.
 DATASETS: dict[str, Callable[..., Data]] = {
-    "nyud_mt": Published(nyud_mt, rooms.draw_folder),
-    "celebamask_hq": Published(celebamask_hq, faces.draw_folder),
+    "nyud_mt": Published(nyud_mt, rooms.draw_folder, rooms.train_count),
+    "celebamask_hq": Published(celebamask_hq, faces.draw_folder, celebamask_hq.train_count),
 }
 
 
-def load(config, labels: Collection[str] = ()) -> Data:
+def load(config, labels: Collection[str] = (), check: Callable[[int], object] = lambda images: None) -> Data:
     """Opens the data of `config.data`.
 
     `config.embedded.frames > 0` draws embedded frames first (see `synthetic/`). A published folder is prepared once
@@ -69,6 +73,8 @@ def load(config, labels: Collection[str] = ()) -> Data:
 
     Args:
       labels: keys of the labels that every frame must have.
+      check: called with the number of training images as soon as that is known, before anything is drawn or prepared;
+        what it raises, such as a batch that is too large, ends the call.
 
     Raises:
       UserError: an unknown data set or label, embedded frames and a folder at once, a folder that is missing or
@@ -83,7 +89,7 @@ def load(config, labels: Collection[str] = ()) -> Data:
     if isinstance(dataset, Published):  # before anything is prepared
         _check_labels(config, labels, dataset.module.LABELS)
         _check_classes(config, dataset.module.classes(config))
-        return dataset(config)
+        return dataset(config, check)
     data = dataset(config)
     if not isinstance(data, Data):
         raise UserError(f"DATASETS[{config.name!r}] gives {type(data).__name__}, not a datasets.Data")
@@ -95,7 +101,21 @@ def load(config, labels: Collection[str] = ()) -> Data:
         _check_frame(config, labels, frames[0], f"the first {split} frame of config.data.name={config.name!r}")
     _check_classes(config, data.classes)
     numbers = {split: [str(i) for i in range(len(getattr(data, split)))] for split in published.SPLITS}
-    return dataclasses.replace(data, names=data.names or numbers)
+    return dataclasses.replace(data, names=data.names or numbers, fingerprint=data.fingerprint or _digest(data))
+
+
+def _digest(data: Data, frames: int = 8) -> str:
+    """Digest of the lengths of the splits and of some frames of each, evenly spaced."""
+    digest = hashlib.sha256()
+    for split in published.SPLITS:
+        source = getattr(data, split)
+        digest.update(f"{split} {len(source)}\n".encode())
+        for index in np.linspace(0, len(source) - 1, min(frames, len(source))).round():
+            for key, value in sorted(source[int(index)].items()):
+                array = np.asarray(value)
+                digest.update(f"{key} {array.dtype} {array.shape}\n".encode())
+                digest.update(array.tobytes() if array.dtype != object else str(value).encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_labels(config, labels, known):
@@ -137,7 +157,8 @@ def _form(label, value):
     if label == "depth":
         return "numbers [H, W] or [H, W, 1], in metres", one and value.dtype.kind in "fiu"
     if label == "edge":
-        return "numbers in [0, 1], [H, W] or [H, W, 1]", one and bool(((value >= 0) & (value <= 1)).all())
+        numeric = one and value.dtype.kind in "fiub"
+        return "numbers in [0, 1], [H, W] or [H, W, 1]", numeric and bool(((value >= 0) & (value <= 1)).all())
     if label == "normals":
         return "unit vectors [H, W, 3]", value.ndim == 3 and value.shape[-1] == 3 and value.dtype.kind == "f"
     if label.startswith("attribute:"):
@@ -172,7 +193,7 @@ def _alone(folder):
         yield alone
 
 
-def _open_published(dataset: Published, config) -> Data:
+def _open_published(dataset: Published, config, check) -> Data:
     module = dataset.module
     if config.embedded.frames > 0 and config.folder:
         raise UserError(
@@ -180,6 +201,7 @@ def _open_published(dataset: Published, config) -> Data:
             "add --config.data.embedded.frames=0"
         )
     if config.embedded.frames > 0:
+        check(dataset.train_count(config.embedded.frames))
         with _alone(pathlib.Path(config.embedded.folder).expanduser()):
             folder = dataset.draw(**config.embedded)
     elif config.folder:
@@ -192,7 +214,9 @@ def _open_published(dataset: Published, config) -> Data:
     target = prepared / config.name / str(module.BUILDER.VERSION)
 
     if not target.is_dir():
-        if folder is None:
+        if folder is not None:
+            check(len(module.read_splits(folder, config.split)["train"]))
+        else:
             raise UserError(f"no prepared data in {target}; set config.data.folder so that it can be prepared")
         module.fingerprint(folder, config.split)  # what is missing is said before anything is written
         if importlib.util.find_spec("tensorflow") is None:
@@ -220,8 +244,10 @@ def _open_published(dataset: Published, config) -> Data:
                 f"{folder}{f' or {config.split}' if config.split else ''} has changed since {prepared} was prepared "
                 f"from it; delete {prepared} to prepare it again, or name another config.data.prepared"
             )
-    elif bool(config.split) != metadata.get("given_split", False) or (
-        config.split and published.read_splits(config.split) != lists
+    elif (
+        bool(config.split) != metadata.get("given_split", False)
+        or (config.split == published.SCENES) != metadata.get("scenes", False)
+        or (config.split not in ("", published.SCENES) and published.read_splits(config.split) != lists)
     ):
         raise UserError(f"{prepared} was prepared with other lists than those of config.data.split={config.split!r}")
     frames = {split: module.frames(source, config) for split, source in stored.items()}

@@ -7,8 +7,10 @@
     edge/<frame>.npy            float32 [H, W] in [0, 1]
     gt_sets/{train,val[,test]}.txt   one frame name a line
 
-Where there is no test.txt, the frames of val.txt are the ones that papers report on: they become the test
-split, and a seeded tenth of train.txt is held out as the validation split.
+Where there is no test.txt, the frames of val.txt are the ones that papers report on: they become the test split, and
+about a tenth of train.txt is held out by a seed as the validation split. With `split="scenes"` whole scenes are held
+out, so that no scene is in both: the frames of one video are numbered in a row, and the official split gives each
+video to one list, so a run of consecutive numbers in train.txt holds whole scenes.
 """
 
 import hashlib
@@ -29,6 +31,7 @@ CLASSES = (
 LABELS = ("segmentation", "depth", "normals", "edge")
 VALIDATION_FRACTION = 0.1
 SPLIT_SEED = 0
+SCENES = published.SCENES
 
 _FILES = {
     "image": "images/{}.jpg",
@@ -97,7 +100,12 @@ def classes(config) -> tuple[str, ...]:
 
 
 def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
-    """Frame names of train, validation and test: as an `NYUD_MT` folder lists them, or from the JSON file `split`.
+    """Frame names of train, validation and test.
+
+    Args:
+      folder: an `NYUD_MT` folder, whose lists they come from.
+      split: "" holds out single frames of train.txt for validation where there is no test.txt, "scenes" whole scenes;
+        anything else is a JSON file of lists, see `published.read_splits`.
 
     Raises:
       UserError: a missing folder or list, an empty list, a frame in two lists; as `published.read_splits`.
@@ -123,20 +131,49 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
                     "a frame belongs to one split"
                 )
             seen[name] = key
-    if split:
+    if split not in ("", SCENES):
         return published.read_splits(split, seen)
     if "test" in lists:
         return {"train": lists["train"], "validation": lists["val"], "test": lists["test"]}
     names = lists["train"]
-    held_out = max(1, round(VALIDATION_FRACTION * len(names)))
-    if held_out >= len(names):
+    if held_out(len(names)) >= len(names):
         raise UserError(f"{folder}/gt_sets/train.txt has {len(names)} frame: too few to hold a tenth out")
-    chosen = set(np.random.default_rng(SPLIT_SEED).choice(len(names), held_out, replace=False).tolist())
+    validation = _held_out_scenes(names) if split == SCENES else None
+    if validation is None:
+        random = np.random.default_rng(SPLIT_SEED)
+        validation = {names[i] for i in random.choice(len(names), held_out(len(names)), replace=False)}
     return {
-        "train": [name for i, name in enumerate(names) if i not in chosen],
-        "validation": [name for i, name in enumerate(names) if i in chosen],
+        "train": [name for name in names if name not in validation],
+        "validation": [name for name in names if name in validation],
         "test": lists["val"],
     }
+
+
+def _held_out_scenes(names) -> set[str] | None:
+    """Choose runs of consecutive numbers until a tenth of the frames is reached.
+
+    None where the names are no numbers, or where a single run is longer than that: then the numbers tell of no scenes.
+    """
+    if not all(name.isdecimal() for name in names):
+        return None
+    runs = []
+    for name in sorted(names, key=int):
+        if not runs or int(name) != int(runs[-1][-1]) + 1:
+            runs.append([])
+        runs[-1].append(name)
+    if max(map(len, runs)) > held_out(len(names)):
+        return None
+    chosen = set()
+    for index in np.random.default_rng(SPLIT_SEED).permutation(len(runs)):
+        if len(chosen) >= held_out(len(names)):
+            break
+        chosen.update(runs[index])
+    return chosen
+
+
+def held_out(frames: int) -> int:
+    """Number of the frames of train.txt to hold out for validation, where there is no test.txt."""
+    return max(1, round(VALIDATION_FRACTION * frames))
 
 
 def fingerprint(folder: pathlib.Path, split: str = "") -> str:

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from mtl_sparse.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+SCENES = "scenes"  # a value of config.data.split, see `nyud_mt`
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: a small file can claim any number
 
 
@@ -26,7 +27,9 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def record(self, lists: dict[str, list[str]], fingerprint: str) -> None:
         """Keeps in the metadata which frames are in which split, and of which state of the folder."""
-        self.info.metadata.update(splits=lists, given_split=bool(self._split), fingerprint=fingerprint)
+        self.info.metadata.update(
+            splits=lists, given_split=bool(self._split), scenes=self._split == SCENES, fingerprint=fingerprint
+        )
 
 
 class Stored:
@@ -130,6 +133,10 @@ def read_image(path: pathlib.Path, way_out: str, flags: int) -> np.ndarray:
     try:
         with Image.open(path) as header:
             pixels = header.width * header.height
+            if header.format == "JPEG" and pixels <= MAX_PIXELS:
+                # OpenCV fills what a cut JPEG lacks with gray; Pillow raises, here at an eighth of the size.
+                header.draft("L", (1, 1))
+                header.load()
     except Image.DecompressionBombError:
         pixels = math.inf
     except (OSError, ValueError, SyntaxError) as error:  # not an image that Pillow knows, or no file that can be read
@@ -139,10 +146,8 @@ def read_image(path: pathlib.Path, way_out: str, flags: int) -> np.ndarray:
     if pixels > MAX_PIXELS:
         raise UserError(f"image {path} has more than {MAX_PIXELS:,} pixels; replace the file, or {way_out}")
     data = path.read_bytes() if pixels else b""
-    # OpenCV fills what a cut JPEG lacks with grey; its end-of-image marker tells.
-    whole = b"\xff\xd9" in data[-4096:] or not data.startswith(b"\xff\xd8")
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data and whole else None
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error:
         image = None
     if image is None:

@@ -1,6 +1,7 @@
 """From a stored frame to a training example: joint image and label transforms in numpy and OpenCV."""
 
 import dataclasses
+import functools
 
 import cv2
 import numpy as np
@@ -62,6 +63,13 @@ def _scaled(start: int, count: int, factor: float) -> slice:
     return slice(first, max(round((start + count) * factor), first + 1))
 
 
+@functools.lru_cache(maxsize=64)
+def _nearest(old: int, new: int) -> np.ndarray:
+    """Index of the pixel nearest to each of `new` pixels that cover the same length as `old` ones, as in OpenCV."""
+    index = np.arange(old, dtype=np.int32)[:, None]
+    return cv2.resize(index, (1, new), interpolation=cv2.INTER_NEAREST_EXACT)[:, 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """Stored frame -> example of the given size.
@@ -72,7 +80,7 @@ class Transform:
       segmentation: uint8 [H, W] or [H, W, 1], 0 = void, k = class k - 1.
       depth: float32 [H, W], metres, 0 = no measurement.
       normals: float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none.
-      edge: float32 [H, W] in [0, 1].
+      edge: [H, W] in [0, 1], of any numeric dtype or bool.
 
     A label may have another size than its image, where their sides have the same ratio.
 
@@ -108,6 +116,12 @@ class Transform:
           UserError: a segmentation outside 0 .. num_classes.
         """
         arrays = {key: np.asarray(frame[key]) for key in ("image", *self.labels)}
+        for key in arrays.keys() & {
+            "depth",
+            "normals",
+            "edge",
+        }:  # integers would be rounded, and OpenCV lacks some dtypes
+            arrays[key] = arrays[key].astype(np.float32, copy=False)
         maps = [key for key, array in arrays.items() if array.ndim >= 2]
         if rng is not None and self.max_scale > 1:
             scale = rng.uniform(1, self.max_scale)
@@ -150,8 +164,8 @@ class Transform:
         return x
 
     def _nearest(self, x):
-        resized = cv2.resize(np.ascontiguousarray(x), self.size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        return resized.reshape(*self.size, *x.shape[2:])  # it drops a last axis of length 1
+        rows, columns = (_nearest(old, new) for old, new in zip(x.shape[:2], self.size, strict=True))
+        return x.take(rows, 0).take(columns, 1)
 
     def _smooth(self, x):
         shrinks = self.size[0] < x.shape[0] or self.size[1] < x.shape[1]

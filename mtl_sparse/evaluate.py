@@ -49,18 +49,23 @@ def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
         axes = tuple(range(1, loss.ndim))
         sums[task.name] = {
             "loss": {"total": jnp.sum(loss, axes), "count": jnp.sum(valid, axes)},
-            "full": _sums_of(task, task.activation(upsample(prediction, label)), label, label),
+            "full": _sums_of(task, upsample(prediction, label), label, label),
         }
         if label.ndim >= 3:
-            strided = _sums_of(task, task.activation(prediction), strided_label(label), label)
+            strided = _sums_of(task, prediction, strided_label(label), label)
             sums[task.name]["strided"] = strided
     return sums
 
 
-def _sums_of(task, prediction, label, whole):
-    """`task.sums` of each image, of the places that `label` has of the `whole` one."""
+def _sums_of(task, raw, label, whole):
+    """`task.sums` of each image from raw predictions, of the places that `label` has of the `whole` one."""
+    named = {"raw": raw} if task.sums_take_raw else {}
+    return _sums_of_prediction(task, task.activation(raw), label, whole, **named)
+
+
+def _sums_of_prediction(task, prediction, label, whole, **named):
     more = (jax.vmap(task.whole)(whole),) if task.whole else ()
-    return jax.vmap(task.sums)(prediction, label, *more)
+    return jax.vmap(task.sums)(prediction, label, *more, **named)
 
 
 def make_evaluator(model, tasks: Sequence[Task]) -> Callable:
@@ -156,7 +161,7 @@ def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader
 
             def of(label, task=task):
                 guess = jnp.broadcast_to(constants[task.name], task.target(label)[0].shape)
-                return _sums_of(task, guess, label, batch[task.label])
+                return _sums_of_prediction(task, guess, label, batch[task.label])
 
             label = batch[task.label]
             result[task.name] = {"full": of(label)} | ({"strided": of(strided_label(label))} if label.ndim >= 3 else {})

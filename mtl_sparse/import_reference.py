@@ -165,7 +165,7 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
     if same.heads != model.heads:
         raise UserError(f"the checkpoint's heads {model.heads} are not those of config.tasks here, {same.heads}")
     params = {"model": variables["params"], "weighting": weighting.init(config.loss.weighting, config.tasks)}
-    opt_state = optim.build(config, total_steps=1).init(jax.tree.map(jnp.asarray, params))
+    opt_state = optim.build(config, optim.LONG).init(jax.tree.map(jnp.asarray, params))
     state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], opt_state)
     workdir.mkdir(parents=True, exist_ok=True)
     saved = checkpoints.Checkpoints(workdir)

@@ -12,7 +12,8 @@ import numpy as np
 from input_pipeline.transforms import VOID
 
 _BINS_PER_DEGREE = 10
-_LOGITS, _LOGIT_BINS = 16.2, 4050  # from -16.2 to 16.2, which is float32's, in bins of 0.008
+# Bins of asinh(logit): 0.0072 wide near a logit of 0, 0.7 % of the logit far from it, up to logits of a million.
+_ASINH_LIMIT, _ASINH_BINS = 14.5, 4050
 
 
 def segmentation_sums(probabilities, label):
@@ -139,16 +140,25 @@ def edge_values(sums):
     return {"mae": _divide(sums["absolute"], sums["pixels"])}
 
 
-def attribute_sums(probability, label, *, threshold: float = 0.5):
-    """Hits and misses of one image's probability [] at `threshold` against its label [], 0 or 1; VOID counts nowhere.
+def attribute_sums(probability, label, raw=None, *, threshold: float = 0.5):
+    """Count hits and misses of one image, and sort it into the histogram that the ROC curve is made of.
 
-    And a histogram of the images with and without the attribute over the logit, for the ROC curve.
+    Args:
+      probability: [], of the attribute.
+      label: [], 0 or 1; VOID counts nowhere.
+      raw: [], the logit; None takes it from the probability, which ties all logits above about 16.
+      threshold: probability from which on the attribute is predicted.
+
+    Returns:
+      right [2]: correct predictions for images without and with the attribute; histogram [2, bins]: those images by
+      their logit.
     """
     valid, positive = label != VOID, label == 1
-    limited = jnp.clip(probability, 1e-7, 1 - 1e-7)
-    logit = jnp.log(limited) - jnp.log1p(-limited)
-    cell = jnp.clip((logit + _LOGITS) / (2 * _LOGITS) * _LOGIT_BINS, 0, _LOGIT_BINS - 1).astype(jnp.int32)
-    histogram = jax.nn.one_hot(cell, _LOGIT_BINS, dtype=jnp.int32)
+    if raw is None:
+        limited = jnp.clip(probability, 1e-7, 1 - 1e-7)
+        raw = jnp.log(limited) - jnp.log1p(-limited)
+    cell = (jnp.arcsinh(raw) / _ASINH_LIMIT + 1) * (_ASINH_BINS / 2)
+    histogram = jax.nn.one_hot(jnp.clip(cell, 0, _ASINH_BINS - 1).astype(jnp.int32), _ASINH_BINS, dtype=jnp.int32)
     predicted = probability >= threshold
     return {
         "right": jnp.stack([valid & ~positive & ~predicted, valid & positive & predicted]).astype(jnp.int32),
@@ -157,7 +167,11 @@ def attribute_sums(probability, label, *, threshold: float = 0.5):
 
 
 def attribute_values(sums):
-    """Accuracy, its mean over images with and without, F1 of those with; auroc: two images of a bin count as equal."""
+    """Divide the sums: accuracy, balanced accuracy, F1 and AUROC; images in one bin of the histogram count as tied.
+
+    As in scikit-learn, balanced accuracy averages over the labels that occur, and F1 without any positive label or
+    prediction is 0. AUROC without images of both kinds is NaN.
+    """
     images = sums["histogram"].sum(-1)  # without, with
     right = sums["right"]
     missed, false = images[1] - right[1], images[0] - right[0]
@@ -165,8 +179,8 @@ def attribute_values(sums):
     wins = np.sum(sums["histogram"][1] * (below + 0.5 * sums["histogram"][0]))
     return {
         "accuracy": _divide(right.sum(), images.sum()),
-        "balanced_accuracy": (_divide(right[0], images[0]) + _divide(right[1], images[1])) / 2,
-        "f1": _divide(2 * right[1], 2 * right[1] + missed + false),
+        "balanced_accuracy": _divide(np.sum(right[images > 0] / images[images > 0]), np.sum(images > 0)),
+        "f1": float(2 * right[1] / max(2 * right[1] + missed + false, 1)) if images.sum() else float("nan"),
         "auroc": _divide(wins, images[0] * images[1]),
     }
 

@@ -4,9 +4,11 @@ import jax
 import optax
 
 from mtl_sparse.errors import UserError
+from mtl_sparse.models import resnet
 from mtl_sparse.sparsity import control, groups, transform
 
 SCHEDULES = ("constant", "cosine", "plateau")
+LONG = 10**9  # steps of a run of unknown length, which leave every phase its room
 
 
 def check(config) -> None:
@@ -22,16 +24,22 @@ def check(config) -> None:
         )
     if not config.optimizer.learning_rate > 0:
         raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: it must be > 0")
-    for name in ("target", "target_freeze", "debias_at"):
+    for name in ("target", "target_freeze", "start_at", "warmup", "debias_at"):
         value = config.sparsity[name]
         if not 0 <= value < 1:
-            raise UserError(f"sparsity.{name}={value}: a fraction, at least 0 and below 1")
+            raise UserError(f"sparsity.{name}={value}: expected a fraction, at least 0 and below 1")
+    for fraction, steps in (("start_at", "start_step"), ("warmup", "warmup_steps")):
+        if config.sparsity[fraction] and config.sparsity[steps]:
+            raise UserError(
+                f"sparsity.{fraction}={config.sparsity[fraction]} and sparsity.{steps}={config.sparsity[steps]} are "
+                "two values for one thing: set one of them to 0"
+            )
     if config.sparsity.target > 0 and not config.sparsity.lambda_ > 0:
         raise UserError(
             f"sparsity.target={config.sparsity.target} needs a sparsity.lambda_ above 0 to start from; "
             "for a dense run set the target to 0, too"
         )
-    build(config, total_steps=10**9)
+    build(config, LONG)
 
 
 def build(config, total_steps: int) -> optax.GradientTransformation:
@@ -43,10 +51,10 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
     Raises:
       UserError: a setting that `proximal_adam` refuses.
     """
-    _check_steps(config, total_steps)
+    check_steps(config, total_steps)
     rate = config.optimizer.learning_rate
     if config.optimizer.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, total_steps)
+        rate = optax.cosine_decay_schedule(rate, total_steps, alpha=config.optimizer.min_learning_rate / rate)
     sparsity = config.sparsity
     try:
         settings = {
@@ -54,8 +62,8 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
             "penalty": sparsity.penalty,
             "gamma": sparsity.gamma,
             "group_weights": sparsity.group_weights,
-            "target": _target(sparsity, total_steps),
-            "start_step": sparsity.start_step,
+            "target": _target(config, total_steps),
+            "start_step": start_step(config, total_steps),
             "warmup_steps": warmup_steps(config, total_steps),
             "debias_step": debias_step(config, total_steps),
             "b1": config.optimizer.b1,
@@ -68,6 +76,8 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
             "metric": sparsity.metric,
             "bias_correction": sparsity.bias_correction,
             "fixed_norm": sparsity.fixed_norm,
+            "norm": "unpenalized" if sparsity.norm_decays else "initial",
+            "keep_one": _keep_one(config),
             "anneal_revival": sparsity.anneal_revival,
             "penalty_in_gradient": sparsity.penalty_in_gradient,
             "restart_every": _restart_every(config, total_steps),
@@ -83,11 +93,25 @@ def _restart_every(config, total_steps):
     return max(1, total_steps // config.train.epochs) if config.optimizer.restart_each_epoch else None
 
 
-def _target(sparsity, total_steps):
+def _target(config, total_steps):
+    sparsity = config.sparsity
     if sparsity.target == 0:
         return None
-    steps = total_steps - sparsity.start_step
+    steps = total_steps - start_step(config, total_steps)
     return control.Target(sparsity.target, steps, sparsity.target_ramp, sparsity.target_freeze)
+
+
+def _keep_one(config):
+    """Regular expression of the kernels that keep at least one group, or False."""
+    if not (config.sparsity.target > 0 and config.sparsity.keep_connected):
+        return False
+    backbone = "|".join(resnet.unavoidable(config.model.attach))
+    return f"model/(backbone/({backbone})|head_.*)/kernel"
+
+
+def start_step(config, total_steps: int) -> int:
+    """Steps without a penalty before it starts."""
+    return config.sparsity.start_step or round(config.sparsity.start_at * total_steps)
 
 
 def debias_step(config, total_steps: int) -> int | None:
@@ -98,15 +122,16 @@ def debias_step(config, total_steps: int) -> int | None:
 
 
 def warmup_steps(config, total_steps: int) -> int:
-    """Steps of the penalty's warm-up: as many as are asked for, but over before lambda has to have its full strength.
+    """Steps of the penalty's warm-up, which ends before lambda has to have its full value.
 
-    That is where a target's lambda is frozen, or where the run or its penalised part ends.
+    That is where a target's lambda is frozen, or where the run or its penalized part ends.
     """
     if config.sparsity.target > 0:
         end = _freeze_step(config, total_steps)
     else:
         end = debias_step(config, total_steps) or total_steps
-    return max(0, min(config.sparsity.warmup_steps, end - config.sparsity.start_step - 1))
+    wanted = config.sparsity.warmup_steps or round(config.sparsity.warmup * total_steps)
+    return max(0, min(wanted, end - start_step(config, total_steps) - 1))
 
 
 def settled_step(config, total_steps: int) -> int:
@@ -123,28 +148,32 @@ def _penalised_step(config, total_steps):
     sparsity = config.sparsity
     if sparsity.target > 0:
         return _freeze_step(config, total_steps)
-    waits = sparsity.start_step + warmup_steps(config, total_steps)
+    waits = start_step(config, total_steps) + warmup_steps(config, total_steps)
     return waits + 1 if sparsity.lambda_ > 0 and waits > 0 else 0
 
 
 def _freeze_step(config, total_steps):
     """First step with a target's last lambda."""
-    sparsity = config.sparsity
-    return sparsity.start_step + round(sparsity.target_freeze * (total_steps - sparsity.start_step))
+    start = start_step(config, total_steps)
+    return start + round(config.sparsity.target_freeze * (total_steps - start))
 
 
-def _check_steps(config, total_steps):
-    """Raises UserError where the phases of the run do not follow one another."""
-    sparsity = config.sparsity
-    if sparsity.lambda_ > 0 and sparsity.start_step >= total_steps:
-        raise UserError(f"sparsity.start_step={sparsity.start_step}: the run has only {total_steps} steps")
+def check_steps(config, total_steps: int) -> None:
+    """Raise UserError where the phases of a run of so many steps do not follow one another."""
+    sparsity, start = config.sparsity, start_step(config, total_steps)
+    name = "start_step" if sparsity.start_step else "start_at"
+    if sparsity.lambda_ > 0 and start >= total_steps:
+        raise UserError(
+            f"sparsity.{name}={sparsity[name]}: the run has only {total_steps} steps; train longer, or set "
+            "sparsity.start_step=0 and sparsity.start_at to a fraction of the run"
+        )
     debias = debias_step(config, total_steps)
     if debias is not None and debias >= total_steps:
         raise UserError(f"sparsity.debias_at={sparsity.debias_at}: of {total_steps} steps it leaves none")
-    if debias is not None and (debias < _penalised_step(config, total_steps) or debias <= sparsity.start_step):
+    if debias is not None and (debias < _penalised_step(config, total_steps) or debias <= start):
         raise UserError(
             f"sparsity.debias_at={sparsity.debias_at} lies before "
-            f"{'sparsity.target_freeze' if sparsity.target > 0 else 'sparsity.start_step'}: the zero pattern would "
+            f"sparsity.{'target_freeze' if sparsity.target > 0 else name}: the zero pattern would "
             "stay before the penalty has made it"
         )
 

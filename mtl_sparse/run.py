@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import datasets, loader
-from input_pipeline.transforms import Transform
+from input_pipeline.transforms import VOID, Transform
 from mtl_sparse import checkpoints, evaluate, imagenet, optim, processes, weighting
 from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.errors import UserError
@@ -188,14 +188,25 @@ def setup(config) -> Run:
     tasks = tasks_lib.resolve(config)
     # BatchNorm of a single device has nothing to synchronise, and XLA fuses it better.
     model = multitask.build(config.model, tasks, axis_name=AXIS if jax.device_count() > 1 else None)
-    data = processes.in_turn(lambda: datasets.load(config.data, [task.label for task in tasks]))
-    if config.train.batch_size > len(data.train):
-        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {len(data.train)} training frames")
-    steps_per_epoch = len(data.train) // config.train.batch_size
-    total_steps = config.train.epochs * steps_per_epoch
+    check_length = functools.partial(check_steps, config)
+    data = processes.in_turn(lambda: datasets.load(config.data, [task.label for task in tasks], check_length))
+    steps_per_epoch, total_steps = check_steps(config, len(data.train))
     tx = optim.build(config, total_steps)
     settled_step = optim.settled_step(config, total_steps)
     return Run(config, tasks, data, model, tx, steps_per_epoch, total_steps, settled_step)
+
+
+def check_steps(config, images: int) -> tuple[int, int]:
+    """Return the steps of an epoch and of the run, for that many training images.
+
+    Raises:
+      UserError: fewer images than a batch has, or a run too short for the phases of its penalty.
+    """
+    steps_per_epoch = images // config.train.batch_size
+    if not steps_per_epoch:
+        raise UserError(f"train.batch_size={config.train.batch_size}: there are only {images} training images")
+    optim.check_steps(config, config.train.epochs * steps_per_epoch)
+    return steps_per_epoch, config.train.epochs * steps_per_epoch
 
 
 def load_model(workdir, config):
@@ -224,6 +235,7 @@ def compact(config, model, variables):
 # Least value of settings by dotted path, and those that are below 1, or at most 1.
 _AT_LEAST = {
     "seed": 0,
+    "data.num_classes": 1,
     "data.max_scale": 1,
     "data.embedded.frames": 0,
     "data.embedded.seed": 0,
@@ -314,6 +326,10 @@ def check_config(config) -> None:
     size = tuple(config.data.size)
     if len(size) != 2 or any(side < OUTPUT_STRIDE or side % OUTPUT_STRIDE for side in size):
         raise UserError(f"data.size={size}: (height, width), both multiples of the output stride {OUTPUT_STRIDE}")
+    if config.data.num_classes > VOID:
+        raise UserError(
+            f"data.num_classes={config.data.num_classes}: expected at most {VOID}, the label of pixels without a class"
+        )
     if config.data.depth_target not in ("normalized", "metres"):
         raise UserError(f"unknown data.depth_target={config.data.depth_target!r}; it is 'normalized' or 'metres'")
     devices = jax.device_count()

@@ -34,6 +34,7 @@ class Task:
       headline: the one metric of short tables.
       higher_is_better: whether more of the headline is better.
       head: a key of `models.multitask.HEADS`.
+      sums_take_raw: whether `sums` also takes the raw prediction of the image, as the keyword argument `raw`.
       whole: label of one image at its full resolution -> a third argument of `sums`, which may get fewer of its places.
     """
 
@@ -48,6 +49,7 @@ class Task:
     headline: str
     higher_is_better: bool
     head: str = "deeplab"
+    sums_take_raw: bool = False
     whole: Callable | None = None
 
     def elementwise(self, raw, label):
@@ -153,6 +155,7 @@ def _attribute(config):
         headline="accuracy",
         higher_is_better=True,
         head="classifier",
+        sums_take_raw=True,
     )
 
 

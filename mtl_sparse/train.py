@@ -57,8 +57,8 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config,
       skip_not_finite: whether a step whose loss or gradient is not finite changes nothing but the step count.
 
     Returns:
-      (state, {"loss", "grad_norm", "learning_rate", "<task>/loss", ...}): scalars over the global batch; "skipped",
-      1 where the step was, with skip_not_finite.
+      (state, {"loss", "grad_norm", "learning_rate", "<task>/loss", ...}): scalars over the global batch. A task without
+      a label in the batch has a loss of NaN. "skipped", with skip_not_finite, is 1 where the step was skipped.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -77,14 +77,18 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config,
             losses[task.name] = total / jnp.maximum(counts[task.name], 1)
         weights = tuple(loss_config.weights)
         combined = weighting.combine(loss_config.weighting, params["weighting"], losses, weights, counts)
-        return combined, (losses, updates["batch_stats"])
+        return combined, (losses, counts, updates["batch_stats"])
 
-    (loss, (losses, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+    (loss, (losses, counts, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
     if jax.lax.axis_size(AXIS) > 1:  # of one device it would be a copy
         # The losses are sums over all devices already, so each device's gradient counts the others' losses, too.
         grads = jax.lax.pmean(grads, AXIS)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    # Momentum would move the loss weight of a task that has no label in this batch.
+    old = state.params["weighting"]
+    kept = {task: jnp.where(counts[task] > 0, value, old[task]) for task, value in params["weighting"].items()}
+    params = {**params, "weighting": kept}
     scalars = {
         "loss": loss,
         # By products: optax.tree.norm squares first, and those squares, which Adam needs, too, would be written out.
@@ -92,7 +96,7 @@ def train_step(state: TrainState, batch, seed, *, model, tasks, tx, loss_config,
         "learning_rate": optim.learning_rate(opt_state),
         "lambda": optim.lambda_(opt_state),
     }
-    scalars |= {f"{task}/loss": value for task, value in losses.items()}
+    scalars |= {f"{task}/loss": jnp.where(counts[task] > 0, value, jnp.nan) for task, value in losses.items()}
     scalars |= {f"{task}/log_variance": value for task, value in params["weighting"].items()}
     new = TrainState(state.step + 1, params, batch_stats, opt_state)
     if skip_not_finite:
@@ -275,11 +279,15 @@ def _fit(run: Run, workdir: pathlib.Path, saved: checkpoints.Checkpoints) -> Non
 
 
 def _fetch(pending, saved):
-    """Makes the scalars of `pending` numbers, and checks that they are finite but for those of skipped steps."""
+    """Convert the scalars of `pending` to numbers and check that they are finite, except in skipped steps.
+
+    The loss of a task without a label in the batch is NaN while the combined loss is finite.
+    """
     pending[:] = [(step, {name: float(value) for name, value in row.items()}) for step, row in jax.device_get(pending)]
     for step, row in pending:
         wrong = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
-        if wrong and not row.get("skipped"):
+        sound = math.isfinite(row["loss"]) and all(name.partition("=")[0].endswith("/loss") for name in wrong)
+        if wrong and not sound and not row.get("skipped"):
             raise _not_finite(step, wrong, saved)
 
 
@@ -294,7 +302,10 @@ def _not_finite(step, wrong, saved):
 
 
 def _write_pending(run, log, progress: Progress, saved):
-    """Fetches the scalars of the steps since the last call, checks each, and logs the mean of those not skipped."""
+    """Fetch and check the scalars of the steps since the last call, and log the means of those not skipped.
+
+    A task's loss is the mean over the steps that have a label for it, and is left out where none has.
+    """
     if not progress.pending:
         return
     _fetch(progress.pending, saved)
@@ -309,7 +320,8 @@ def _write_pending(run, log, progress: Progress, saved):
         else:
             progress.skipped_in_a_row = 0
             rows.append(row)
-    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+    finite = {name: [row[name] for row in rows if math.isfinite(row[name])] for name in (rows[0] if rows else ())}
+    values = {name: float(np.mean(found)) for name, found in finite.items() if found}
     if run.config.run.skip_not_finite:
         values["skipped"] = progress.skipped
     if log:

@@ -88,7 +88,7 @@ def _tiny(config, folder, size):
     config.data.folder = str(folder)
     config.data.size = size
     config.model.update(depth=10, width=4, head_features=4, classifier_features=(4, 3))
-    config.sparsity.update(target=0.0, lambda_=4e-6, start_step=0, warmup_steps=0)
+    config.sparsity.update(target=0.0, lambda_=4e-6, start_at=0.0, warmup=0.0)
     config.train.update(batch_size=8, eval_batch_size=8, epochs=2)
     config.run.update(log_every_steps=1, checkpoint_every_steps=1, sample_frames=2, summary_rounds=0)
     return config

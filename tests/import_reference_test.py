@@ -8,18 +8,33 @@ import zlib
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from configs import nyu
 from configs import run as run_config
 from mtl_sparse import compaction, export, import_reference, results, state_dicts
 from mtl_sparse import run as run_lib
 from mtl_sparse.errors import UserError
 from mtl_sparse.report import records
+from mtl_sparse.tasks import resolve
 from tests.conftest import tiny
 
 PATH = pathlib.Path(__file__).parent / "data" / "torch_reference.npz"
 REFERENCE = dict(np.load(PATH)) if PATH.exists() else {}
-CASES = sorted({key.partition("/")[0] for key in REFERENCE})
+CASES = sorted({key.partition("/")[0] for key in REFERENCE} - {"start"})
+# A small model whose training starts as PyTorch starts it; tasks in the order of the released decoders' names here.
+START = {
+    "depth": 18,
+    "tasks": {
+        "segmentsemantic": ("deeplab", 40),
+        "depth_euclidean": ("deeplab", 1),
+        "surface_normal": ("deeplab", 3),
+        "class_male": ("classifier", 1),
+    },
+    "width": 8,
+    "head_features": 64,
+}
 
 
 def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -41,6 +56,34 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return state
 
 
+def drawn_start(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A state dictionary as a fresh PyTorch model has it: U(-b, b), b = 1 / sqrt(fan-in); BatchNorm at 1 and 0."""
+    state = {}
+    for name, shape in shapes.items():
+        kernel = name.removesuffix("bias") + "weight"
+        bound = np.prod(shapes.get(kernel, shape)[1:], initial=1.0) ** -0.5
+        if name.endswith("num_batches_tracked"):
+            state[name] = np.zeros(shape, np.int64)
+        elif len(shapes.get(kernel, shape)) == 1:  # BatchNorm
+            state[name] = np.full(shape, name.endswith(("weight", "running_var")), np.float32)
+        else:
+            random = np.random.default_rng(zlib.crc32(name.encode()))
+            state[name] = random.uniform(-bound, bound, shape).astype(np.float32)
+    return state
+
+
+def labelled_batch() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Four images [4, 64, 64, 3], and for each decoder of START its labels [4, 8, 8, ...] or [4]."""
+    random = np.random.default_rng(0)
+    normals = random.normal(size=(4, 8, 8, 3)) + [0, 0, 2]
+    return random.normal(size=(4, 64, 64, 3)), {
+        "segmentsemantic": random.integers(0, 40, (4, 8, 8)),
+        "depth_euclidean": random.uniform(0.1, 1, (4, 8, 8)),
+        "surface_normal": normals / np.linalg.norm(normals, axis=-1, keepdims=True),
+        "class_male": np.array([0.0, 1.0, 1.0, 0.0]),
+    }
+
+
 def images(height: int, width: int) -> np.ndarray:
     """Two images, NHWC."""
     return np.random.default_rng(height).normal(size=(2, height, width, 3)).astype(np.float32)
@@ -48,7 +91,12 @@ def images(height: int, width: int) -> np.ndarray:
 
 def weights_of(case, reference=REFERENCE):
     """The state dictionary that the outputs stored under this name were computed with."""
-    return drawn({name: tuple(shape) for name, shape in json.loads(str(reference[f"{case}/shapes"])).items()})
+    return drawn(shapes_of(case, reference))
+
+
+def shapes_of(case, reference=REFERENCE):
+    """The shapes of the state dictionary stored under this name."""
+    return {name: tuple(shape) for name, shape in json.loads(str(reference[f"{case}/shapes"])).items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,6 +115,62 @@ def test_outputs_are_pytorchs(case):
         expected = REFERENCE[key]
         assert raw.shape == expected.shape
         np.testing.assert_allclose(raw, expected, atol=1e-4 * np.abs(expected).max(), rtol=0, err_msg=key)
+
+
+def first_losses(model, variables, steps):
+    """{decoder: losses before each of that many Adam steps} on `labelled_batch`, in the dtype of the variables."""
+    image, labels = labelled_batch()
+    config = nyu.get_config()
+    config.tasks = tuple(name for name, *_ in model.heads)
+    tasks = {task.name: task for task in resolve(config)}
+    dtype = jax.tree.leaves(variables)[0].dtype
+    model = model.clone(dropout=0.0, classifier_dropout=(0.0, 0.0), dtype=dtype)
+    adam = optax.adam(1e-3)
+
+    def loss(params, batch_stats):
+        found, new = model.apply({"params": params, "batch_stats": batch_stats}, image, True, mutable=["batch_stats"])
+        losses = {}
+        for decoder, label in labels.items():
+            task = tasks[import_reference.TASKS[decoder]]
+            total, valid = task.elementwise(found[task.name], label)
+            losses[decoder] = total.sum() / valid.sum()
+        return sum(losses.values()), (losses, new["batch_stats"])
+
+    @jax.jit
+    def step(carry):
+        params, batch_stats, state = carry
+        grads, (losses, batch_stats) = jax.grad(loss, has_aux=True)(params, batch_stats)
+        updates, state = adam.update(grads, state)
+        return (optax.apply_updates(params, updates), batch_stats, state), losses
+
+    carry, seen = (variables["params"], variables["batch_stats"], adam.init(variables["params"])), []
+    for _ in range(steps):
+        carry, losses = step(carry)
+        seen.append(losses)
+    return {decoder: np.array([float(losses[decoder]) for losses in seen]) for decoder in labels}
+
+
+def test_the_first_ten_steps_from_pytorchs_start_have_pytorchs_losses():
+    model, variables = import_reference.from_state_dict(drawn_start(shapes_of("start")))
+    with jax.enable_x64(True):
+        found = first_losses(model, jax.tree.map(np.float64, variables), 10)
+    for decoder, losses in found.items():
+        np.testing.assert_allclose(losses, REFERENCE[f"start/{decoder}"], rtol=1e-4, err_msg=decoder)
+
+
+def test_a_fresh_model_starts_near_the_losses_of_a_fresh_pytorch_model():
+    """No head starts saturated: a cross entropy near log 40 = 3.69, and a depth near the middle of its range.
+
+    The loss of the normals depends on which way the draw points; classifier_test.py and deeplab_test.py have the rest.
+    """
+    model, _ = import_reference.from_state_dict(drawn_start(shapes_of("start")))
+    image, _ = labelled_batch()
+    for seed in range(3):
+        variables = jax.jit(model.init)(jax.random.key(seed), image)
+        losses = {decoder: loss for decoder, (loss,) in first_losses(model, variables, 1).items()}
+        assert losses["segmentsemantic"] == pytest.approx(REFERENCE["start/segmentsemantic"][0], abs=0.2)
+        assert losses["depth_euclidean"] == pytest.approx(REFERENCE["start/depth_euclidean"][0], abs=0.05)
+        assert losses["class_male"] == pytest.approx(REFERENCE["start/class_male"][0], abs=0.02)
 
 
 def test_every_tensor_is_used_once():
@@ -234,7 +338,7 @@ def test_the_stored_outputs_are_those_of_pytorch():
     pytest.importorskip("torch", reason="extra torch")
     from tests import torch_reference
 
-    found = torch_reference.outputs()
+    found = torch_reference.outputs() | torch_reference.first_losses()
     assert found.keys() == REFERENCE.keys()
     for key, value in found.items():
         if key.endswith("shapes"):

@@ -1,19 +1,22 @@
 """The optimizer that a config stands for: how the phases of its penalty follow one another, and what it hands on."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from configs import nyu
-from mtl_sparse import optim
+from mtl_sparse import optim, tasks
 from mtl_sparse.errors import UserError
+from mtl_sparse.models import multitask, resnet
 from mtl_sparse.sparsity import transform
 
 STEPS = 40
-PARAMS = {"backbone": {"conv": {"kernel": jnp.ones((1, 1, 4, 3))}}}
+PARAMS = {"backbone": {"conv": {"kernel": jnp.ones((1, 1, 4, 3))}, "bn": {"scale": jnp.ones(3)}}}
 
 
 def settings(**sparsity):
@@ -44,6 +47,8 @@ def strengths(config):
         ({"warmup_steps": 0, "start_step": 20}, 21, range(20, STEPS)),
         ({"warmup_steps": 100, "debias_at": 0.5}, 21, range(19, 20)),
         ({"warmup_steps": 100, "start_step": 18, "debias_at": 0.5}, 21, range(19, 20)),
+        ({"warmup_steps": 0, "warmup": 0.25}, 11, range(10, STEPS)),
+        ({"warmup_steps": 0, "warmup": 0.25, "start_at": 0.5}, 31, range(30, STEPS)),
     ],
 )
 def test_a_fixed_lambda_has_its_full_strength_before_a_checkpoint_can_be_the_best(sparsity, settled, full):
@@ -76,6 +81,8 @@ def test_phases_of_no_steps_are_named(debias_at):
 
 HANDED_ON = {
     "sparsity.penalty": ("penalty", "l1"),
+    "sparsity.norm_decays": ("norm", "unpenalized"),
+    "sparsity.start_at": ("start_step", 10),
     "sparsity.gamma": ("gamma", 7.0),
     "sparsity.group_weights": ("group_weights", "none"),
     "sparsity.start_step": ("start_step", 3),
@@ -114,9 +121,75 @@ def test_every_setting_reaches_the_optimizer(name, given):
     config = settings()
     optim.build(config, STEPS)
     assert given[-1][keyword] != value, "another value than the config's own"
-    config.update_from_flattened_dict({name: value})
+    given_as = {"sparsity.norm_decays": True, "sparsity.start_at": 0.25}
+    config.update_from_flattened_dict({name: given_as.get(name, value)})
     optim.build(config, STEPS)
     assert given[-1][keyword] == value
+
+
+def test_a_target_counts_its_steps_from_the_start_of_the_penalty(given):
+    optim.build(settings(target=0.5, start_step=10), STEPS)
+    assert given[-1]["target"].total_steps == 30
+
+
+@pytest.mark.parametrize("steps", [8, 40, 4000])
+def test_phases_by_fractions_follow_the_length_of_the_run(steps):
+    config = settings(lambda_=1e-2, start_at=0.25, warmup=0.125, warmup_steps=0, debias_at=0.75)
+    assert optim.start_step(config, steps) == steps // 4
+    assert optim.warmup_steps(config, steps) == steps // 8
+    assert optim.debias_step(config, steps) == 3 * steps // 4
+    optim.build(config, steps)
+
+
+def test_the_cosine_ends_at_the_smallest_learning_rate():
+    config = settings(lambda_=0.0)
+    config.optimizer.update(schedule="cosine", learning_rate=1e-3, min_learning_rate=1e-4)
+    tx = optim.build(config, STEPS)
+    state, rates = tx.init(PARAMS), []
+    for _ in range(STEPS + 1):
+        _, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
+        rates.append(float(optim.learning_rate(state)))
+    assert rates[0] == pytest.approx(1e-3) and rates[STEPS // 2] == pytest.approx(5.5e-4)
+    assert min(rates) == rates[-1] == pytest.approx(1e-4)
+
+
+def kept(model, expression):
+    """Layers of the model that the expression names, without "/kernel"."""
+    paths = [path.removeprefix("params/") for path in multitask.shapes(model) if path.endswith("/kernel")]
+    return {path.removesuffix("/kernel") for path in paths if re.fullmatch(expression, f"model/{path}")}
+
+
+def test_layers_that_every_path_passes_keep_a_group_with_a_target(given):
+    config = settings(target=0.5)
+    config.model.update(depth=18, width=4, head_features=4, attach=("layer4_0/conv1",) * 3)
+    optim.build(config, STEPS)
+    model = multitask.build(config.model, tasks.resolve(config))
+    backbone = {layer for layer in kept(model, given[-1]["keep_one"]) if layer.startswith("backbone")}
+    assert backbone == {f"backbone/{layer}" for layer in (
+        "stem_conv1", "stem_conv2", "stem_conv3", "layer1_0/downsample_conv", "layer2_0/downsample_conv",
+        "layer3_0/downsample_conv", "layer4_0/conv1",
+    )}  # fmt: skip
+    for change in ({"target": 0.0}, {"keep_connected": False}):
+        config = settings(**{"target": 0.5, **change})
+        optim.build(config, STEPS)
+        assert given[-1]["keep_one"] is False
+
+
+def test_without_one_of_those_layers_the_features_do_not_depend_on_the_image():
+    """And without any one other layer they do."""
+    model = resnet.ResNet(depth=10, width=4)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    apply = jax.jit(lambda params: model.apply({**variables, "params": params}, images))
+    expression = "|".join(resnet.unavoidable())
+    for layer, params in traverse_util.flatten_dict(variables["params"], sep="/").items():
+        if layer.endswith("/kernel"):
+            flat = traverse_util.flatten_dict(variables["params"], sep="/")
+            features = apply(traverse_util.unflatten_dict(flat | {layer: 0 * params}, sep="/"))
+            blind = bool(jnp.allclose(features[0], features[1], atol=1e-6))
+            is_shortcut = "downsample" in layer
+            if not is_shortcut:  # a shortcut's branch beside it still passes the image on
+                assert blind == bool(re.fullmatch(expression, layer.removesuffix("/kernel"))), layer
 
 
 def test_a_restart_comes_with_every_epoch_and_decay_acts_on_kernels(given):

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from absl import logging
 
+from input_pipeline import nyud_mt
+
 _VERSION = 1  # of what is rendered: raise it when the pictures change
 _CEILING = 22
 # Class ids of the NYU 40-class mapping (see nyud_mt.CLASSES; 1 = wall).
@@ -51,6 +53,12 @@ class Room:
 def draw_folder(frames: int, **settings) -> pathlib.Path:
     """`render_folder` of `frames` rooms in all, of which a sixth is for testing."""
     return render_folder(frames - frames // 6, frames // 6, **settings)
+
+
+def train_count(frames: int) -> int:
+    """Number of training images among `frames` rooms of `draw_folder`."""
+    rooms = frames - frames // 6
+    return rooms - nyud_mt.held_out(rooms)
 
 
 def render_folder(frames: int, test_frames: int, height: int, width: int, seed: int, folder: str) -> pathlib.Path:

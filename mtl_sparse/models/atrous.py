@@ -68,9 +68,9 @@ def _product_backward(residuals, dy):
 _product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
-def _to_input(dy, kernel):
-    """Gradient [..., I] of a product's input."""
-    return lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+def _to_input(dy, kernel, dtype=None):
+    """Gradient [..., I] of a product's input, in the operands' dtype or this one."""
+    return lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _to_kernel(x, dy):
@@ -129,20 +129,22 @@ def conv3x3(x, kernel, rate: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum_of_taps(x, kernel, rate):
-    out = jnp.zeros((*x.shape[:3], kernel.shape[3]), x.dtype)
+    """Sum of the taps' products, in float32 where the operands have fewer bits."""
+    sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    out = jnp.zeros((*x.shape[:3], kernel.shape[3]), sum_dtype)
     for i, j, to, of in _windows(x.shape[1:3], kernel.shape[:2], rate):
-        out = out.at[to].add(x[of] @ kernel[i, j])
-    return out
+        out = out.at[to].add(jnp.matmul(x[of], kernel[i, j], preferred_element_type=sum_dtype))
+    return out.astype(x.dtype)
 
 
 def _sum_of_taps_backward(rate, residuals, dy):
     x, kernel = residuals
-    taps, dx = kernel.shape[:2], jnp.zeros_like(x)
+    taps, dx = kernel.shape[:2], jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     dk = [[jnp.zeros(kernel.shape[2:], kernel.dtype)] * taps[1] for _ in range(taps[0])]
     for i, j, to, of in _windows(x.shape[1:3], taps, rate):
-        dx = dx.at[of].add(_to_input(dy[to], kernel[i, j]))
+        dx = dx.at[of].add(_to_input(dy[to], kernel[i, j], dx.dtype))
         dk[i][j] = _to_kernel(x[of], dy[to])
-    return dx, jnp.stack([jnp.stack(row) for row in dk])
+    return dx.astype(x.dtype), jnp.stack([jnp.stack(row) for row in dk])
 
 
 _sum_of_taps.defvjp(lambda x, kernel, rate: (_sum_of_taps(x, kernel, rate), (x, kernel)), _sum_of_taps_backward)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mtl_sparse.models import atrous
+from mtl_sparse.models import atrous, initializers
 from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.models.dropout import Dropout
 
@@ -38,15 +38,16 @@ class Classifier(nn.Module):
             constant = self.param("constant", nn.initializers.zeros_init(), (self.outputs,), jnp.float32)
             return self._squeezed(constant[None].astype(raw_dtype))
         x = widths_lib.select(x, layers.reads[0])
-        # Kernels by Flax's default, which is by fan-in: no BatchNorm takes the scale out again.
-        settings = {"padding": 1, "conv_general_dilated": atrous.conv, "dtype": self.dtype}
-        y = nn.relu(nn.Conv(self.features[0], (3, 3), **settings, name="conv")(x))
+        settings = initializers.without_norm(9 * x.shape[-1]) | {"conv_general_dilated": atrous.conv}
+        y = nn.relu(nn.Conv(self.features[0], (3, 3), padding=1, dtype=self.dtype, **settings, name="conv")(x))
         window = tuple(min(2, side) for side in y.shape[1:3])
         y = jnp.mean(nn.max_pool(y, window_shape=window, strides=window), (1, 2), dtype=raw_dtype).astype(self.dtype)
         y = Dropout(self.dropout[0], self.axis_name, name="drop1")(y, train)
-        y = nn.relu(nn.Dense(self.features[1], dtype=self.dtype, name="fc1")(y))
+        settings = initializers.without_norm(y.shape[-1])
+        y = nn.relu(nn.Dense(self.features[1], dtype=self.dtype, **settings, name="fc1")(y))
         y = Dropout(self.dropout[1], self.axis_name, name="drop2")(y, train)
-        return self._squeezed(nn.Dense(self.outputs, dtype=self.dtype, name="fc2")(y).astype(raw_dtype))
+        settings = initializers.without_norm(y.shape[-1])
+        return self._squeezed(nn.Dense(self.outputs, dtype=self.dtype, **settings, name="fc2")(y).astype(raw_dtype))
 
     def _squeezed(self, logits):
         return logits[:, 0] if self.outputs == 1 else logits

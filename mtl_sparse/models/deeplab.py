@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mtl_sparse.models import atrous, resnet
+from mtl_sparse.models import atrous, initializers, resnet
 from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.models.dropout import Dropout
 
@@ -55,8 +55,8 @@ class DeepLabHead(nn.Module):
         else:
             y = jnp.ones((1, *x.shape[1:3], 1), self.dtype)
         y = normalized(conv(layers.trunk[1], 3, name="conv")(y), "conv_bn")
-        settings = {"kernel_init": resnet.kernel_init, "conv_general_dilated": atrous.conv, "dtype": self.dtype}
-        y = nn.Conv(self.outputs, (1, 1), **settings, name="out")(y)
+        settings = {"conv_general_dilated": atrous.conv, "dtype": self.dtype}
+        y = nn.Conv(self.outputs, (1, 1), **initializers.without_norm(y.shape[-1]), **settings, name="out")(y)
         return y.astype(raw_dtype)
 
     def _branches(self, x, layers, conv, normalized, drop, train):
@@ -69,7 +69,12 @@ class DeepLabHead(nn.Module):
         for i, rate in enumerate(RATES, 1):
             if layers.branches[i]:
                 layer = atrous.AtrousConv(
-                    layers.branches[i], rate, resnet.kernel_init, self.dtype, layers.taps[i - 1], name=f"aspp{i}"
+                    layers.branches[i],
+                    rate,
+                    initializers.before_norm,
+                    self.dtype,
+                    layers.taps[i - 1],
+                    name=f"aspp{i}",
                 )
                 branches.append(normalized(layer(selected[i]), f"aspp{i}_bn"))
         if layers.branches[-1]:

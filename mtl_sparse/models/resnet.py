@@ -9,11 +9,12 @@ Padding is explicit and symmetric, as PyTorch's is, so that its weights give the
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mtl_sparse.models import atrous
+from mtl_sparse.models import atrous, initializers
 from mtl_sparse.models import widths as widths_lib
 
 # depth -> (bottleneck blocks?, blocks in each of the four stages)
@@ -31,8 +32,6 @@ STEMS = {
 }
 BN_EPSILON = 1e-5
 
-kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
 
 def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype, name: str) -> nn.Conv:
     """Convolution without bias, zero-padded so that stride 1 keeps the size."""
@@ -44,7 +43,7 @@ def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype,
         padding=((pad, pad), (pad, pad)),
         kernel_dilation=(dilation, dilation),
         use_bias=False,
-        kernel_init=kernel_init,
+        kernel_init=initializers.before_norm,
         dtype=dtype,
         conv_general_dilated=atrous.conv,
         name=name,
@@ -236,6 +235,22 @@ def points(depth: int) -> tuple[str, ...]:
     inner = 2 if STAGES[depth][0] else 1
     names = [(*(f"{place.name}/conv{i}" for i in range(1, inner + 1)), place.name) for place in places(depth)]
     return ("stem", *(name for block in names for name in block))
+
+
+def unavoidable(read: Sequence[str] = ()) -> tuple[str, ...]:
+    """Regular expressions of the layers that every path from the images to a point in `read` passes.
+
+    Those are the stem, the convolution of a shortcut that changes width or stride, and, for a point inside a block, the
+    convolutions of that block up to the point. While none of them is wholly zero, the features depend on the images.
+
+    Args:
+      read: points of `points`; () is the end of the network.
+
+    Returns:
+      Expressions of layer names below the backbone, such as "layer2_0/downsample_conv".
+    """
+    inner = [point.rpartition("/conv") for point in read if "/conv" in point]
+    return (r"stem_conv\d", r"[^/]+/downsample_conv", *(f"{block}/conv[1-{last}]" for block, _, last in inner))
 
 
 def dense(

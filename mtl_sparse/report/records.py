@@ -13,6 +13,8 @@ from mtl_sparse.errors import UserError
 
 # Settings that change how a run goes or where its data lie, not what comes out of it.
 _FREE = ("run.", "compact.", "benchmark.", "export.", "lomt.", "data.folder", "data.prepared", "data.embedded.folder")
+# Options that are on by default but were not there when earlier runs were made: what those runs did.
+EARLIER = {"sparsity.keep_connected": False}
 
 
 def write_json(path: pathlib.Path, value) -> None:
@@ -69,12 +71,12 @@ def claim(workdir: pathlib.Path, config, data) -> None:
 def check(workdir: pathlib.Path, config, data) -> None:
     """Raises UserError where the run in `workdir` has other settings (`check_settings`) or other data than these.
 
-    A run that was imported has no data yet: it takes these.
+    A run that was imported has no data yet: it takes these. So does one made before every data set had a fingerprint.
     """
     check_settings(workdir, config)
     if not (workdir / "splits.json").exists() and not (workdir / "metrics.jsonl").exists():
         write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
-    if read_json(workdir / "splits.json")["fingerprint"] != data.fingerprint:
+    if read_json(workdir / "splits.json")["fingerprint"] not in ("", data.fingerprint):
         raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
 
 
@@ -83,7 +85,7 @@ def check_settings(workdir: pathlib.Path, config) -> None:
 
     So may, of dense runs, all of `sparsity`.
     """
-    theirs, ours = _flat(read_json(workdir / "config.json")), _flat(json.loads(config.to_json()))
+    theirs, ours = EARLIER | _flat(read_json(workdir / "config.json")), _flat(json.loads(config.to_json()))
     free = (*_FREE, "sparsity.") if is_dense(theirs) and is_dense(ours) else _FREE
     differing = [
         f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
@@ -112,7 +114,7 @@ def is_finished(folder: pathlib.Path) -> bool:
 def settings(config: dict) -> dict:
     """The settings of a config.json that change what results.json says, by dotted path."""
     free = tuple(name for name in _FREE if name != "compact.")  # what compaction would leave is part of it
-    return {name: value for name, value in _flat(config).items() if not name.startswith(free)}
+    return {name: value for name, value in (EARLIER | _flat(config)).items() if not name.startswith(free)}
 
 
 def _flat(tree, prefix=""):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# lambda stays within this factor of the median over groups of the lambda that would keep the group zero in this
-# step: beyond it a wrong start only takes longer to correct.
+# lambda stays within this factor of the median over groups of the lambda that keeps a group zero in the step: beyond it
+# a start that is far off only takes longer to correct.
 _REACH = 30.0
 
 
@@ -69,20 +69,46 @@ def init(lambda_: float) -> ControlState:
     return ControlState(jnp.asarray(math.log(lambda_), jnp.float32), jnp.zeros([], jnp.float32))
 
 
-def update(target: Target, state: ControlState, measured, scale, step) -> ControlState:
-    """The controller after `step` steps with a penalty (the first is 1; before that nothing moves).
+def clamp(target: Target, state: ControlState, scale, step) -> ControlState:
+    """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
+
+    So a start that is far too large or too small does no harm even in the first penalized step.
 
     Args:
-      measured: sparsity after this step.
-      scale: median over groups of the lambda that keeps a group zero, see `_REACH`; NaN where no group has any.
-      step: int32 [].
+      target: as in `update`.
+      state: the controller before the step.
+      scale: float32 [], the median over groups of the lambda that keeps a group zero in this step; NaN, where no group
+        has one, leaves lambda as it is.
+      step: int32 [], 1 for the first step with a penalty.
+
+    Returns:
+      The controller; outside of the steps in which lambda is adjusted it is unchanged.
+    """
+    middle = jnp.where(scale > 0, jnp.log(jnp.where(scale > 0, scale, 1)), state.log_lambda)
+    log_lambda = jnp.clip(state.log_lambda, middle - math.log(_REACH), middle + math.log(_REACH))
+    return state._replace(log_lambda=jnp.where(_adjusts(target, step), log_lambda, state.log_lambda))
+
+
+def update(target: Target, state: ControlState, measured, step) -> ControlState:
+    """Move lambda by the sparsity that was measured after step number `step` with a penalty.
+
+    Args:
+      target: the sparsity to reach, and how.
+      state: the controller that the step used, from `clamp`.
+      measured: float32 [], sparsity after this step.
+      step: int32 [], 1 for the first step with a penalty.
+
+    Returns:
+      The controller after the step.
     """
     ramp_steps = target.ramp * target.total_steps
     gap = target.scheduled(step) - measured
     move = target.gain * gap * step / ramp_steps**2 + target.damping * (gap - state.gap)
     move = jnp.clip(move, -target.slew / ramp_steps, target.slew / ramp_steps)
-    log_lambda = state.log_lambda + move
-    middle = jnp.where(scale > 0, jnp.log(jnp.where(scale > 0, scale, 1)), log_lambda)
-    log_lambda = jnp.clip(log_lambda, middle - math.log(_REACH), middle + math.log(_REACH))
-    active = (step > 0) & (step <= target.freeze * target.total_steps)
-    return ControlState(jnp.where(active, log_lambda, state.log_lambda), jnp.where(active, gap, state.gap))
+    adjusts = _adjusts(target, step)
+    log_lambda = jnp.where(adjusts, state.log_lambda + move, state.log_lambda)
+    return ControlState(log_lambda, jnp.where(adjusts, gap, state.gap))
+
+
+def _adjusts(target, step):
+    return (step > 0) & (step <= target.freeze * target.total_steps)

@@ -14,6 +14,7 @@ from mtl_sparse.sparsity import groups as groups_lib
 PENALTIES = ("group_lasso", "group_mcp", "l1")
 METRICS = ("adaptive", "plain")
 GROUP_WEIGHTS = ("sqrt_size", "none")
+NORMS = ("initial", "unpenalized")
 
 
 class ProximalAdamState(NamedTuple):
@@ -48,6 +49,8 @@ def proximal_adam(
     metric: str = "adaptive",
     bias_correction: bool = True,
     fixed_norm: bool | str = True,
+    norm: str = "initial",
+    keep_one: bool | str | None = None,
     anneal_revival: bool = True,
     penalty_in_gradient: bool = False,
     restart_every: int | None = None,
@@ -86,11 +89,16 @@ def proximal_adam(
         takes the closed-form Euclidean one (eq. 5 of "Less is More").
       bias_correction: whether v in D is the bias-corrected one. False is the published form, which prunes
         harder in the first steps (31 times in the very first, at b2 = 0.999).
-      fixed_norm: scale penalised kernels back to their initial Frobenius norm after the prox. True does so
-        for kernels without a bias beside them: a convolution without bias is one that a normalisation layer
-        follows. Its scale is free there, so without this the penalty shrinks the kernel instead of pruning
-        its groups. A regular expression of whole paths names the kernels otherwise. A wholly zero kernel
-        stays zero until a group of it comes back, and is then scaled at once; one that is zero at init is free.
+      fixed_norm: scale penalized kernels back to the norm that `norm` names after the prox. True does so for kernels
+        that have no other parameter beside them: a convolution without a bias is one that a normalization layer
+        follows. Its scale is free there, so without this the penalty shrinks the kernel instead of pruning its
+        groups. A regular expression of whole paths names the kernels instead. A wholly zero kernel stays zero until
+        one of its groups regrows, and is then scaled at once; one that is zero at init is free.
+      norm: "initial", the kernel's Frobenius norm at init, which voids its weight decay; or "unpenalized", the norm
+        that the step has without the penalty, so that weight decay and Adam change it as in a dense training.
+      keep_one: kernels that keep their strongest group where the prox would zero the last one, so that a large penalty
+        cannot cut the network in two. True is every penalized kernel, a regular expression of whole paths names some,
+        False is none; None is True with a target and False without.
       anneal_revival: groups that are zero have the highest learning rate so far, not the current one, in their
         threshold: one comes back when |m_g| > lambda c_g * highest / current rate. As the rate falls the zero
         pattern comes to rest as the weights do; otherwise groups near the threshold come and go with the noise
@@ -104,10 +112,10 @@ def proximal_adam(
       rules: their groups, see `groups.find`.
 
     Raises:
-      ValueError: an argument out of its range or unknown; at init, a scope that matches no kernel, or rules
-        that do not fit.
+      ValueError: an argument out of its range or unknown; at init, a scope that matches no kernel, rules that do not
+        fit, or `fixed_norm=True` for a tree that does not show which kernels have a bias.
     """
-    _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope)
+    _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope, norm)
     for name, value in (("start_step", start_step), ("warmup_steps", warmup_steps), ("debias_step", debias_step or 0)):
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
@@ -124,10 +132,9 @@ def proximal_adam(
     def init_fn(params):
         norms, controller = {}, ()
         if penalizes:
-            leaves = groups_lib.by_path(params)
-            for kernel in groups_lib.find(params, scope, rules):
-                if _holds_norm(fixed_norm, kernel.path, leaves):
-                    norms[kernel.path] = jnp.linalg.norm(leaves[kernel.path].astype(jnp.float32))
+            leaves, kernels = groups_lib.by_path(params), groups_lib.find(params, scope, rules)
+            for path in _fixed_norm_kernels(fixed_norm, [kernel.path for kernel in kernels], params):
+                norms[path] = jnp.linalg.norm(leaves[path].astype(jnp.float32))
         if target is not None:
             controller = control.init(lambda_)
         return ProximalAdamState(
@@ -184,16 +191,34 @@ def proximal_adam(
         moments = adam_state[0]
         m, v = groups_lib.by_path(moments.mu), groups_lib.by_path(moments.nu)
         m_correction, v_correction = (1 - b ** moments.count.astype(jnp.float32) for b in (b1, b2))
-        zeros, thresholds = [], []
+        zeros, controller = [], state.control
+
+        def metric_of(kernel):
+            if metric == "plain":
+                return None
+            return jnp.sqrt(v[kernel.path] / (v_correction if bias_correction else 1)) + eps
+
+        def zeroing_lambda(kernel):
+            """Return, for each group, the lambda above which it stays zero: |D times Adam's step| / (rate c_g)."""
+            step, d = m[kernel.path] / m_correction, metric_of(kernel)
+            if metric == "plain" or not bias_correction:
+                step /= jnp.sqrt(v[kernel.path] / v_correction) + eps
+                step *= 1 if d is None else d
+            norm = jnp.sqrt(jnp.sum(jnp.square(step), _other_axes(kernel, step.ndim)))
+            return norm / (kernel.size**0.5 if penalty == "l1" else _group_weight(group_weights, kernel))
+
+        if target is not None:
+            lambdas = jnp.concatenate([zeroing_lambda(kernel) for kernel in kernels.values()])
+            scale = jnp.nanmedian(jnp.where(lambdas > 0, lambdas, jnp.nan)).astype(jnp.float32)
+            controller = control.clamp(target, controller, scale, count - start_step)
+            strength = strength_at(state.count, controller)
 
         def proximal_update(path, update, param):
             kernel = kernels.get(groups_lib.path_name(path))
             if kernel is None:
                 return update
             z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
-            d = None
-            if metric == "adaptive":
-                d = jnp.sqrt(v[kernel.path] / (v_correction if bias_correction else 1)) + eps
+            d = metric_of(kernel)
             dead = param == 0 if penalty == "l1" else stats.zero_groups(param, kernel.axis)
             weight = jnp.where(dead & anneal_revival, peak_rate, rate) * strength
             if penalty != "l1":
@@ -202,36 +227,27 @@ def proximal_adam(
             if debias_step is not None:
                 dead = dead if penalty == "l1" else jnp.expand_dims(dead, _other_axes(kernel, param.ndim))
                 x = jnp.where((state.count >= debias_step) & dead, 0, x)
+            if _names(keep_one if keep_one is not None else target is not None, kernel.path):
+                x = _keep_strongest(x, z, d, kernel)
             if kernel.path in state.kernel_norms:
-                norm, held = jnp.linalg.norm(x), state.kernel_norms[kernel.path]
-                x = x * jnp.where((norm > 0) & (held > 0), held / jnp.where(norm > 0, norm, 1), 1)
+                wanted = state.kernel_norms[kernel.path] if norm == "initial" else jnp.linalg.norm(z)
+                length = jnp.linalg.norm(x)
+                x = x * jnp.where((length > 0) & (wanted > 0), wanted / jnp.where(length > 0, length, 1), 1)
             if target is not None:
                 zeros.append(jnp.ravel(x == 0) if penalty == "l1" else stats.zero_groups(x, kernel.axis))
-                # D times Adam's step over the learning rate: what is compared with lambda c_g where the group is zero.
-                step = m[kernel.path] / m_correction
-                if metric == "plain" or not bias_correction:
-                    step /= jnp.sqrt(v[kernel.path] / v_correction) + eps
-                    step *= 1 if d is None else d
-                norm = jnp.sqrt(jnp.sum(jnp.square(step), _other_axes(kernel, step.ndim)))
-                thresholds.append(
-                    norm / (kernel.size**0.5 if penalty == "l1" else _group_weight(group_weights, kernel))
-                )
             # Not x - param: this form makes zeros exact and is the plain update where x equals z.
             return jnp.where(x == 0, -param, update + (x - z).astype(update.dtype))
 
         updates = jax.tree_util.tree_map_with_path(proximal_update, updates, params)
-        controller = state.control
         if target is not None:
             measured = (sum(jnp.sum(z) for z in zeros) / sum(z.size for z in zeros)).astype(jnp.float32)
-            thresholds = jnp.concatenate(thresholds)
-            scale = jnp.nanmedian(jnp.where(thresholds > 0, thresholds, jnp.nan)).astype(jnp.float32)
-            controller = control.update(target, controller, measured, scale, count - start_step)
+            controller = control.update(target, controller, measured, count - start_step)
         return updates, ProximalAdamState(count, adam_state, state.kernel_norms, strength, peak_rate, controller)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope):
+def _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope, norm):
     if not callable(lambda_) and not lambda_ >= 0:
         raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
     if target is not None and (callable(lambda_) or not lambda_ > 0):
@@ -241,6 +257,7 @@ def _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric
         ("metric", metric, METRICS),
         ("group_weights", group_weights, GROUP_WEIGHTS),
         ("scope", scope, (*groups_lib.SCOPES, None)),
+        ("norm", norm, NORMS),
     ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(map(str, known))}")
@@ -268,9 +285,35 @@ def _other_axes(kernel, ndim):
     return tuple(axis for axis in range(ndim) if axis != kernel.axis)
 
 
-def _holds_norm(fixed_norm, path, leaves):
-    """Whether the kernel at `path` is held: by name, or because its module has no bias of its own."""
-    if isinstance(fixed_norm, str):
-        return re.fullmatch(fixed_norm, path) is not None
-    parent, slash, _ = path.rpartition("/")
-    return fixed_norm and f"{parent}{slash}bias" not in leaves
+def _names(choice, path):
+    """Whether a choice of kernels, all (True), none (False) or a regular expression of whole paths, has `path`."""
+    return re.fullmatch(choice, path) is not None if isinstance(choice, str) else choice
+
+
+def _keep_strongest(x, z, d, kernel):
+    """Return x or, where all of it is zero, the group of z that would be zeroed last."""
+    scores = jnp.sum(jnp.square(z if d is None else d * z), _other_axes(kernel, z.ndim), keepdims=True)
+    strongest = jnp.arange(scores.size).reshape(scores.shape) == jnp.argmax(scores)
+    return jnp.where(jnp.any(x != 0), x, jnp.where(strongest, z, 0))
+
+
+def _fixed_norm_kernels(fixed_norm, paths, params):
+    """Return those of `paths` whose norm is fixed: by name, or because their module has no other parameter.
+
+    Raises:
+      ValueError: with `fixed_norm=True`, a tree of kernels alone: biases that belong to them may have been left out.
+    """
+    if not fixed_norm or isinstance(fixed_norm, str):
+        return [path for path in paths if _names(fixed_norm, path)]
+    # `optax.masked` leaves a node without leaves in the place of a parameter that is another optimizer's.
+    hidden = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=hidden)[0]
+    ndims = {groups_lib.path_name(path): 0 if hidden(leaf) else leaf.ndim for path, leaf in flat}
+    if min(ndims.values()) > 1:
+        raise ValueError(
+            "fixed_norm=True fixes kernels without a bias, but this tree holds no parameter beside its kernels, so "
+            "biases may have been filtered out of it: pass fixed_norm as a regular expression of the kernels that a "
+            "normalization layer follows ('.*' for all), or fixed_norm=False"
+        )
+    modules = {path.rpartition("/")[0] for path, ndim in ndims.items() if ndim < 4}
+    return [path for path in paths if path.rpartition("/")[0] not in modules]

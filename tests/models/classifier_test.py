@@ -67,3 +67,10 @@ def test_several_logits_and_bfloat16():
     assert logits.shape == (2, 3) and logits.dtype == jnp.float32
     exact = Classifier(outputs=3, features=(16, 8)).apply(variables, features)
     np.testing.assert_allclose(logits, exact, atol=0.03 * np.abs(exact).max())
+
+
+def test_every_layer_is_drawn_by_its_fan_in():
+    params = Classifier(features=(64, 32)).init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)))["params"]
+    for name, fan_in in (("conv", 9 * 16), ("fc1", 64), ("fc2", 32)):
+        assert float(jnp.max(jnp.abs(params[name]["kernel"]))) == pytest.approx(fan_in**-0.5, rel=0.1), name
+        assert 0 < float(jnp.max(jnp.abs(params[name]["bias"]))) <= fan_in**-0.5, name

@@ -18,26 +18,27 @@ def test_the_schedule_by_hand():
 )
 def test_a_step_by_hand(last_gap, moved):
     state = control.ControlState(jnp.log(1e-4), jnp.float32(last_gap))
-    new = control.update(TARGET, state, measured=0.2, scale=1e-4, step=jnp.int32(25))
+    new = control.update(TARGET, state, measured=0.2, step=jnp.int32(25))
     assert float(new.gap) == pytest.approx(0.5)
     assert float(new.log_lambda - state.log_lambda) == pytest.approx(moved, rel=1e-5)
 
 
 def test_lambda_falls_where_too_much_is_zero():
-    state = control.update(TARGET, control.init(1e-4), measured=0.9, scale=1e-4, step=jnp.int32(60))
+    state = control.update(TARGET, control.init(1e-4), measured=0.9, step=jnp.int32(60))
     assert float(state.log_lambda) < np.log(1e-4)
 
 
 def test_lambda_stays_near_what_prunes_half_of_the_groups():
     for start, reached in ((1e-8, 1e-4 / 30), (1e-1, 1e-4 * 30)):
-        state = control.update(TARGET, control.init(start), measured=0.0, scale=1e-4, step=jnp.int32(1))
+        state = control.clamp(TARGET, control.init(start), scale=1e-4, step=jnp.int32(1))
         assert float(jnp.exp(state.log_lambda)) == pytest.approx(reached, rel=1e-3)
 
 
 @pytest.mark.parametrize("step", [0, 81])
 def test_nothing_moves_before_the_start_and_after_the_freeze(step):
     state = control.init(1e-4)
-    assert control.update(TARGET, state, 0.0, 1e-4, jnp.int32(step)) == state
+    assert control.update(TARGET, state, 0.0, jnp.int32(step)) == state
+    assert control.clamp(TARGET, state, 1e-9, jnp.int32(step)) == state
 
 
 def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, **settings):

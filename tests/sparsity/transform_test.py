@@ -189,7 +189,7 @@ def test_coming_back_gets_harder_as_the_rate_falls(annealed):
 def test_a_kernel_that_died_comes_back_at_its_norm_and_one_that_began_at_zero_is_free():
     """lambda falls from 10000, which kills both, to 0.1, which the gradient of 5 outweighs."""
     params = {"a": {"kernel": jnp.ones((1, 1, 2, 4))}, "b": {"kernel": jnp.zeros((1, 1, 2, 4))}}
-    tx = transform.proximal_adam(1e-2, optax.piecewise_constant_schedule(1e4, {2: 1e-5}))
+    tx = transform.proximal_adam(1e-2, optax.piecewise_constant_schedule(1e4, {2: 1e-5}), fixed_norm=".*")
     state, update = tx.init(params), jax.jit(tx.update)
     for step in range(6):
         grads = jax.tree.map(lambda p: jnp.full_like(p, -5.0), params)
@@ -203,7 +203,7 @@ def test_a_kernel_that_died_comes_back_at_its_norm_and_one_that_began_at_zero_is
 
 def test_modules_may_be_called_as_adams_moments():
     params = {"mu": {"kernel": jnp.ones((1, 1, 4, 2))}, "nu": {"kernel": jnp.ones((1, 1, 4, 2))}}
-    tx = transform.proximal_adam(1e-2, 1e-3, target=control.Target(0.5, 10))
+    tx = transform.proximal_adam(1e-2, 1e-3, target=control.Target(0.5, 10), fixed_norm=False)
     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     assert state.count == 1 and all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
@@ -373,13 +373,128 @@ def test_kernels_with_a_bias_are_free_in_boxes_and_alone():
     box = lambda value: nn.LogicallyPartitioned(value, (None,) * value.ndim)  # noqa: E731
     trees = {
         "boxed, bias": ({"conv": {"kernel": box(kernel), "bias": box(bias)}}, set()),
-        "boxed": ({"conv": {"kernel": box(kernel)}}, {"conv/kernel"}),
+        "boxed": ({"conv": {"kernel": box(kernel)}, "bn": {"scale": box(bias)}}, {"conv/kernel"}),
         "alone, bias": ({"kernel": kernel, "bias": bias}, set()),
-        "alone": ({"kernel": kernel}, {"kernel"}),
+        "haiku, bias": ({"conv": {"w": kernel, "b": bias}, "bn": {"scale": bias}}, set()),
+        "haiku": ({"conv": {"w": kernel}, "bn": {"scale": bias}}, {"conv/w"}),
     }
     for name, (params, held) in trees.items():
         state = transform.proximal_adam(1e-2, 1e-3).init(params)
         assert state.kernel_norms.keys() == held, name
+
+
+BIASED = {
+    "biased": {"kernel": jnp.ones((1, 1, 4, 2)), "bias": jnp.ones(2)},
+    "normed": {"kernel": jnp.ones((1, 1, 4, 2))},
+    "bn": {"scale": jnp.ones(2)},
+}
+ONLY_KERNELS = {name: {key: key == "kernel" for key in leaves} for name, leaves in BIASED.items()}
+
+
+@pytest.mark.parametrize("wrap", ["masked", "multi_transform"])
+def test_a_bias_that_another_optimizer_has_still_frees_its_kernel(wrap):
+    tx = transform.proximal_adam(1e-2, 1e-3)
+    if wrap == "masked":
+        state = optax.masked(tx, ONLY_KERNELS).init(BIASED).inner_state
+    else:
+        labels = jax.tree.map(lambda sparse: "sparse" if sparse else "dense", ONLY_KERNELS)
+        state = optax.multi_transform({"sparse": tx, "dense": optax.adam(1e-2)}, labels).init(BIASED)
+        state = state.inner_states["sparse"].inner_state
+    assert list(state.kernel_norms) == ["normed/kernel"]
+
+
+def test_where_biases_may_be_filtered_out_kernels_are_asked_for_by_name():
+    """NNX's `wrt=` hands over the chosen parameters alone."""
+    params = {"biased": {"kernel": jnp.ones((1, 1, 4, 2))}, "head": {"kernel": jnp.ones((4, 2))}}
+    with pytest.raises(ValueError, match="no parameter beside its kernels.*fixed_norm=False"):
+        transform.proximal_adam(1e-2, 1e-3).init(params)
+    assert not transform.proximal_adam(1e-2, 1e-3, fixed_norm=False).init(params).kernel_norms
+    assert transform.proximal_adam(1e-2, 1e-3, fixed_norm=".*").init(params).kernel_norms.keys() == {"biased/kernel"}
+
+
+def test_the_unpenalized_norm_is_what_the_step_has_without_the_penalty():
+    """So weight decay acts on a fixed-norm kernel as on a free one; with the initial norm it does nothing."""
+    params = random_tree(0)
+    settings = {"weight_decay": 2.0, "eps": 1.0}  # so large that Adam's step depends on the scale of the gradient
+    norms = {}
+    for norm in transform.NORMS:
+        new, _ = run(transform.proximal_adam(1e-2, 0.02, norm=norm, **settings), params, 1)
+        norms[norm] = float(jnp.linalg.norm(new["backbone"]["conv"]["kernel"]))
+    plain, _ = run(optax.adamw(1e-2, **settings), params, 1)
+    before = float(jnp.linalg.norm(params["backbone"]["conv"]["kernel"]))
+    dense = float(jnp.linalg.norm(plain["backbone"]["conv"]["kernel"]))
+    assert abs(dense / before - 1) > 0.01
+    assert norms == {"initial": pytest.approx(before, rel=1e-5), "unpenalized": pytest.approx(dense, rel=1e-5)}
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+@pytest.mark.parametrize("fixed_norm", [".*", False])
+def test_the_strongest_group_is_kept(fixed_norm, penalty):
+    """A lambda that zeroes every kernel leaves one group of each that `keep_one` names, unshrunk but for its norm."""
+    kernel = jnp.ones((1, 1, 4, 2)).at[:, :, 2].set(3.0)
+    params = {"a": {"kernel": kernel}, "b": {"kernel": kernel}, "bn": {"scale": jnp.ones(2)}}
+    tx = transform.proximal_adam(1e-2, 1e4, penalty=penalty, fixed_norm=fixed_norm, keep_one="a/.*")
+    new = params
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(params, state, new)
+        new = optax.apply_updates(new, updates)
+    np.testing.assert_array_equal((new["a"]["kernel"] != 0).all((0, 1, 3)), [False, False, True, False])
+    wanted = jnp.linalg.norm(kernel) if fixed_norm else (3 - 0.03) * 2**0.5
+    assert float(jnp.linalg.norm(new["a"]["kernel"])) == pytest.approx(float(wanted), rel=1e-4)
+    assert not new["b"]["kernel"].any()
+
+
+@pytest.mark.parametrize(("target", "keep_one", "left"), [(0.99, None, 1), (0.99, False, 0), (None, None, 0)])
+def test_a_group_is_kept_by_default_with_a_target(target, keep_one, left):
+    tx = transform.proximal_adam(
+        10.0,
+        1e4,
+        fixed_norm=False,
+        keep_one=keep_one,
+        target=None if target is None else control.Target(target, 10),
+    )
+    new, _ = run(tx, random_tree(0), 1)
+    assert int((new["backbone"]["conv"]["kernel"] != 0).any((0, 1, 3)).sum()) == left
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [({}, 1.0), ({"bias_correction": False}, 0.001**0.5), ({"metric": "plain"}, None)],
+    ids=["adaptive", "uncorrected", "plain"],
+)
+@pytest.mark.parametrize("start", [1e6, 1e-12])
+def test_a_targets_first_lambda_is_near_what_keeps_half_of_the_groups_zero(start, settings, factor):
+    """Within a factor of 30, already in the first penalized step, wherever it starts.
+
+    In Adam's first step D times its step over the rate is |g|, uncorrected sqrt(0.001) |g|, in the plain metric 1.
+    """
+    tx = transform.proximal_adam(1e-3, start, target=control.Target(0.5, 100), **settings)
+    _, state = run(tx, random_tree(0), 1)
+    grad = random_tree(100)["backbone"]["conv"]["kernel"]
+    lambdas = jnp.sqrt(jnp.mean(jnp.square(grad), (0, 1, 3))) * factor if factor else jnp.ones(8)
+    wanted = float(jnp.median(lambdas)) * (30 if start > 1 else 1 / 30)
+    assert float(state.lambda_) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_start_that_is_far_too_large_does_not_zero_the_network():
+    """Two layers, a penalty that starts late and without a warm-up, lambda 10000 times too large."""
+    params = {"a": {"kernel": random_tree(0)["backbone"]["conv"]["kernel"]}, "bn": {"scale": jnp.ones(16)}}
+    tx = transform.proximal_adam(1e-3, 1e4, start_step=5, target=control.Target(0.5, 100), keep_one=False)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(12):
+        grads = {"a": {"kernel": random_tree(step)["backbone"]["conv"]["kernel"]}, "bn": {"scale": jnp.zeros(16)}}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert (params["a"]["kernel"] != 0).any((0, 1, 3)).all(), step
+
+
+def test_a_targets_schedule_counts_from_the_first_penalized_step():
+    target = control.Target(0.8, 10)
+    tx = transform.proximal_adam(1e-3, 1e-9, start_step=4, target=target)
+    for steps, penalized in ((4, 0), (5, 1), (7, 3)):
+        _, state = run(tx, random_tree(0), steps)
+        assert float(state.control.gap) == pytest.approx(float(target.scheduled(penalized))), steps
 
 
 BAD_ARGUMENTS = {
@@ -389,6 +504,7 @@ BAD_ARGUMENTS = {
     "metric": ({"metric": "euclid"}, "metric 'euclid'.*adaptive, plain"),
     "penalty": ({"penalty": "ridge"}, "penalty 'ridge'.*group_lasso, group_mcp, l1"),
     "group weights": ({"group_weights": "size"}, "group_weights 'size'.*sqrt_size, none"),
+    "norm": ({"norm": "final"}, "norm 'final'.*initial, unpenalized"),
     "scope": ({"scope": "neck"}, "scope 'neck'.*backbone, all"),
     "no gamma": ({"penalty": "group_mcp"}, "group_mcp needs gamma > 0, got None"),
     "small gamma": ({"penalty": "group_mcp", "gamma": 1e-4, "metric": "plain"}, "gamma=0.0001 is too small"),
