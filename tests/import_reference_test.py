@@ -240,6 +240,16 @@ def imported(rooms, tmp_path_factory):
     return run_config.get_config(str(folder / "run")), folder / "run", state
 
 
+@pytest.mark.parametrize("start", [{"start_step": 534}, {"start_at": 0.3, "warmup": 0.1, "warmup_steps": 0}])
+def test_a_checkpoint_is_imported_with_a_config_whose_penalty_starts_late(rooms, tmp_path, start):
+    np.savez(tmp_path / "weights.npz", **weights_of("single"))
+    config = tiny(rooms)
+    config.tasks = ("normals",)
+    config.sparsity.update(target=0.6, debias_at=0.9, **start)
+    import_reference.run_job(config, tmp_path / "run", tmp_path / "weights.npz")
+    assert run_config.get_config(str(tmp_path / "run")).sparsity.target == 0.6
+
+
 def test_an_imported_run_exports_with_the_same_outputs(imported, tmp_path):
     config, folder, state = imported
     config = config.copy_and_resolve_references()

@@ -58,14 +58,14 @@ def test_depth_in_metres_reports_the_normalised_error_too():
 
 
 def test_normals_by_hand():
-    degrees = np.array([0.0, 10.0, 20.0, 60.0])
+    degrees = np.array([0.0, 10.0, 20.0, 30.5])
     prediction = jnp.stack([np.sin(np.deg2rad(degrees)), np.zeros(4), np.cos(np.deg2rad(degrees))], -1)
     label = jnp.tile(jnp.array([0.0, 0.0, 1.0]), (4, 1))
     # a fifth pixel has no label; the length of a prediction does not matter
     prediction = jnp.concatenate([2 * prediction, jnp.ones((1, 3))])[None, None]
     label = jnp.concatenate([label, jnp.zeros((1, 3))])[None, None]
     values = metrics.normals_values(total(jax.vmap(metrics.normals_sums)(prediction, label)))
-    assert values["mean_angle"] == pytest.approx(22.5, abs=0.02)
+    assert values["mean_angle"] == pytest.approx(60.5 / 4, abs=0.02)
     assert values["cosine"] == pytest.approx(np.cos(np.deg2rad(degrees)).mean(), rel=1e-6)
     assert 10 <= values["median_angle"] <= 20
     assert [values[f"within_{limit}"] for limit in ("11.25", "22.5", "30")] == [0.5, 0.75, 0.75]
@@ -124,4 +124,23 @@ def test_auroc_is_that_of_the_ranks():
 def test_one_constant_probability_has_no_rank():
     assert attribute_values([0.3] * 4, [0, 1, 0, 0])["auroc"] == 0.5
     only = attribute_values([0.3, 0.6], [1, 1])
-    assert only["accuracy"] == 0.5 and np.isnan(only["auroc"]) and np.isnan(only["balanced_accuracy"])
+    assert only["accuracy"] == only["balanced_accuracy"] == 0.5 and np.isnan(only["auroc"])
+
+
+def test_without_positives_the_metrics_are_scikit_learns():
+    """balanced_accuracy_score averages the recalls of the labels that occur; f1_score is 0 where it is undefined."""
+    none = attribute_values([0.3, 0.1, 0.6], [0, 0, 0])
+    assert none["balanced_accuracy"] == pytest.approx(2 / 3) and none["f1"] == 0 and np.isnan(none["auroc"])
+    assert attribute_values([0.3, 0.1], [0, 0])["f1"] == 0
+    unlabeled = attribute_values([0.3], [VOID])
+    assert np.isnan(unlabeled["f1"]) and np.isnan(unlabeled["balanced_accuracy"])
+
+
+@pytest.mark.parametrize(("shift", "spread"), [(25, 3), (-60, 4), (0, 0.1), (300, 30)])
+def test_auroc_of_raw_logits_is_that_of_the_ranks_wherever_they_are(shift, spread):
+    rng = np.random.default_rng(0)
+    label = rng.random(800) < 0.3
+    logit = np.float32(shift + spread * (rng.normal(size=800) + 2.5 * label))
+    sums = total(jax.vmap(lambda p, y, raw: metrics.attribute_sums(p, y, raw))(jax.nn.sigmoid(logit), label, logit))
+    exact = stats.mannwhitneyu(logit[label], logit[~label]).statistic / (label.sum() * (~label).sum())
+    assert metrics.attribute_values(sums)["auroc"] == pytest.approx(exact, abs=1e-3)

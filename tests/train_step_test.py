@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from input_pipeline import loader
-from mtl_sparse import optim, train
+from mtl_sparse import checkpoints, optim, train
 from mtl_sparse import run as run_lib
+from mtl_sparse.errors import UserError
 from tests.conftest import tiny
 
 
@@ -141,3 +142,49 @@ def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
     tasks = run_lib.setup(tiny(rooms)).tasks
     values = {"segmentation/loss": 4.0, "depth/loss": 0.5, "normals/loss": 0.5}
     assert train.validation_score(values, tasks) == pytest.approx(1.0)
+
+
+def test_a_task_without_labels_keeps_its_loss_weight_and_has_no_loss(rooms):
+    """Adam's momentum from the steps before would move its log variance; others are moved."""
+    config = tiny(rooms)
+    config.tasks = ("depth", "normals")
+    run = run_lib.setup(config)
+    step, state = train.make_train_step(run), loader.replicate(run.init_state())
+    batch = next(run.train_batches(0))
+    rows = []
+    for labels in (batch["depth"], batch["depth"], np.zeros_like(batch["depth"])):
+        before = jax.device_get(state.params["weighting"])
+        state, scalars = step(state, loader.shard({**batch, "depth": labels}))
+        after = jax.device_get(state.params["weighting"])
+        rows.append((before["depth"] != after["depth"], before["normals"] != after["normals"], scalars))
+    assert [row[:2] for row in rows] == [(True, True), (True, True), (False, True)]
+    assert np.isnan(rows[-1][2]["depth/loss"]) and np.isfinite(rows[-1][2]["loss"])
+
+
+class Written:
+    """A metric log that keeps what it gets."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, step, split, values):
+        self.rows.append((step, split, values))
+
+
+@pytest.mark.parametrize(
+    ("losses", "logged"), [((0.25, np.nan, 0.75), {"depth/loss": 0.5}), ((np.nan, np.nan, np.nan), {})]
+)
+def test_a_task_is_logged_by_the_steps_that_have_its_label(config, losses, logged):
+    run = run_lib.setup(config)
+    progress = train.Progress(pending=[(i, {"loss": 1.0, "depth/loss": loss}) for i, loss in enumerate(losses, 1)])
+    log = Written()
+    train._write_pending(run, log, progress, saved=None)
+    assert log.rows == [(3, "train", {"loss": 1.0} | logged)]
+
+
+@pytest.mark.parametrize("row", [{"loss": np.nan, "depth/loss": np.nan}, {"loss": 1.0, "grad_norm": np.inf}])
+def test_a_step_that_is_not_finite_still_ends_the_run(config, row, tmp_path):
+    saved = checkpoints.Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="not finite at step 7"):
+        train._fetch([(7, row)], saved)
+    saved.close()

@@ -8,7 +8,7 @@ import pytest
 from input_pipeline import datasets
 from input_pipeline.datasets import Data
 from mtl_sparse.errors import UserError
-from tests.conftest import tiny
+from tests.conftest import tiny, tiny_faces
 
 
 def frame(**changes):
@@ -110,3 +110,54 @@ def test_what_a_killed_preparation_left_goes(tmp_path, monkeypatch, locks):
     (left / "half.array_record").write_text("half")
     datasets.load(config)
     assert left.exists() != locks and datasets.load(config).train[0]["image"].ndim == 3
+
+
+def test_a_data_set_without_a_fingerprint_gets_one_of_its_frames(load):
+    """It changes with any frame that it reads, with the number of frames and with their order; a given one stays."""
+    frames = [frame(segmentation=np.full((16, 24), 1 + index, np.uint8)) for index in range(5)]
+    first = load(["segmentation"], frames, num_classes=9).fingerprint
+    assert len(first) == 16 and load(["segmentation"], list(frames), num_classes=9).fingerprint == first
+    others = (frames[:4], frames[::-1], [*frames[:4], frame(segmentation=np.full((16, 24), 9, np.uint8))])
+    found = [load(["segmentation"], other, num_classes=9).fingerprint for other in others]
+    assert len({first, *found}) == 4
+    named = Data(frames, frames, frames, fingerprint="mine")
+    assert load(["segmentation"], named, num_classes=9).fingerprint == "mine"
+
+
+def embedded(name, frames, folder):
+    """config.data of that many embedded frames of a published data set, below a folder."""
+    config = (tiny if name == "nyud_mt" else tiny_faces)("").data
+    config.embedded.update(frames=frames, height=32, width=48, folder=str(folder / "data"))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "images"), [("nyud_mt", 24, 18), ("nyud_mt", 480, 360), ("celebamask_hq", 24, 14)]
+)
+def test_a_check_of_the_length_comes_before_anything_is_drawn(name, frames, images, tmp_path):
+    config = embedded(name, frames, tmp_path)
+
+    def check(count):
+        assert count == images
+        raise UserError("too short")
+
+    with pytest.raises(UserError, match="too short"):
+        datasets.load(config, check=check)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_check_of_the_length_gets_what_is_opened(tmp_path):
+    for name in ("nyud_mt", "celebamask_hq"):
+        config, counts = embedded(name, 20, tmp_path), []
+        assert [len(datasets.load(config, check=counts.append).train)] * 2 == counts
+
+
+def test_a_check_of_the_length_comes_before_anything_is_prepared(own_rooms):
+    config = tiny(own_rooms).data
+
+    def check(count):
+        raise UserError(f"{count} are too few")
+
+    with pytest.raises(UserError, match="18 are too few"):
+        datasets.load(config, check=check)
+    assert not own_rooms.with_name("NYUD_MT.tfds").exists()

@@ -209,3 +209,62 @@ def test_unknown_data_set_and_no_folder_are_named(rooms):
     config = tiny("")
     with pytest.raises(UserError, match="config.data.folder is not set"):
         datasets.load(config.data)
+
+
+def numbered(folder, train, val=("9999",)):
+    (folder / "gt_sets").mkdir(parents=True, exist_ok=True)
+    for key, names in (("train", train), ("val", val)):
+        (folder / "gt_sets" / f"{key}.txt").write_text("\n".join(names))
+    return folder
+
+
+def test_whole_scenes_are_held_out_where_the_numbers_tell(tmp_path):
+    """Scenes of two to five frames with gaps between them, where the official test frames are."""
+    rng, numbers, start = np.random.default_rng(0), [], 1
+    for _ in range(60):
+        length = int(rng.integers(2, 6))
+        numbers.append(range(start, start + length))
+        start += length + 1
+    names = [f"{number:04d}" for scene in numbers for number in scene]
+    splits = nyud_mt.read_splits(numbered(tmp_path / "scenes", names), "scenes")
+    assert sorted(splits["train"] + splits["validation"]) == names
+    assert 0.1 * len(names) <= len(splits["validation"]) < 0.1 * len(names) + 5
+    for scene in numbers:
+        inside = {f"{number:04d}" in splits["validation"] for number in scene}
+        assert len(inside) == 1, "no scene is in both"
+    single = nyud_mt.read_splits(tmp_path / "scenes")["validation"]
+    assert len(single) == round(0.1 * len(names)) and single != splits["validation"]
+
+
+@pytest.mark.parametrize("names", [[f"{i:04d}" for i in range(1, 41)], [f"room{i}" for i in range(40)]])
+def test_names_that_tell_of_no_scenes_are_held_out_one_by_one(tmp_path, names):
+    folder = numbered(tmp_path / "names", names)
+    assert nyud_mt.read_splits(folder, "scenes") == nyud_mt.read_splits(folder)
+
+
+def test_prepared_data_of_another_split_are_refused_without_their_folder(own_rooms):
+    config = tiny(own_rooms).data
+    config.split = "scenes"
+    datasets.load(config)
+    prepared = str(own_rooms.with_name("NYUD_MT.tfds"))
+    config.update(folder="", prepared=prepared)
+    assert len(datasets.load(config).train) == 18
+    config.split = ""
+    with pytest.raises(UserError, match="prepared with other lists than those of config.data.split=''"):
+        datasets.load(config)
+
+
+def test_a_jpeg_is_read_with_bytes_behind_its_end_and_refused_when_cut(own_rooms):
+    """Cameras append previews of tens of kilobytes. A cut file has no end, or only that of a preview in its header."""
+    path = own_rooms / "images" / "00003.jpg"
+    whole = path.read_bytes()
+    want = nyud_mt.published.read_photo(path, "")
+    for behind in (b"\0" * 9000, whole[:500], whole):
+        path.write_bytes(whole + behind)
+        np.testing.assert_array_equal(nyud_mt.published.read_photo(path, ""), want)
+    exif = b"Exif\0\0 thumbnail \xff\xd9"
+    header = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    for cut in (0.3, 0.6, 0.9, 0.99):
+        path.write_bytes(whole[:2] + header + whole[2 : int(cut * len(whole))])
+        with pytest.raises(UserError, match="00003.jpg cannot be decoded"):
+            nyud_mt.published.read_photo(path, "")

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 
@@ -129,3 +130,31 @@ def test_without_a_generator_nothing_is_augmented(frame):
 def test_a_label_of_ones_own_keeps_its_last_axis():
     frame = {"image": np.zeros((16, 24, 3), np.uint8), "heat": np.ones((16, 24, 1), np.float32)}
     assert Transform((8, 12), labels=("heat",))(frame)["heat"].shape == (8, 12, 1)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float64])
+def test_edges_of_every_dtype_are_resized_alike(frame, dtype):
+    """An edge one pixel wide keeps its mean when it is resized; as an integer it would be rounded away."""
+    transform = Transform((8, 12), labels=("edge",))
+    want = transform(frame)["edge"]
+    assert 0 < want.max() < 1
+    np.testing.assert_array_equal(transform(frame | {"edge": frame["edge"].astype(dtype)})["edge"], want)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64, np.float16, np.float64])
+def test_depth_and_labels_of_every_dtype_are_resized_alike(frame, dtype):
+    whole = frame | {"depth": np.round(frame["depth"]), "mine": frame["segmentation"][..., 0]}
+    transform = Transform((8, 12), labels=("depth", "mine"))
+    want = transform(whole)
+    got = transform(whole | {key: whole[key].astype(dtype) for key in ("depth", "mine")})
+    np.testing.assert_array_equal(got["depth"], want["depth"])
+    np.testing.assert_array_equal(got["mine"], want["mine"])
+    assert got["mine"].dtype == dtype
+
+
+def test_nearest_takes_opencvs_pixels():
+    rng = np.random.default_rng(0)
+    for shape, size in (((37, 53), (24, 40)), ((24, 40, 3), (37, 53)), ((16, 16), (16, 16))):
+        x = rng.random(shape).astype(np.float32)
+        want = cv2.resize(x, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        np.testing.assert_array_equal(Transform(size)._nearest(x), want)

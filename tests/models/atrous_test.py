@@ -97,3 +97,23 @@ def test_taps_are_taken_where_they_cost_less(size, rate, by_taps):
     assert products == (round(size[0] * rows * size[1] * columns * 10) if by_taps else whole)
     with atrous.plain_convolutions():
         assert atrous.macs(size, (3, 3, 2, 5), rate) == whole
+
+
+def test_bfloat16_taps_are_summed_in_float32():
+    """The error is that of rounding the result once, as in the plain convolution, not of nine rounded maps."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 12, 12, 16)).astype(jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (3, 3, 16, 8)).astype(jnp.bfloat16)
+    dy = jax.random.normal(keys[2], (2, 12, 12, 8)).astype(jnp.bfloat16)
+
+    def maps(x, kernel, dy):
+        out, vjp = jax.vjp(lambda x, kernel: atrous._sum_of_taps(x, kernel, 2), x, kernel)
+        return out, vjp(dy)[0]
+
+    exact = maps(*(value.astype(jnp.float32) for value in (x, kernel, dy)))
+    for got, want in zip(maps(x, kernel, dy), exact, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error, once = (
+            float(jnp.abs(value.astype(jnp.float32) - want).mean()) for value in (got, want.astype(jnp.bfloat16))
+        )
+        assert error < 1.1 * once
