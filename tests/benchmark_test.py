@@ -8,7 +8,7 @@ import pytest
 
 from mtl_sparse import benchmark, cost
 from mtl_sparse.errors import UserError
-from mtl_sparse.models import multitask, resnet
+from mtl_sparse.models import initializers, multitask, resnet
 from mtl_sparse.models.atrous import AtrousConv
 
 
@@ -22,7 +22,7 @@ def test_costs_by_hand():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = AtrousConv(4, 6, resnet.kernel_init, name="atrous")(x)
+            x = AtrousConv(4, 6, initializers.before_norm, name="atrous")(x)
             return nn.Dense(2, name="dense")(x.mean((1, 2)))
 
     found = cost.layers(Net(), (8, 8))

@@ -102,7 +102,7 @@ def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_
     assert json.loads((tmp_path / "results.json").read_text())["test"] == theirs
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1 + goes_on, "one process writes"
     assert sum(row["split"] == "train" for row in lines) == 20
-    assert np.ptp([row["loss"] for row in lines if row["split"] == "train"]) > 0.01
+    assert np.ptp([row["loss"] for row in lines if row["split"] == "train"]) > 0.005, "the losses move"
     for ours, others in zip(lines, rows(tmp_path), strict=True):
         for name, value in ours.items():
             close = {"rel": 1e-4, "abs": 1e-6} if name.endswith("loss") or ours["split"] != "train" else {"rel": 1e-2}

@@ -51,7 +51,7 @@ def test_a_data_set_of_your_own(monkeypatch, tmp_path):
     text = snippet("DATASETS[")
     exec(text, names := {})
     config = names["get_config"]()
-    config.train.epochs, config.run.summary_rounds = 2, 0
+    config.train.epochs, config.run.summary_rounds = 4, 0
     config.model.update(depth=10, width=8, head_features=8)
     train.train(config, "runs/discs")
     results = json.loads((tmp_path / "runs" / "discs" / "results.json").read_text())

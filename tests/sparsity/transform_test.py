@@ -495,6 +495,8 @@ def test_a_targets_schedule_counts_from_the_first_penalized_step():
     for steps, penalized in ((4, 0), (5, 1), (7, 3)):
         _, state = run(tx, random_tree(0), steps)
         assert float(state.control.gap) == pytest.approx(float(target.scheduled(penalized))), steps
+        if not penalized:
+            assert float(state.control.log_lambda) == pytest.approx(np.log(1e-9)), "lambda waits for the penalty"
 
 
 BAD_ARGUMENTS = {
