@@ -134,7 +134,7 @@ def read_image(path: pathlib.Path, way_out: str, flags: int) -> np.ndarray:
         with Image.open(path) as header:
             pixels = header.width * header.height
             if header.format == "JPEG" and pixels <= MAX_PIXELS:
-                # OpenCV fills what a cut JPEG lacks with gray; Pillow raises, here at an eighth of the size.
+                # OpenCV 4.10 fills what a cut JPEG lacks with gray; Pillow raises, here at an eighth of the size.
                 header.draft("L", (1, 1))
                 header.load()
     except Image.DecompressionBombError:

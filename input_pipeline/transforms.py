@@ -116,11 +116,8 @@ class Transform:
           UserError: a segmentation outside 0 .. num_classes.
         """
         arrays = {key: np.asarray(frame[key]) for key in ("image", *self.labels)}
-        for key in arrays.keys() & {
-            "depth",
-            "normals",
-            "edge",
-        }:  # integers would be rounded, and OpenCV lacks some dtypes
+        # Integers would be rounded, and OpenCV cannot resize some dtypes.
+        for key in arrays.keys() & {"depth", "normals", "edge"}:
             arrays[key] = arrays[key].astype(np.float32, copy=False)
         maps = [key for key, array in arrays.items() if array.ndim >= 2]
         if rng is not None and self.max_scale > 1:

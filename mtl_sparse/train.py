@@ -286,8 +286,8 @@ def _fetch(pending, saved):
     pending[:] = [(step, {name: float(value) for name, value in row.items()}) for step, row in jax.device_get(pending)]
     for step, row in pending:
         wrong = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
-        sound = math.isfinite(row["loss"]) and all(name.partition("=")[0].endswith("/loss") for name in wrong)
-        if wrong and not sound and not row.get("skipped"):
+        unlabeled = all(name.partition("=")[0].endswith("/loss") for name in wrong)
+        if wrong and not unlabeled and not row.get("skipped"):
             raise _not_finite(step, wrong, saved)
 
 
