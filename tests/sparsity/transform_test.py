@@ -430,7 +430,7 @@ def test_the_unpenalized_norm_is_what_the_step_has_without_the_penalty():
 @pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
 @pytest.mark.parametrize("fixed_norm", [".*", False])
 def test_the_strongest_group_is_kept(fixed_norm, penalty):
-    """A lambda that zeroes every kernel leaves one group of each that `keep_one` names, unshrunk but for its norm."""
+    """A lambda that zeroes every kernel leaves one group of each that `keep_one` names; the prox does not shrink it."""
     kernel = jnp.ones((1, 1, 4, 2)).at[:, :, 2].set(3.0)
     params = {"a": {"kernel": kernel}, "b": {"kernel": kernel}, "bn": {"scale": jnp.ones(2)}}
     tx = transform.proximal_adam(1e-2, 1e4, penalty=penalty, fixed_norm=fixed_norm, keep_one="a/.*")
