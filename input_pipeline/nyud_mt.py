@@ -31,7 +31,6 @@ CLASSES = (
 LABELS = ("segmentation", "depth", "normals", "edge")
 VALIDATION_FRACTION = 0.1
 SPLIT_SEED = 0
-SCENES = published.SCENES
 
 _FILES = {
     "image": "images/{}.jpg",
@@ -131,14 +130,14 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
                     "a frame belongs to one split"
                 )
             seen[name] = key
-    if split not in ("", SCENES):
+    if split not in ("", published.SCENES):
         return published.read_splits(split, seen)
     if "test" in lists:
         return {"train": lists["train"], "validation": lists["val"], "test": lists["test"]}
     names = lists["train"]
     if held_out(len(names)) >= len(names):
         raise UserError(f"{folder}/gt_sets/train.txt has {len(names)} frame: too few to hold a tenth out")
-    validation = _held_out_scenes(names) if split == SCENES else None
+    validation = _held_out_scenes(names) if split == published.SCENES else None
     if validation is None:
         random = np.random.default_rng(SPLIT_SEED)
         validation = {names[i] for i in random.choice(len(names), held_out(len(names)), replace=False)}
@@ -152,7 +151,8 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
 def _held_out_scenes(names) -> set[str] | None:
     """Choose runs of consecutive numbers until a tenth of the frames is reached.
 
-    None where the names are no numbers, or where a single run is longer than that: then the numbers tell of no scenes.
+    Returns None where the names are not numbers, or where one run is longer than a tenth: such names do not show the
+    scenes.
     """
     if not all(name.isdecimal() for name in names):
         return None

@@ -72,7 +72,7 @@ def init(lambda_: float) -> ControlState:
 def clamp(target: Target, state: ControlState, scale, step) -> ControlState:
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
-    So a start that is far too large or too small does no harm even in the first penalized step.
+    This limits what a start that is far too large or too small does in the first penalized step.
 
     Args:
       target: as in `update`.
