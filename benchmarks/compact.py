@@ -16,10 +16,12 @@ import numpy as np
 from absl import app, flags
 from flax import traverse_util
 
-from mtl_sparse import benchmark, environment
+from mtl_sparse.compaction import liveness
+from mtl_sparse.jobs import benchmark
 from mtl_sparse.models import multitask, widths
 from mtl_sparse.report import tables
-from mtl_sparse.sparsity import compact, liveness
+from mtl_sparse.runtime import environment
+from mtl_sparse.sparsity import compact
 
 _SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 

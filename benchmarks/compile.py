@@ -13,8 +13,8 @@ import tempfile
 import time
 
 from benchmarks import ours
-from mtl_sparse import environment
 from mtl_sparse.report.tables import markdown
+from mtl_sparse.runtime import environment
 
 
 def start(**settings) -> list[float]:

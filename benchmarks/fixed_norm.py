@@ -21,9 +21,11 @@ from matplotlib.figure import Figure
 
 from configs import demo
 from input_pipeline import loader
-from mtl_sparse import evaluate, train
-from mtl_sparse import run as run_lib
 from mtl_sparse.sparsity import groups, stats
+from mtl_sparse.training import evaluation, loop
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
+from mtl_sparse.training import step as step_lib
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/fixed_norm", "Where results go.")
 _FOLDER = flags.DEFINE_string("folder", "", "NYUD_MT folder of real frames; rooms alone without it.")
@@ -40,7 +42,7 @@ VARIANTS = {
 
 def make_probe(run):
     """Function of a TrainState -> {name: value}: what the figure shows."""
-    kernels = groups.find(run.state_shapes.params["model"], run.config.sparsity.scope)
+    kernels = groups.find(state_lib.shapes(run).params["model"], run.config.sparsity.scope)
 
     @jax.jit
     def probe(state, initial_norms):
@@ -71,12 +73,12 @@ def make_probe(run):
 
 def measure(config) -> dict:
     """Trains by `config`; returns the series over steps and the validation at the end."""
-    run = run_lib.setup(config)
-    state = run.init_state()
+    run = setup_lib.setup(config)
+    state = state_lib.initial(run)
     probe = make_probe(run)
     initial = probe(state, None)["norms"]
-    state, step_fn = loader.replicate(state), train.make_train_step(run)
-    batches = loader.prefetch_to_device(run.train_batches(0))
+    state, step_fn = loader.replicate(state), step_lib.make_train_step(run)
+    batches = loader.prefetch_to_device(run.batches.train(0))
     rows, start = [], time.time()
     for step in range(1, run.total_steps + 1):
         state, _ = step_fn(state, next(batches))
@@ -87,9 +89,9 @@ def measure(config) -> dict:
             if step % (10 * _EVERY) == 0:
                 left = (time.time() - start) / step * (run.total_steps - step)
                 logging.info("step %d/%d, %.1f %% zero, %.0f s left", step, run.total_steps, 100 * row["zero"], left)
-    evaluator = evaluate.make_evaluator(run.model, run.tasks)
-    values = evaluator(state.variables, run.eval_batches("validation"))
-    score = train.validation_score(values, run.tasks)
+    evaluator = evaluation.Evaluator(run).evaluate
+    values = evaluator(state.variables, run.batches.evaluation("validation"))
+    score = loop.validation_score(values, run.tasks)
     return {"rows": rows, "score": score, "finite": math.isfinite(score), "config": json.loads(config.to_json())}
 
 
@@ -101,7 +103,7 @@ def run_config(folder: str, lambda_: float, variant: str):
         config.data.folder = folder
     config.data.size = (32, 48)
     config.sparsity.update(lambda_=lambda_, target=0.0, **VARIANTS[variant][0])
-    steps_per_epoch = run_lib.setup(config).steps_per_epoch
+    steps_per_epoch = setup_lib.setup(config).steps_per_epoch
     config.train.epochs = max(1, round(_STEPS.value / steps_per_epoch))
     return config
 

@@ -9,9 +9,14 @@ import numpy as np
 from benchmarks.peers import random_batch
 from configs import nyu
 from input_pipeline import loader
-from mtl_sparse import compile_cache, cost, optim, tasks, train, weighting
-from mtl_sparse.models import multitask
-from mtl_sparse.run import AXIS
+from mtl_sparse import tasks
+from mtl_sparse.models import costs, multitask
+from mtl_sparse.runtime import compile_cache
+from mtl_sparse.tasks import weighting
+from mtl_sparse.training import optimizer
+from mtl_sparse.training import step as step_lib
+from mtl_sparse.training.setup import AXIS
+from mtl_sparse.training.state import TrainState
 
 TASKS = ("segmentation", "depth", "normals")
 
@@ -32,9 +37,9 @@ def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, *
     network = multitask.build(config.model, rows, axis_name=AXIS if jax.device_count() > 1 else None)
     variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
     params = {"model": variables["params"], "weighting": weighting.init("uncertainty", names)}
-    tx = optim.build(config, 100)
-    state = train.TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
-    step = functools.partial(train.train_step, model=network, tasks=rows, tx=tx, loss_config=config.loss)
+    tx = optimizer.build(config, 100)
+    state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
+    step = functools.partial(step_lib.train_step, model=network, tasks=rows, tx=tx, loss_config=config.loss)
     step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
     state = loader.replicate(jax.device_get(state))
     data = next(loader.prefetch_to_device(iter([random_batch(size, batch)])))
@@ -61,4 +66,4 @@ def macs(size: int, names=TASKS, **model) -> int:
     """Multiply-accumulates of the model's forward pass on one image."""
     config = _config(names, False, **model)
     network = multitask.build(config.model, tasks.resolve(config))
-    return sum(layer.macs for layer in cost.layers(network, (size, size)).values())
+    return sum(layer.macs for layer in costs.layers(network, (size, size)).values())

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from mtl_sparse import environment
+from mtl_sparse.runtime import environment
 
 _CONTEXT = multiprocessing.get_context("spawn")
 

@@ -17,9 +17,10 @@ from absl import app, flags
 
 from benchmarks import ours
 from configs import nyu
-from mtl_sparse import environment, tasks
-from mtl_sparse.benchmark import timed
+from mtl_sparse import tasks
 from mtl_sparse.models import multitask
+from mtl_sparse.runtime import environment
+from mtl_sparse.runtime.timing import timed
 from mtl_sparse.sparsity import groups, prox
 
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each function is timed.")

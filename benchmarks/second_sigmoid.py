@@ -15,8 +15,10 @@ import jax
 from absl import logging
 
 from configs import sweeps
-from mtl_sparse import losses, metrics, tasks, train
+from mtl_sparse import tasks
+from mtl_sparse.jobs import train
 from mtl_sparse.report.tables import markdown
+from mtl_sparse.tasks import losses, metrics
 
 TASKS = ("attribute:Male", "attribute:Smiling")
 DROPOUTS = ((0.6, 0.4), (0.2, 0.2))

@@ -7,7 +7,7 @@ The name after the colon is one of the task sets of the paper's Table 2. What st
 """
 
 from configs import nyu
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 
 TABLE2 = {
     "seg": ("segmentation",),

@@ -9,8 +9,8 @@ import pathlib
 from ml_collections import ConfigDict
 
 from configs import nyu
-from mtl_sparse.errors import UserError
 from mtl_sparse.report import records
+from mtl_sparse.runtime.errors import UserError
 
 
 def get_config(folder: str = ""):

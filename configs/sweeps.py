@@ -13,7 +13,7 @@ import itertools
 import operator
 
 from configs import celebamask_hq, demo, demo_faces, nyu, nyu_cpu
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 
 SEEDS, DEMO_SEEDS = range(5), range(2)
 LAMBDAS, DEMO_LAMBDAS = (0.0, 1e-6, 1e-5), (0.0, 1e-3, 3e-3)

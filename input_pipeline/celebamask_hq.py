@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from input_pipeline import published
-from mtl_sparse.errors import UserError
+from input_pipeline import folders
+from mtl_sparse.runtime.errors import UserError
 
 # In the order in which they are painted: hair lies over skin, a hat over hair. 0 is none of them.
 PARTS = (
@@ -37,8 +37,8 @@ SPLIT_SEED = 0
 ATTRIBUTE_FILE = "CelebAMask-HQ-attribute-anno.txt"
 
 
-class CelebamaskHq(published.FolderBuilder):
-    """CelebAMask-HQ. `manual_dir` is the official folder; `split`, see `published.read_splits`."""
+class CelebamaskHq(folders.FolderBuilder):
+    """CelebAMask-HQ. `manual_dir` is the official folder; `split`, see `folders.read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the official CelebAMask-HQ folder (CelebA-HQ-img, ...)."
@@ -162,7 +162,7 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
     """Ids of the faces of train, validation and test: drawn by the seed, or from the JSON file `split`.
 
     Raises:
-      UserError: as `read_attributes` and `published.read_splits`; an image without a row, fewer than five faces.
+      UserError: as `read_attributes` and `folders.read_splits`; an image without a row, fewer than five faces.
     """
     names = sorted(read_attributes(folder), key=int)
     known = set(names)
@@ -171,15 +171,15 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
     for without in sorted(name for name in present - known if name.isdecimal()):
         raise UserError(f"{images}/{without}.jpg has no row in {ATTRIBUTE_FILE}; restore the file, or remove the image")
     if split:
-        return published.read_splits(split, known)
+        return folders.read_splits(split, known)
     if len(names) < 5:
         raise UserError(f"{folder} has {len(names)} faces: too few to divide into train, validation and test")
-    return dict(zip(published.SPLITS, published.draw_splits(names, FRACTIONS, SPLIT_SEED), strict=True))
+    return dict(zip(folders.SPLITS, folders.draw_splits(names, FRACTIONS, SPLIT_SEED), strict=True))
 
 
 def train_count(faces: int) -> int:
     """Number of training images among so many faces, as `read_splits` divides them."""
-    return len(published.draw_splits(range(faces), FRACTIONS, SPLIT_SEED)[0])
+    return len(folders.draw_splits(range(faces), FRACTIONS, SPLIT_SEED)[0])
 
 
 def fingerprint(folder: pathlib.Path, split: str = "") -> str:
@@ -225,13 +225,13 @@ def read_face(folder: pathlib.Path, name: str) -> dict:
       UserError: an image or mask that does not decode, a mask of another size or with other values.
     """
     path = folder / "CelebA-HQ-img" / f"{name}.jpg"
-    image = published.read_photo(path, f"leave {name} out by a config.data.split of your own")
+    image = folders.read_photo(path, f"leave {name} out by a config.data.split of your own")
     parts = None
     for index, part in enumerate(PARTS, 1):
         mask_path = _mask_folder(folder, name) / f"{int(name):05d}_{part}.png"
         if not mask_path.exists():
             continue
-        mask = published.read_image(mask_path, f"take {part} of that face away", cv2.IMREAD_GRAYSCALE)
+        mask = folders.read_image(mask_path, f"take {part} of that face away", cv2.IMREAD_GRAYSCALE)
         if parts is None:
             parts = np.zeros(mask.shape, np.uint8)
         finer = image.shape[0] // mask.shape[0]

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
-import fcntl
 import hashlib
 import importlib.util
 import pathlib
@@ -14,9 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from input_pipeline import celebamask_hq, nyud_mt, published, transforms
+from input_pipeline import celebamask_hq, folders, nyud_mt, transforms
 from input_pipeline.synthetic import faces, rooms
-from mtl_sparse.errors import UserError, as_os_error
+from mtl_sparse.runtime import files, text
+from mtl_sparse.runtime.errors import UserError, as_os_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +92,21 @@ def load(config, labels: Collection[str] = (), check: Callable[[int], object] = 
     data = dataset(config)
     if not isinstance(data, Data):
         raise UserError(f"DATASETS[{config.name!r}] gives {type(data).__name__}, not a datasets.Data")
-    for split in published.SPLITS:
+    for split in folders.SPLITS:
         frames = getattr(data, split)
         if not len(frames):
             raise UserError(f"the {split} split of config.data.name={config.name!r} has no frames")
         _check_labels(config, labels, frames[0].keys() - {"image", "name"})
         _check_frame(config, labels, frames[0], f"the first {split} frame of config.data.name={config.name!r}")
     _check_classes(config, data.classes)
-    numbers = {split: [str(i) for i in range(len(getattr(data, split)))] for split in published.SPLITS}
+    numbers = {split: [str(i) for i in range(len(getattr(data, split)))] for split in folders.SPLITS}
     return dataclasses.replace(data, names=data.names or numbers, fingerprint=data.fingerprint or _digest(data))
 
 
 def _digest(data: Data, frames: int = 8) -> str:
     """Digest of the lengths of the splits and of some frames of each, evenly spaced."""
     digest = hashlib.sha256()
-    for split in published.SPLITS:
+    for split in folders.SPLITS:
         source = getattr(data, split)
         digest.update(f"{split} {len(source)}\n".encode())
         for index in np.linspace(0, len(source) - 1, min(frames, len(source))).round():
@@ -121,7 +120,7 @@ def _digest(data: Data, frames: int = 8) -> str:
 def _check_labels(config, labels, known):
     for label in labels:
         if label not in known:
-            near = difflib.get_close_matches(label, known, n=3)
+            near = text.nearest(label, known)
             others = f"nearest: {', '.join(near)}" if near else f"its labels: {', '.join(sorted(known)[:6])}"
             others += ", ..." if not near and len(known) > 6 else ""
             raise UserError(
@@ -179,17 +178,16 @@ def _alone(folder):
 
     Gives whether no other can be at it: not so on a file system without locks.
     """
-    alone = True
+    alone = False
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / "data.lock").open("a"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = stack.enter_context(files.locked(folder / "data.lock", wait=False)).held
         except BlockingIOError:
             logging.info("Another process writes data to %s: waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # read-only, or a file system without locks: whoever then writes says what is wrong
-            alone = False
+            alone = stack.enter_context(files.locked(folder / "data.lock", wait=True)).held
+        except OSError:  # the folder is read-only: the writer reports what is wrong
+            pass
         yield alone
 
 
@@ -233,10 +231,10 @@ def _open_published(dataset: Published, config, check) -> Data:
             builder.download_and_prepare(  # nothing, where another process just has
                 download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
             )
-    with published.told_as_damaged(target):
+    with folders.told_as_damaged(target):
         builder = tfds.builder_from_directory(str(target))
         metadata = dict(builder.info.metadata)
-        stored = {split: published.Stored(builder.as_data_source(split=split), target) for split in published.SPLITS}
+        stored = {split: folders.Stored(builder.as_data_source(split=split), target) for split in folders.SPLITS}
         lists, fingerprint = {split: list(metadata["splits"][split]) for split in stored}, metadata["fingerprint"]
     if folder is not None and folder.is_dir():
         if module.fingerprint(folder, config.split) != fingerprint:
@@ -246,8 +244,8 @@ def _open_published(dataset: Published, config, check) -> Data:
             )
     elif (
         bool(config.split) != metadata.get("given_split", False)
-        or (config.split == published.SCENES) != metadata.get("scenes", False)
-        or (config.split not in ("", published.SCENES) and published.read_splits(config.split) != lists)
+        or (config.split == folders.SCENES) != metadata.get("scenes", False)
+        or (config.split not in ("", folders.SCENES) and folders.read_splits(config.split) != lists)
     ):
         raise UserError(f"{prepared} was prepared with other lists than those of config.data.split={config.split!r}")
     frames = {split: module.frames(source, config) for split, source in stored.items()}

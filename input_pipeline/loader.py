@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
 _EPOCHS = 2**32  # without end: Grain's own repetition overflows with batches of one

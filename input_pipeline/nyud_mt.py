@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from input_pipeline import published
-from mtl_sparse.errors import UserError
+from input_pipeline import folders
+from mtl_sparse.runtime.errors import UserError
 
 CLASSES = (
     "wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk shelves curtain "
@@ -41,8 +41,8 @@ _FILES = {
 }
 
 
-class NyudMt(published.FolderBuilder):
-    """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder; `split`, see `published.read_splits`."""
+class NyudMt(folders.FolderBuilder):
+    """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder; `split`, see `folders.read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the published NYUD_MT folder (images, ..., gt_sets)."
@@ -104,10 +104,10 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
     Args:
       folder: an `NYUD_MT` folder, whose lists they come from.
       split: "" holds out single frames of train.txt for validation where there is no test.txt, "scenes" whole scenes;
-        anything else is a JSON file of lists, see `published.read_splits`.
+        anything else is a JSON file of lists, see `folders.read_splits`.
 
     Raises:
-      UserError: a missing folder or list, an empty list, a frame in two lists; as `published.read_splits`.
+      UserError: a missing folder or list, an empty list, a frame in two lists; as `folders.read_splits`.
     """
     if not folder.is_dir():
         raise UserError(f"data folder {folder} does not exist; set config.data.folder to the NYUD_MT folder")
@@ -130,14 +130,14 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
                     "a frame belongs to one split"
                 )
             seen[name] = key
-    if split not in ("", published.SCENES):
-        return published.read_splits(split, seen)
+    if split not in ("", folders.SCENES):
+        return folders.read_splits(split, seen)
     if "test" in lists:
         return {"train": lists["train"], "validation": lists["val"], "test": lists["test"]}
     names = lists["train"]
     if held_out(len(names)) >= len(names):
         raise UserError(f"{folder}/gt_sets/train.txt has {len(names)} frame: too few to hold a tenth out")
-    validation = _held_out_scenes(names) if split == published.SCENES else None
+    validation = _held_out_scenes(names) if split == folders.SCENES else None
     if validation is None:
         random = np.random.default_rng(SPLIT_SEED)
         validation = {names[i] for i in random.choice(len(names), held_out(len(names)), replace=False)}
@@ -197,9 +197,9 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
       UserError: a missing or unreadable file, a label of another size than the image, a class outside 0..40.
     """
     path = _existing(folder, "image", name)
-    image = published.read_photo(path, f"take {name} out of gt_sets")
+    image = folders.read_photo(path, f"take {name} out of gt_sets")
     path = _existing(folder, "segmentation", name)
-    segmentation = published.read_image(path, f"take {name} out of gt_sets", cv2.IMREAD_UNCHANGED)
+    segmentation = folders.read_image(path, f"take {name} out of gt_sets", cv2.IMREAD_UNCHANGED)
     frame = {"segmentation": segmentation}
     for key in ("depth", "normals", "edge"):
         path = _existing(folder, key, name)

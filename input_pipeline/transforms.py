@@ -6,9 +6,9 @@ import functools
 import cv2
 import numpy as np
 
-from mtl_sparse.errors import UserError
+from input_pipeline.labels import VOID
+from mtl_sparse.runtime.errors import UserError
 
-VOID = 255  # segmentation label of pixels that count nowhere
 # Mean and standard deviation of ImageNet's RGB in [0, 1], the field's habit also for training from scratch.
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGE_STD = np.array([0.229, 0.224, 0.225], np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compact, compile, fixed_norm, loader, ours, peers, prox
-from mtl_sparse.benchmark import timed
+from mtl_sparse.runtime.timing import timed
 
 
 def test_every_operator_prunes_about_half(capsys):

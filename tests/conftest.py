@@ -1,6 +1,7 @@
 """Small configs and data that the tests share."""
 
 import atexit
+import contextlib
 import gc
 import os
 import pathlib
@@ -25,6 +26,7 @@ from configs import demo, demo_faces
 from input_pipeline import datasets
 from input_pipeline.synthetic import faces as faces_lib
 from input_pipeline.synthetic import rooms as rooms_lib
+from mtl_sparse.runtime.errors import UserError
 
 # Tracing makes objects that live: looking for garbage among them took a quarter of the suite's time.
 gc.set_threshold(200_000, 20, 100)
@@ -34,16 +36,25 @@ LONGEST = (
     "faults",
     "processes",
     "train",
-    "compact",
+    "multitask",
     "sweep",
-    "compaction",
+    "compact",
     "colabs",
     "lomt",
-    "import_reference",
+    "reference",
     "attributes",
     "readme",
     "launch",
 )
+
+
+@contextlib.contextmanager
+def raises(code: str, *, naming: str = ""):
+    """Expect a UserError with this code, whose message has `naming` in it: the thing that is wrong, not the wording."""
+    with pytest.raises(UserError) as caught:
+        yield caught
+    assert caught.value.code == code, f"{caught.value.code}: {caught.value}"
+    assert naming in str(caught.value)
 
 
 def pytest_collection_modifyitems(items):
@@ -105,7 +116,7 @@ def sparse_run(rooms, tmp_path_factory):
 
     One head reads the backbone's end, the other in front of the last stride.
     """
-    from mtl_sparse import train
+    from mtl_sparse.jobs import train
 
     config = tiny(rooms)
     config.model.update(width=8, attach=("layer4_0", "layer1_0"))

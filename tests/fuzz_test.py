@@ -15,9 +15,12 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from input_pipeline import datasets, loader
-from mtl_sparse import checkpoints, train
-from mtl_sparse import run as run_lib
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import checkpoints
+from mtl_sparse.training import config as config_lib
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
+from mtl_sparse.training import step as step_lib
 from tests.conftest import tiny
 
 ANYTHING = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": [Phase.explicit, Phase.generate]}
@@ -54,7 +57,7 @@ _VALUES = {
 
 @few_and_many(12, 400)
 def test_any_setting_trains_a_step_or_is_told(rooms, count):
-    kinds = {name: type(value) for name, value in run_lib._leaves(tiny(rooms)) if not name.startswith(_FIXED)}
+    kinds = {name: type(value) for name, value in config_lib.leaves(tiny(rooms)) if not name.startswith(_FIXED)}
     assert len(kinds) > 70
     change = st.sampled_from([(name, value) for name, kind in kinds.items() for value in _VALUES[kind]])
     outcomes = {"trains": 0, "told": 0}
@@ -70,9 +73,9 @@ def test_any_setting_trains_a_step_or_is_told(rooms, count):
         with config.unlocked():
             config.update_from_flattened_dict(dict(changes))
         try:
-            run = run_lib.setup(config)
-            batch = next(run.train_batches(0))
-            jax.eval_shape(train.make_train_step(run), run.state_shapes, loader.shard(batch))
+            run = setup_lib.setup(config)
+            batch = next(run.batches.train(0))
+            jax.eval_shape(step_lib.make_train_step(run), state_lib.shapes(run), loader.shard(batch))
         except UserError as error:
             one_sentence(error)
             outcomes["told"] += 1
@@ -144,9 +147,9 @@ def test_a_damaged_folder_is_told_or_its_frames_are_sound(rooms, tmp_path, count
         damage(folder, *what)
         config = tiny(folder)
         try:
-            run = run_lib.setup(config)
+            run = setup_lib.setup(config)
             for split in ("train", "validation", "test"):
-                source, transform = getattr(run.data, split), run.eval_transform()
+                source, transform = getattr(run.data, split), run.batches.transform()
                 for i in range(len(source)):
                     example = transform(source[i])
                     assert example["image"].shape == (32, 48, 3) and np.isfinite(example["image"]).all()

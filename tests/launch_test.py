@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mtl_sparse import environment
+from mtl_sparse.runtime import environment
 
 ROOT = pathlib.Path(__file__).parents[1]
 

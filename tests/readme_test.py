@@ -13,8 +13,12 @@ from ml_collections import config_flags
 
 from configs import sweeps
 from input_pipeline import datasets, loader
-from mtl_sparse import run as run_lib
-from mtl_sparse import tasks, train
+from mtl_sparse import tasks
+from mtl_sparse.jobs import train
+from mtl_sparse.training import config as config_lib
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
+from mtl_sparse.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,9 +40,9 @@ def test_a_task_of_your_own(config, monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     exec(snippet("TASKS["), names := {})
     config.tasks = names["get_config"]().tasks
-    run = run_lib.setup(config)
-    state, scalars = train.make_train_step(run)(
-        loader.replicate(run.init_state()), loader.shard(next(run.train_batches(0)))
+    run = setup_lib.setup(config)
+    state, scalars = step_lib.make_train_step(run)(
+        loader.replicate(state_lib.initial(run)), loader.shard(next(run.batches.train(0)))
     )
     assert 0 < float(scalars["depth_l1/loss"]) < 1
     assert state.params["model"]["head_depth_l1"]["out"]["kernel"].shape[-1] == 1
@@ -76,7 +80,7 @@ def test_every_setting_is_taken_as_it_stands(row, name, monkeypatch):
     config.tasks = tuple(part for entry in config.tasks for part in entry.split(","))  # as launch.py does
     if "lambda_=1e-4" in row or "penalty" in row:
         assert len(arguments) == 2, "alternatives, or what another config needs"
-    run_lib.check_config(config)
+    config_lib.check(config)
 
 
 def test_every_sweep_has_as_many_runs_as_it_says():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import datasets
-from mtl_sparse import train
+from mtl_sparse.jobs import train
 from tests.conftest import tiny, tiny_faces
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"

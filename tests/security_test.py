@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from input_pipeline import datasets
-from mtl_sparse import checkpoints, export, state_dicts
-from mtl_sparse import run as run_lib
-from mtl_sparse.errors import UserError
+from mtl_sparse.jobs import export
+from mtl_sparse.pretrained import state_dicts
 from mtl_sparse.report import records
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import checkpoints
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = [ROOT / "launch.py", *(path for part in ("configs", "input_pipeline", "mtl_sparse", "benchmarks")
@@ -38,7 +41,7 @@ def test_no_pickle_is_loaded_from_data_checkpoints_or_exports(sparse_run, monkey
         monkeypatch.setattr(pickle, name, refuse)
     assert datasets.load(config.data).train[0]["image"].ndim == 3
     saved = checkpoints.Checkpoints(folder)
-    state, _ = saved.restore("latest", run_lib.setup(config).state_shapes)
+    state, _ = saved.restore("latest", state_lib.shapes(setup_lib.setup(config)))
     saved.close()
     assert int(state.step) > 0 and records.read_samples(folder)["image"].ndim == 4
     path = export.run_job(config, folder)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 
 # What a product costs when the taps are taken one by one, over its cost in the plain convolution, which also computes
 # those with padding. Measured on two CPU cores, forward and both gradients: 1.0 to 1.2 (docs/benchmarks.md).

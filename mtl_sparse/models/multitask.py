@@ -1,6 +1,5 @@
 """The multi-task model: one pass of the shared backbone, one head a task."""
 
-import difflib
 import functools
 from collections.abc import Sequence
 
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from mtl_sparse.errors import UserError
 from mtl_sparse.models import classifier, deeplab, resnet
 from mtl_sparse.models import widths as widths_lib
+from mtl_sparse.runtime import text
+from mtl_sparse.runtime.errors import UserError
 
 HEADS = {"deeplab": deeplab.DeepLabHead, "classifier": classifier.Classifier}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -133,7 +133,7 @@ def _attach(config, tasks):
     attach, points = tuple(config.attach), resnet.points(config.depth)
     for point in attach:
         if point not in points:
-            near = ", ".join(difflib.get_close_matches(point, points, 3)) or f"{points[0]}, ..., {points[-1]}"
+            near = ", ".join(text.nearest(point, points)) or f"{points[0]}, ..., {points[-1]}"
             raise UserError(f"model.attach: a ResNet-{config.depth} has no {point!r}; near it are {near}")
     if attach and len(attach) != len(tasks):
         names = ", ".join(task.name for task in tasks)
@@ -141,9 +141,9 @@ def _attach(config, tasks):
     return attach
 
 
-def _widths(text, dense):
+def _widths(encoded, dense):
     try:
-        widths = widths_lib.Widths.from_json(text)
+        widths = widths_lib.Widths.from_json(encoded)
     except ValueError as error:
         raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error
     layers = dense.layers()

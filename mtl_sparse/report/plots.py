@@ -5,8 +5,10 @@ import pathlib
 
 import numpy as np
 
-from input_pipeline.transforms import VOID
+from input_pipeline.labels import VOID
+from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import records
+from mtl_sparse.runtime import files
 
 _TEXT_LINES = 8  # attributes beside a test frame, before the next column
 _DENSE, _LEFT = "#d5dbe3", "#20639b"
@@ -20,7 +22,7 @@ def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
       UserError: the folder lacks the records of a finished run.
     """
     workdir = pathlib.Path(workdir).expanduser()
-    results = records.read_json(workdir / "results.json")
+    results = files.read_json(workdir / "results.json")
     samples = records.read_samples(workdir)
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
@@ -102,8 +104,8 @@ def sparsity_over_steps(metrics, results):
 
 def groups_per_layer(results):
     """Groups of each conv layer and how many of them are left (as Fig. 3 of the paper)."""
-    layers = sorted(results["sparsity"]["layers"], key=lambda layer: network_order(layer["path"]))
-    names = [short(layer["path"]) for layer in layers]
+    layers = sorted(results["sparsity"]["layers"], key=lambda layer: layer_names.network_order(layer["path"]))
+    names = [layer_names.short(layer["path"]) for layer in layers]
     total = np.array([layer["groups"] for layer in layers])
     left = total - np.array([layer["zero_groups"] for layer in layers])
     figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
@@ -120,14 +122,14 @@ def groups_per_layer(results):
 
 def compact_layers(rows):
     """MACs of each conv layer before and after compaction, from compact.json."""
-    rows = sorted(rows, key=lambda row: network_order(row["layer"]))
+    rows = sorted(rows, key=lambda row: layer_names.network_order(row["layer"]))
     figure = new_figure(figsize=(max(6, 0.24 * len(rows) + 1.5), 4))
     axis = figure.subplots()
     place = np.arange(len(rows))
     before, after = (np.array([row[key] for row in rows]) / 1e6 for key in ("macs", "macs_after"))
     axis.bar(place, before, color=_DENSE, label="dense")
     axis.bar(place, after, color=_LEFT, label="compact")
-    axis.set_xticks(place, [short(row["layer"]) for row in rows], rotation=90, fontsize=7)
+    axis.set_xticks(place, [layer_names.short(row["layer"]) for row in rows], rotation=90, fontsize=7)
     axis.set(ylabel="million MACs an image", xlim=(-0.8, len(rows) - 0.2))
     axis.set_title(f"{before.sum() / max(after.sum(), 1e-9):.1f} times fewer MACs")
     axis.legend(frameon=False)
@@ -181,20 +183,6 @@ def attachments(found):
     axis.set_title("Framed: the deepest layer that a task keeps; crosses: layers that it does not keep", fontsize=9)
     figure.colorbar(image, label="% of groups left")
     return figure
-
-
-def network_order(path):
-    """Sorts the stem first, then stages and blocks by number, a block's layers by name, and heads last."""
-    name = short(path)
-    if name.startswith("head_"):
-        return (2, 0, 0, name)
-    block, _, layer = name.partition("/")
-    stage, _, index = block.removeprefix("layer").partition("_")
-    return (1, int(stage), int(index), layer) if block.startswith("layer") else (0, 0, 0, name)
-
-
-def short(path):
-    return path.removeprefix("backbone/").removesuffix("/kernel")
 
 
 def sample_sheet(samples):

@@ -1,104 +1,17 @@
-"""A run's folder as data: who owns it, its metrics, results and sample predictions."""
+"""Read the records of a run's folder: its options, metrics and sample predictions."""
 
-import contextlib
-import fcntl
 import json
-import os
 import pathlib
 
 import numpy as np
-from absl import logging
 
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime import files
+from mtl_sparse.runtime.errors import UserError
 
 # Settings that change how a run goes or where its data lie, not what comes out of it.
-_FREE = ("run.", "compact.", "benchmark.", "export.", "lomt.", "data.folder", "data.prepared", "data.embedded.folder")
+FREE = ("run.", "compact.", "benchmark.", "export.", "lomt.", "data.folder", "data.prepared", "data.embedded.folder")
 # Options that are on by default but were not there when earlier runs were made: what those runs did.
 EARLIER = {"sparsity.keep_connected": False}
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Writes JSON so that the file is always whole, also where several processes write it at a time."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
-
-
-def read_json(path: pathlib.Path):
-    """Raises UserError where the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is missing: {path.parent} holds no such run, or it has not come that far") from None
-    except ValueError as error:  # no JSON, or no text
-        raise UserError(f"{path} is damaged ({error}); run the job that writes it again") from error
-
-
-@contextlib.contextmanager
-def held(workdir: pathlib.Path):
-    """While it is open no other process can hold this run's folder; a process that is killed lets go of it.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{workdir} cannot be a run's folder: it is a file, or lies below one") from None
-    with (workdir / "run.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is at work in {workdir}; wait until it has ended, or give another --workdir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            logging.warning("%s cannot be locked (%s): start no second process on it", workdir, error.strerror)
-        yield
-
-
-def claim(workdir: pathlib.Path, config, data) -> None:
-    """Writes config.json and splits.json into a new run's folder; an old one is checked instead (`check`)."""
-    if (workdir / "splits.json").exists():
-        check(workdir, config, data)
-    elif (workdir / "config.json").exists():  # a sweep writes it before the run starts
-        check_settings(workdir, config)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
-    write_json(workdir / "config.json", json.loads(config.to_json()))
-
-
-def check(workdir: pathlib.Path, config, data) -> None:
-    """Raises UserError where the run in `workdir` has other settings (`check_settings`) or other data than these.
-
-    A run that was imported has no data yet: it takes these. So does one made before every data set had a fingerprint.
-    """
-    check_settings(workdir, config)
-    if not (workdir / "splits.json").exists() and not (workdir / "metrics.jsonl").exists():
-        write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
-    if read_json(workdir / "splits.json")["fingerprint"] not in ("", data.fingerprint):
-        raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
-
-
-def check_settings(workdir: pathlib.Path, config) -> None:
-    """Raises UserError where the run in `workdir` has other settings; how it goes and where its data lie may differ.
-
-    So may, of dense runs, all of `sparsity`.
-    """
-    theirs, ours = EARLIER | _flat(read_json(workdir / "config.json")), _flat(json.loads(config.to_json()))
-    free = (*_FREE, "sparsity.") if is_dense(theirs) and is_dense(ours) else _FREE
-    differing = [
-        f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-        and not name.startswith(free)
-        and (name in theirs or ours[name])  # settings that came later do nothing by 0 and False
-    ]
-    if differing:
-        raise UserError(
-            f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
-            f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
-        )
 
 
 def is_dense(settings: dict) -> bool:
@@ -113,15 +26,15 @@ def is_finished(folder: pathlib.Path) -> bool:
 
 def settings(config: dict) -> dict:
     """The settings of a config.json that change what results.json says, by dotted path."""
-    free = tuple(name for name in _FREE if name != "compact.")  # what compaction would leave is part of it
-    return {name: value for name, value in (EARLIER | _flat(config)).items() if not name.startswith(free)}
+    free = tuple(name for name in FREE if name != "compact.")  # what compaction would leave is part of it
+    return {name: value for name, value in (EARLIER | flat(config)).items() if not name.startswith(free)}
 
 
-def _flat(tree, prefix=""):
+def flat(tree, prefix=""):
     """Values by dotted path, without those that say none, which settings that came after a run was made do."""
     if not isinstance(tree, dict):
         return {} if tree in ("", []) else {prefix[:-1]: tree}
-    return {key: value for name, branch in tree.items() for key, value in _flat(branch, f"{prefix}{name}.").items()}
+    return {key: value for name, branch in tree.items() for key, value in flat(branch, f"{prefix}{name}.").items()}
 
 
 def read_metrics(workdir: pathlib.Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -162,9 +75,8 @@ def write_samples(workdir, *, images, names, labels, predictions, classes=(), th
         elif prediction.shape[-1] == 1:
             prediction = prediction[..., 0]
         arrays[f"label/{task}"], arrays[f"prediction/{task}"] = label, prediction
-    partial = workdir / f"samples.{os.getpid()}.partial.npz"
-    np.savez_compressed(partial, **arrays)
-    partial.replace(workdir / "samples.npz")
+    with files.replacing(workdir / "samples.npz") as partial:
+        np.savez_compressed(partial, **arrays)
 
 
 def read_samples(workdir) -> dict[str, np.ndarray]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from mtl_sparse.errors import UserError
 from mtl_sparse.report import published, records
+from mtl_sparse.runtime import files
+from mtl_sparse.runtime.errors import UserError
 
 # Metric of a task in the paper's tables, its name there, and whether more is better.
 PAPER = {
@@ -102,7 +103,7 @@ class Row:
     def timings(self) -> list[dict]:
         """benchmark.json of those runs that --job=benchmark has timed."""
         paths = [folder / "benchmark.json" for folder in self.folders.values()]
-        return [records.read_json(path) for path in paths if path.exists()]
+        return [files.read_json(path) for path in paths if path.exists()]
 
     @property
     def published(self) -> dict | None:
@@ -219,13 +220,13 @@ def read(folders: Sequence[str | pathlib.Path]) -> Study:
     for folder in map(pathlib.Path, folders):
         folder = folder.expanduser()
         if (folder / "sweep.json").exists():
-            for name in records.read_json(folder / "sweep.json")["trials"]:
+            for name in files.read_json(folder / "sweep.json")["trials"]:
                 if records.is_finished(folder / name):
-                    found[folder / name] = records.read_json(folder / name / "results.json")
+                    found[folder / name] = files.read_json(folder / name / "results.json")
                 else:
                     unfinished.append(name)
         elif (folder / "results.json").exists():
-            found[folder] = records.read_json(folder / "results.json")
+            found[folder] = files.read_json(folder / "results.json")
         else:
             kind = "a run that has not finished" if (folder / "config.json").exists() else "neither a run nor a sweep"
             raise UserError(f"{folder} holds {kind}; leave it out, or give its command again")

@@ -5,6 +5,7 @@ import textwrap
 import numpy as np
 from matplotlib import colormaps
 
+from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import plots, records
 from mtl_sparse.report import study as study_lib
 from mtl_sparse.report.study_tables import setting, short
@@ -226,7 +227,7 @@ def groups_per_layer(study):
     Blank where a row's model does not have the layer.
     """
     rows = [row for row in study.rows if not row.is_dense]
-    layers = sorted(set().union(*map(_paths, rows)), key=plots.network_order)
+    layers = sorted(set().union(*map(_paths, rows)), key=layer_names.network_order)
     if not layers:
         return None
     left = np.array([np.mean([_left(run, layers) for run in row.runs.values()], 0) for row in rows])
@@ -235,7 +236,7 @@ def groups_per_layer(study):
     figure = plots.new_figure(figsize=(max(6, width), 0.28 * len(rows) + 2.2))
     axis = figure.subplots()
     image = axis.imshow(100 * left, aspect="auto", cmap="Blues", vmin=0, vmax=100)
-    axis.set_xticks(range(len(layers)), [plots.short(path) for path in layers], rotation=90, fontsize=7)
+    axis.set_xticks(range(len(layers)), [layer_names.short(path) for path in layers], rotation=90, fontsize=7)
     axis.set_yticks(range(len(rows)), labels, fontsize=7)
     figure.colorbar(image, label="% of groups left")
     return figure

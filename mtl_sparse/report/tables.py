@@ -46,3 +46,41 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def speed_table(rows: list[dict]) -> str:
+    """`compare`'s rows as a Markdown table; speed-up and MAC ratio are against the first model of the same part."""
+    head = ("part", "batch", "model", "median ms", "p90 ms", "speed-up", "images/s", "MACs", "MAC ratio", "GMAC/s")
+    lines = [(*head, "parameters", "memory MiB")]
+    first = {}
+    for row in rows:
+        dense = first.setdefault((row["part"], row["batch"]), row)
+        lines.append(
+            (
+                row["part"],
+                str(row["batch"]),
+                row["model"],
+                f"{row['median_ms']:.2f}",
+                f"{row['p90_ms']:.2f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['images_per_second']:.1f}",
+                f"{row['macs'] / 1e6:,.1f} M",
+                f"{dense['macs'] / max(row['macs'], 1):.2f}x",
+                f"{row['gmacs_per_second']:.1f}",
+                f"{row['parameters']:,}",
+                f"{row['memory_mib']:.1f}",
+            )
+        )
+    return markdown(lines)
+
+
+def compact_table(rows: list[dict]) -> str:
+    """`explain`'s rows as a Markdown table with a total."""
+    head = ("layer", "groups", "zero", "left", "of them zero", "parameters", "left", "MACs (M)", "left", "what and why")
+    keys = ("groups", "zero", "groups_after", "zero_after", "parameters", "parameters_after", "macs", "macs_after")
+    total = {key: sum(row[key] for row in rows) for key in keys} | {"layer": "all", "why": ""}
+    lines = [head]
+    for row in [*rows, total]:
+        counts = [f"{row[key]:,}" for key in keys[:6]]
+        lines.append((row["layer"], *counts, *(f"{row[key] / 1e6:,.2f}" for key in keys[6:]), row["why"]))
+    return markdown(lines)

@@ -5,10 +5,11 @@ import pathlib
 import jax
 import pytest
 
-from mtl_sparse import optim, tasks
-from mtl_sparse import run as run_lib
-from mtl_sparse.errors import UserError
+from mtl_sparse import tasks
 from mtl_sparse.models import multitask
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import config as config_lib
+from mtl_sparse.training import optimizer
 
 FILES = (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py")
 CONFIGS = sorted({path.stem for path in FILES} - {"run", "sweeps"})  # they have none of their own
@@ -17,15 +18,15 @@ CONFIGS = sorted({path.stem for path in FILES} - {"run", "sweeps"})  # they have
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_valid_and_initialises(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    run_lib.check_config(config)
+    config_lib.check(config)
     rows = tasks.resolve(config)
     model = multitask.build(config.model, rows)
     images = jax.ShapeDtypeStruct((1, *config.data.size, 3), "float32")
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     outputs = jax.eval_shape(model.apply, variables, images)
     assert sorted(outputs) == sorted(config.tasks)
-    state = jax.eval_shape(optim.build(config, 10**4).init, {"model": variables["params"], "weighting": {}})
-    assert optim.learning_rate(state).shape == ()
+    state = jax.eval_shape(optimizer.build(config, 10**4).init, {"model": variables["params"], "weighting": {}})
+    assert optimizer.learning_rate(state).shape == ()
     with pytest.raises(AttributeError, match="lamda"):
         config.sparsity.lamda = 1.0
 

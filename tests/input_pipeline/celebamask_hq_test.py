@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from configs import demo_faces
-from input_pipeline import celebamask_hq, datasets, published
+from input_pipeline import celebamask_hq, datasets, folders
 from input_pipeline.celebamask_hq import ATTRIBUTE_FILE, ATTRIBUTES, PARTS
 from input_pipeline.transforms import Transform
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 from tests.conftest import tiny_faces
 
 PAPER = ("background", "skin", "hair")
@@ -39,7 +39,7 @@ def test_the_split_is_60_20_20_and_the_same_every_time(faces):
 
 def test_drawn_splits_have_the_fractions_for_any_number():
     for count in (5, 133, 30000):
-        parts = published.draw_splits([str(i) for i in range(count)], celebamask_hq.FRACTIONS, 0)
+        parts = folders.draw_splits([str(i) for i in range(count)], celebamask_hq.FRACTIONS, 0)
         assert [len(part) for part in parts] == [round(0.6 * count), round(0.8 * count) - round(0.6 * count),
                                                  count - round(0.8 * count)]  # fmt: skip
         assert len(set(sum(parts, []))) == count

@@ -7,7 +7,7 @@ import pytest
 
 from input_pipeline import datasets
 from input_pipeline.datasets import Data
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 from tests.conftest import tiny, tiny_faces
 
 

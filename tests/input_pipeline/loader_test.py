@@ -7,7 +7,7 @@ import pytest
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 from tests.conftest import tiny
 
 

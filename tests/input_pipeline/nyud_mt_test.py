@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from input_pipeline import datasets, nyud_mt
-from mtl_sparse.errors import UserError
+from mtl_sparse.runtime.errors import UserError
 from tests.conftest import tiny
 
 
@@ -57,7 +57,7 @@ def hidden(cls, name, path=None, target=None):
     return None if name.split(".")[0] in ("tensorflow", "tensorboard") else real(name, path, target)
 machinery.PathFinder.find_spec = classmethod(hidden)
 import sys
-from mtl_sparse import train
+from mtl_sparse.jobs import train
 from tests.conftest import tiny
 config = tiny("nowhere")
 config.data.prepared = {str(rooms) + ".tfds"!r}
@@ -258,13 +258,13 @@ def test_a_jpeg_is_read_with_bytes_behind_its_end_and_refused_when_cut(own_rooms
     """Cameras append previews of tens of kilobytes. A cut file has no end, or only that of a preview in its header."""
     path = own_rooms / "images" / "00003.jpg"
     whole = path.read_bytes()
-    want = nyud_mt.published.read_photo(path, "")
+    want = nyud_mt.folders.read_photo(path, "")
     for behind in (b"\0" * 9000, whole[:500], whole):
         path.write_bytes(whole + behind)
-        np.testing.assert_array_equal(nyud_mt.published.read_photo(path, ""), want)
+        np.testing.assert_array_equal(nyud_mt.folders.read_photo(path, ""), want)
     exif = b"Exif\0\0 thumbnail \xff\xd9"
     header = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     for cut in (0.3, 0.6, 0.9, 0.99):
         path.write_bytes(whole[:2] + header + whole[2 : int(cut * len(whole))])
         with pytest.raises(UserError, match="00003.jpg cannot be decoded"):
-            nyud_mt.published.read_photo(path, "")
+            nyud_mt.folders.read_photo(path, "")

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from input_pipeline import transforms
-from input_pipeline.transforms import VOID, Transform
-from mtl_sparse.errors import UserError
+from input_pipeline.labels import VOID
+from input_pipeline.transforms import Transform
+from mtl_sparse.runtime.errors import UserError
 
 
 @pytest.fixture

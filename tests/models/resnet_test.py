@@ -7,8 +7,8 @@ from flax import traverse_util
 
 from configs import nyu
 from mtl_sparse import tasks
-from mtl_sparse.errors import UserError
 from mtl_sparse.models import deeplab, multitask, resnet, widths
+from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import groups
 
 

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from input_pipeline.transforms import VOID
-from mtl_sparse.errors import UserError
+from input_pipeline.labels import VOID
 from mtl_sparse.report import plots, records, tables
+from mtl_sparse.runtime import files
+from mtl_sparse.runtime.errors import UserError
 
 RESULTS = {
     "test": {"depth/loss": 0.1, "depth/mae_normalized": 0.0625},
@@ -183,4 +184,4 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         plots.draw(tmp_path)
     (tmp_path / "results.json").write_text('{"test": ')
     with pytest.raises(UserError, match="results.json is damaged"):
-        records.read_json(tmp_path / "results.json")
+        files.read_json(tmp_path / "results.json")

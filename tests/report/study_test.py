@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from configs import nyu, sweeps
-from mtl_sparse.errors import UserError
-from mtl_sparse.report import page, plots, published, records, study, study_plots, study_tables
+from mtl_sparse.report import page, plots, published, study, study_plots, study_tables
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import folder as folder_lib
 
 LAYERS = [
     {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 1, "group_size": 9},
@@ -267,14 +268,14 @@ def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders)
     stored = json.loads((folders[0] / "config.json").read_text())
     del stored["model"]["attach"], stored["lomt"], stored["train"]["bn_frames"]
     (folders[0] / "config.json").write_text(json.dumps(stored))
-    records.check_settings(folders[0], config)
+    folder_lib.check_settings(folders[0], config)
     config.model.attach = ("layer4_0", "layer4_0")
     config.train.bn_frames = 8
     with pytest.raises(UserError, match="train.bn_frames=None there, 8 now"):
-        records.check_settings(folders[0], config)
+        folder_lib.check_settings(folders[0], config)
     config.train.bn_frames = 0
     with pytest.raises(UserError, match=r"model.attach=None there, \['layer4_0', 'layer4_0'\] now"):
-        records.check_settings(folders[0], config)
+        folder_lib.check_settings(folders[0], config)
 
 
 def attached(folder, seed, **values):
@@ -476,12 +477,12 @@ def test_what_does_nothing_without_a_penalty_tells_no_dense_run_from_another(fol
         config.sparsity.update(lambda_=lambda_, start_step=30)
         if lambda_:
             with pytest.raises(UserError, match="sparsity.start_step=0 there, 30 now"):
-                records.check_settings(folder, config)
+                folder_lib.check_settings(folder, config)
         else:
-            records.check_settings(folder, config)
+            folder_lib.check_settings(folder, config)
     config.sparsity.target = 0.5
     with pytest.raises(UserError, match="sparsity.start_step=0 there, 30 now; sparsity.target=0.0 there, 0.5 now"):
-        records.check_settings(folders[1], config)
+        folder_lib.check_settings(folders[1], config)
     for folder in (folders[2], *folders[7::2]):  # a sparse seed, and depth alone
         results = json.loads((folder / "results.json").read_text())
         results["config"]["sparsity"] |= {"start_step": 30, "penalty": "group_mcp"}

@@ -1,0 +1,1 @@
+"""Exact compaction: removal of the channels that zero groups made useless."""

@@ -1,0 +1,93 @@
+"""What compaction removed from each layer, and why."""
+
+import jax
+
+from mtl_sparse.models import costs, deeplab, resnet
+from mtl_sparse.models import widths as widths_lib
+from mtl_sparse.sparsity import stats
+
+
+def explain(model, variables, small, small_variables, size) -> list[dict]:
+    """What became of every conv layer.
+
+    Returns:
+      For each layer of `model`: "layer" (path), "groups" and "zero" of them, "groups_after", "zero_after",
+      "parameters" and "parameters_after" of the kernel, "macs" and "macs_after" an image, and "why": what was removed,
+      or why zero channels stay.
+    """
+    before, after = costs.layers(model, size), costs.layers(small, size)
+    zeros, zeros_after = _zero_groups(variables), _zero_groups(small_variables)
+    reads, constants = _reads(small)
+    rows = []
+    for layer, old in before.items():
+        new = after.get(layer)
+        row = {
+            "layer": layer,
+            "groups": old.kernel[-2],
+            "zero": zeros.get(layer, 0),
+            "groups_after": new.kernel[-2] if new else 0,
+            "zero_after": zeros_after.get(layer, 0),
+            "parameters": old.parameters,
+            "parameters_after": new.parameters if new else 0,
+            "macs": old.macs,
+            "macs_after": new.macs if new else 0,
+        }
+        rows.append(row | {"why": _why(row, old, new, reads, constants)})
+    return rows
+
+
+def _zero_groups(variables):
+    """Zero input channels of every conv kernel, by its layer's path."""
+    if not any(leaf.ndim == 4 for leaf in jax.tree.leaves(variables["params"])):
+        return {}
+    found = stats.sparsity(variables["params"], "all")
+    return {entry.path.removesuffix("/kernel"): entry.zero_groups for entry in found.layers}
+
+
+def _reads(model):
+    """(ranges that each layer takes of the residual stream or the image, None for all; layers that read a constant)."""
+    layers = model.layers()
+    reads = {"backbone/stem_conv1": layers.stem.reads}
+    constants = {f"backbone/stem_conv{layers.stem.dead + 1}"} if layers.stem.dead else set()
+    for place, block in zip(resnet.places(model.depth), layers.blocks, strict=False):
+        reads[f"backbone/{place.name}/conv1"] = block.reads
+        reads[f"backbone/{place.name}/downsample_conv"] = block.shortcut_reads
+        if block.dead or block.reads == ():
+            constants.add(f"backbone/{place.name}/conv{block.dead + 1}")
+    for (task, *_), head in zip(model.heads, layers.heads, strict=True):
+        if head is not None:
+            names = ("conv",) if isinstance(head, widths_lib.Classifier) else deeplab.BRANCHES
+            reads |= {f"head_{task}/{name}": ranges for name, ranges in zip(names, head.reads, strict=True)}
+            if head.dead:
+                constants.add(f"head_{task}/conv")
+    return reads, constants
+
+
+def _why(row, old, new, reads, constants):
+    layer, parts = row["layer"], []
+    if new is None:
+        return "gone: all inputs zero" if row["zero"] == row["groups"] else "gone: its output is constant or not read"
+    if layer in constants:
+        return "reads a constant: what is before it is dead"
+    if new.kernel[:2] != old.kernel[:2]:
+        parts.append(f"taps {'x'.join(map(str, new.kernel[:2]))} of {'x'.join(map(str, old.kernel[:2]))}")
+    ranges = reads.get(layer)
+    if ranges is not None:
+        parts.append(f"gathers {len(ranges)} range{'s' if len(ranges) > 1 else ''}: other layers read more")
+    if row["zero_after"]:
+        in_place = layer in reads and ranges is None
+        reason = "a gather would cost more" if in_place else "they fill gaps or a multiple"
+        parts.append(f"{row['zero_after']} zero stay: {reason}")
+    return "; ".join(parts)
+
+
+def compare_sentence(rows, variables, small_variables) -> str:
+    """Parameters and MACs before and after."""
+    before, after = costs.parameter_count(variables), costs.parameter_count(small_variables)
+
+    def macs(part):
+        both = [sum(row[key] for row in rows if row["layer"].startswith(part)) / 1e6 for key in ("macs", "macs_after")]
+        fewer = f" ({both[0] / both[1]:.1f}x fewer)" if both[1] else ""
+        return f"{both[0]:,.1f} M MACs became {both[1]:,.1f} M{fewer}"
+
+    return f"{before:,} parameters became {after:,}, {macs('')}, in the backbone {macs('backbone/')}"

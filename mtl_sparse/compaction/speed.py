@@ -1,0 +1,78 @@
+"""Latency, throughput and memory of models beside one another."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_sparse.models import costs, multitask, resnet
+from mtl_sparse.runtime.timing import timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Something to time: a whole model or its backbone alone, with its variables."""
+
+    model: object
+    variables: dict
+
+    @classmethod
+    def backbone(cls, model: multitask.MultiTaskModel, variables) -> "Part":
+        layers = model.layers()
+        points = tuple(dict.fromkeys(model.points()))  # each map once, whoever reads it
+        alone = resnet.ResNet(
+            model.depth, model.width, model.stem, model.dtype, layers=(layers.stem, layers.blocks), points=points
+        )
+        return cls(alone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
+
+    def compiled(self, images):
+        """(function () -> outputs, bytes that its compiled program needs: arguments, outputs and temporaries)."""
+        variables = jax.device_put(self.variables)
+        program = jax.jit(self.model.apply).lower(variables, images).compile()
+        memory = program.memory_analysis()
+        sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+        return lambda: program(variables, images), sum(getattr(memory, name) for name in sizes)
+
+
+def compare(models: dict, size, batch: int, rounds: int, parts=("backbone", "model")) -> list[dict]:
+    """Times parts of each (model, variables), all of a part in one alternation.
+
+    Args:
+      models: name -> (model, variables); the first is what the others are compared with.
+      size: (height, width) of the images.
+      batch: images in a call.
+      parts: "backbone", "model" or both.
+
+    Returns:
+      A dictionary for each part and model: "part", "model", "batch", "parameters", "macs" (an image),
+      "median_ms", "p90_ms", "speedup" (median over the rounds of the first one's time over its own),
+      "images_per_second", "gmacs_per_second", "memory_mib".
+    """
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *size, 3)), jnp.float32)
+    rows = []
+    for part in parts:
+        make = Part.backbone if part == "backbone" else Part
+        timed_parts = {name: make(*model) for name, model in models.items()}
+        compiled = {name: one.compiled(images) for name, one in timed_parts.items()}
+        seconds = timed({name: function for name, (function, _) in compiled.items()}, rounds)
+        first = next(iter(seconds.values()))
+        for name, one in timed_parts.items():
+            macs = sum(layer.macs for layer in costs.layers(one.model, size).values())
+            median = float(np.median(seconds[name]))
+            rows.append(
+                {
+                    "part": part,
+                    "model": name,
+                    "batch": batch,
+                    "parameters": costs.parameter_count(one.variables),
+                    "macs": macs,
+                    "median_ms": 1e3 * median,
+                    "p90_ms": 1e3 * float(np.quantile(seconds[name], 0.9)),
+                    "speedup": float(np.median(first / seconds[name])),
+                    "images_per_second": batch / median,
+                    "gmacs_per_second": batch * macs / median / 1e9,
+                    "memory_mib": compiled[name][1] / 2**20,
+                }
+            )
+    return rows

@@ -1,0 +1,1 @@
+"""The jobs of launch.py, one file each, and its command line."""

@@ -1,0 +1,263 @@
+"""The command line of launch.py: from arguments to a job's call."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import os
+import pathlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mtl_sparse.runtime.errors import UserError
+
+_TUPLES = ("--config.tasks", "--config.model.attach")  # options that take names with commas between them
+_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+      config: of --config, with its overrides.
+      config_path: the config file.
+      config_argument: what follows the colon in --config=FILE:ARGUMENT.
+      workdir: the run's folder.
+      runs: folders of --runs.
+      grid: of --grid.
+      checkpoint: of --checkpoint.
+      register: Python file of --register.
+      sweep: options of `sweep.Options` as given: max_parallel, shard, retry_failed, cluster, cluster_settings.
+    """
+
+    config: Any
+    config_path: pathlib.Path
+    config_argument: str
+    workdir: str
+    runs: Sequence[str] = ()
+    grid: str = ""
+    checkpoint: str = ""
+    register: str = ""
+    sweep: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def normalize(arguments: Sequence[str]) -> list[str]:
+    """Return command line arguments with the options that hold names as Python tuples.
+
+    `--config.tasks=a,b` and `--config.tasks a,b` become `--config.tasks=('a', 'b')`: absl's tuple flag reads Python,
+    and fails on a colon as in attribute:Smiling. `--job=import` without --config gets configs/nyu.py.
+    """
+    given, found = list(arguments), []
+    while given:
+        argument = given.pop(0)
+        flag, equals, value = argument.partition("=")
+        if flag in _TUPLES:
+            if not equals and given and not given[0].startswith("--"):
+                value = given.pop(0)
+            if value[:1] not in tuple("([\"'"):
+                value = str(tuple(name.strip() for name in value.split(",") if name.strip()))
+            argument = f"{flag}={value}"
+        found.append(argument)
+    if "import" in option(found, "--job") and not option(found, "--config"):
+        found.insert(1, f"--config={_CONFIGS / 'nyu.py'}")
+    return found
+
+
+def option(arguments: Sequence[str], flag: str) -> str:
+    """Return the value of `--flag=value` or `--flag value`, "" if it is not there."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return ""
+
+
+def split_names(values: Sequence[str]) -> tuple[str, ...]:
+    """Return names in a tuple whose entries may hold several, with commas between them."""
+    return tuple(part.strip() for value in values for part in str(value).split(","))
+
+
+def existing_folders(parts: Sequence[str]) -> list[str]:
+    """Return the folders of a list that was split at commas: a trial's name has commas of its own."""
+    folders, waiting = [], []
+    for part in filter(None, parts):
+        waiting.append(part)
+        if pathlib.Path(",".join(waiting)).expanduser().exists():
+            folders.append(",".join(waiting))
+            waiting = []
+    return folders + waiting
+
+
+def split_config(value: str) -> tuple[pathlib.Path, str]:
+    """Return (path, argument) of --config=<path>:<argument>.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path, _, argument = value.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError("CONFIG_MISSING", f"config file {path} does not exist; configs/ has those of this project")
+    return pathlib.Path(path), argument
+
+
+def default_workdir(job: str, path: pathlib.Path, argument: str) -> str:
+    """Return runs/<name of the config>, or FOLDER of configs/run.py:FOLDER."""
+    if path.stem == "run":
+        return argument
+    named = os.path.join("runs", "_".join(filter(None, (path.stem, *argument.split(":")))))
+    return f"{named}_lomt" if job == "lomt" and path.stem != "sweeps" else named
+
+
+def run_file(path: str) -> types.ModuleType:
+    """Run a Python file and return its module.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError("REGISTER_MISSING", f"--register={path}: there is no such file")
+    spec = importlib.util.spec_from_file_location("registered", path)
+    if spec is None or spec.loader is None:
+        raise UserError("REGISTER_MISSING", f"--register={path}: it is not a Python file")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def parse_error(arguments: Sequence[str], error: Exception) -> str:
+    """Return what is wrong with command line arguments in one sentence; `error` is of absl or ml_collections."""
+    text = str(error.args[0] if error.args else error).strip("'").replace("\\n", " ").replace("\\'", "'")
+    _, ours, sentence = text.rpartition("UserError: ")  # raised by a config file, and wrapped in a traceback
+    if unknown := _unknown_option(arguments):
+        return unknown
+    if "--config must have a value" in text:
+        return "which config? give --config=configs/demo.py, or another file of configs/"
+    return " ".join(sentence.split()) if ours else f"cannot use these options: {' '.join(text.split())}"
+
+
+def _unknown_option(arguments):
+    """Return what to say of the first --config.NAME that the config file does not have, "" if it has all."""
+    path, _, argument = option(arguments, "--config").partition(":")
+    try:
+        config = run_file(path).get_config(*[argument] if argument else [])
+    except Exception:  # the file itself is wrong, and the first error reports that
+        return ""
+    from mtl_sparse.training import config as config_lib
+
+    names = (a.removeprefix("--config.").partition("=")[0] for a in arguments if a.startswith("--config."))
+    return next(filter(None, (config_lib.unknown_option(config, name) for name in names)), "")
+
+
+def _trials(request: Request, grid: str):
+    """Return (options of each trial, `sweep.Options`) of configs/sweeps.py:NAME or of a grid."""
+    from mtl_sparse.jobs import sweep
+
+    if request.config_path.stem == "sweeps":
+        from configs import sweeps
+
+        if request.grid:
+            raise UserError(
+                "TRIALS_TWICE",
+                f"configs/sweeps.py:{request.config_argument} lists its trials, and so does --grid; give one of them",
+            )
+        trials = sweeps.trials(request.config_argument)
+    else:
+        trials = sweep.parse_grid(grid)
+    own = os.path.abspath(request.config_path) if request.config_path.stem not in ("sweeps", "run") else ""
+    return trials, sweep.Options(
+        max_parallel=request.sweep["max_parallel"],
+        shard=sweep.parse_shard(request.sweep["shard"]),
+        retry_failed=request.sweep["retry_failed"],
+        cluster=request.sweep["cluster"],
+        cluster_settings=sweep.parse_settings(request.sweep["cluster_settings"]),
+        register=request.register or own,
+    )
+
+
+def _train(request):
+    from mtl_sparse.jobs import train
+
+    train.train(request.config, request.workdir)
+
+
+def _report(request):
+    from mtl_sparse.jobs import report
+
+    report.run_job(request.config, request.workdir, request.runs)
+
+
+def _benchmark(request):
+    from mtl_sparse.jobs import benchmark, sweep
+
+    if (pathlib.Path(request.workdir) / "sweep.json").exists():
+        sweep.benchmark_job(request.config, request.workdir)
+        _report(request)
+    else:
+        benchmark.run_job(request.config, request.workdir)
+
+
+def _sweep(request):
+    from mtl_sparse.jobs import sweep
+    from mtl_sparse.report import page
+
+    out = pathlib.Path(request.workdir) / "report"
+    try:
+        sweep.run_job(request.config, request.workdir, *_trials(request, request.grid))
+    except sweep.RunsFailed as failed:
+        with contextlib.suppress(UserError):  # no run has finished
+            page.write([request.workdir], out)
+        raise failed
+    page.write([request.workdir], out)
+
+
+def _lomt(request):
+    from mtl_sparse.jobs import lomt
+
+    lomt.run_job(request.config, request.workdir, *_trials(request, request.grid or "seed=0,1,2"), request.runs)
+
+
+def _import(request):
+    from mtl_sparse.jobs import import_reference
+
+    if not request.checkpoint:
+        raise UserError(
+            "CHECKPOINT_MISSING",
+            "--job=import needs --checkpoint=FILE, a .pt, .safetensors or .npz of the reference implementation",
+        )
+    import_reference.run_job(request.config, request.workdir, request.checkpoint)
+
+
+def _plain(name: str) -> Callable[[Request], Any]:
+    """Return the call of `mtl_sparse.jobs.<name>.run_job(config, workdir)`; the module is imported late."""
+
+    def run(request):
+        return importlib.import_module(f"mtl_sparse.jobs.{name}").run_job(request.config, request.workdir)
+
+    return run
+
+
+# Job by name: (call, help).
+JOBS: dict[str, tuple[Callable[[Request], Any], str]] = {
+    "train": (_train, "train, evaluate the best checkpoint, write the report; resumes the run in the folder"),
+    "evaluate": (_plain("evaluate"), "evaluate the best checkpoint of a run and write its report again"),
+    "report": (_report, "the table and plots of a run from its records, or those of a sweep, or of --runs"),
+    "compact": (_plain("compact"), "remove the zero channels of a run's model: a smaller run in <workdir>/compact"),
+    "benchmark": (
+        _benchmark,
+        "time a run's model: dense, with its zeros, and compact; in a sweep's folder, those of its runs",
+    ),
+    "export": (_plain("export"), "write a run's model as a file that runs without this package: StableHLO or ONNX"),
+    "sweep": (
+        _sweep,
+        "train the runs of configs/sweeps.py:NAME, or of --grid, that have not finished, and report them",
+    ),
+    "lomt": (
+        _lomt,
+        "find how deep each task needs the backbone from single-task sparse runs (those of --runs, or trained first), "
+        "train with each head there and with all at the end, and compare",
+    ),
+    "import": (_import, "make a run of a checkpoint of the reference implementation, --checkpoint=FILE"),
+    "prepare": (_plain("prepare"), "prepare the data and nothing else"),
+}

@@ -1,0 +1,111 @@
+"""`--job=compact`: the compact model of a run as a run of its own, and the table that explains it."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from mtl_sparse.compaction import explain
+from mtl_sparse.report import plots, tables
+from mtl_sparse.runtime import files
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import checkpoints, evaluation, results
+from mtl_sparse.training import folder as folder_lib
+from mtl_sparse.training import setup as setup_lib
+
+_TOLERANCE = 1e-4  # largest difference of outputs, over the largest output
+
+
+def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
+    """Write the compact model of a run as a run of its own, in `<workdir>/compact`.
+
+    Evaluates it on the test split, and explains what was removed in a table, compact.json and plots/compact.png.
+
+    Returns:
+      The compact run's folder.
+
+    Raises:
+      UserError: the run is not finished or has other options, its backbone is dead, or the outputs differ.
+    """
+    run = setup_lib.setup(config)
+    workdir = pathlib.Path(workdir).expanduser()
+    folder_lib.check(workdir, config, run.data)
+    with folder_lib.held(workdir):
+        return _compact(run, workdir)
+
+
+def _compact(run, workdir):
+    expected = files.read_json(workdir / "results.json")
+    with contextlib.closing(checkpoints.Checkpoints(workdir)) as saved:
+        best = results.Best.load(run, saved)
+    rows, error = best.explain(), best.difference()
+    if not any(row["zero"] for row in rows):
+        logging.warning("This run has no zero groups: its compact model has the same channels")
+    if not any(row["groups_after"] for row in rows if row["layer"].startswith("backbone/")):
+        raise UserError(
+            "BACKBONE_DEAD", f"the backbone of {workdir} is dead: no layer of it is left to evaluate or train on"
+        )
+    if not error < _TOLERANCE:
+        raise UserError(
+            "COMPACTION_NOT_EXACT",
+            f"the compact model's outputs differ by {error:.1e} of the largest: nothing was written",
+        )
+    folder = workdir / "compact"
+    with _replacing(folder):
+        found = _write_run(best, workdir, folder)
+        files.write_json(folder / "compact.json", rows)
+        plots.save(plots.compact_layers(rows), folder / "plots" / "compact.png")
+    print("\n" + tables.compact_table(rows))
+    change = np.nanmax([abs(found["test"][name] - value) for name, value in expected["test"].items()])
+    sentence = explain.compare_sentence(rows, best.state.variables, best.compact[1])
+    print(f"\n{sentence}; outputs equal to {error:.0e} of the largest, test metrics to {change:.0e}")
+    print(f"the compact model is a run of its own: --config=configs/run.py:{folder} --job=evaluate")
+    return folder
+
+
+def _write_run(best, workdir, folder):
+    """Write the compact model into `folder` as a finished run; returns its results."""
+    model, variables = best.compact
+    config = best.run.config.copy_and_resolve_references()
+    config.model.widths = model.widths.to_json()
+    small = setup_lib.setup(config)
+    folder_lib.claim(folder, config, small.data)
+    params = {**best.state.params, "model": variables["params"]}
+    opt_state = jax.device_get(small.tx.init(jax.tree.map(jnp.asarray, params)))
+    inner = opt_state.inner_state._replace(control=best.state.opt_state.inner_state.control)
+    state = best.state.replace(
+        params=params, batch_stats=variables["batch_stats"], opt_state=opt_state._replace(inner_state=inner)
+    )
+    with contextlib.closing(checkpoints.Checkpoints(folder)) as saved:
+        for kind in checkpoints.KINDS:  # a run that has ended: --job=train evaluates it, and trains nothing
+            saved.save(kind, int(state.step), state, {**best.progress, "stopped": True})
+        saved.wait()
+        if (workdir / "metrics.jsonl").exists():  # an imported run has none
+            shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
+        return results.write(small, evaluation.Evaluator(small), folder, results.Best.load(small, saved))
+
+
+@contextlib.contextmanager
+def _replacing(folder: pathlib.Path) -> Iterator[None]:
+    """Write `folder` anew in the block; what it held is kept until the block ends, and restored if it fails."""
+    old, removed = (folder.with_name(folder.name + end) for end in (".old", ".removed"))
+    shutil.rmtree(removed, ignore_errors=True)
+    if old.exists():  # an earlier call was killed in the block
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rename(old)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists():
+            old.rename(folder)
+        raise
+    if old.exists():
+        old.rename(removed)  # a call killed while it deletes must not look like one killed in the block
+        shutil.rmtree(removed, ignore_errors=True)

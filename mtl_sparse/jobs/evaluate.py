@@ -1,0 +1,41 @@
+"""`--job=evaluate`: a run's best checkpoint on the test split, and its report again."""
+
+import contextlib
+import pathlib
+
+from mtl_sparse.runtime import processes
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import folder, results
+from mtl_sparse.training.checkpoints import Checkpoints
+from mtl_sparse.training.evaluation import Evaluator
+from mtl_sparse.training.setup import setup
+
+
+def run_job(config, workdir: str | pathlib.Path) -> dict:
+    """Evaluate the best checkpoint of a run on the test split and write its report again.
+
+    Returns:
+      The contents of results.json.
+
+    Raises:
+      UserError: the run has not ended (results would make it count as finished), or see `folder.check`.
+    """
+    run = setup(config)
+    workdir = pathlib.Path(workdir).expanduser()
+    with contextlib.ExitStack() as stack:
+        processes.on_first(lambda: folder.check(workdir, config, run.data))
+        processes.on_first(lambda: stack.enter_context(folder.held(workdir)))
+        saved = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
+        if saved.step("latest") is not None and not processes.on_first((workdir / "results.json").exists):
+            processes.on_first(lambda: _check_ended(run, workdir, saved))
+        return results.write(run, Evaluator(run), workdir, results.Best.load(run, saved))
+
+
+def _check_ended(run, workdir, saved):
+    _, progress, checkpoint = saved.read("latest")
+    if int(checkpoint.name) < run.total_steps and not progress.get("stopped"):
+        raise UserError(
+            "RUN_NOT_FINISHED",
+            f"the run in {workdir} is at step {checkpoint.name} of {run.total_steps}: give its command again, which "
+            "resumes it and evaluates it at the end (metrics.jsonl has its validation so far)",
+        )

@@ -1,0 +1,74 @@
+"""`--job=train`: train, evaluate the best checkpoint, write the report."""
+
+import contextlib
+import json
+import pathlib
+
+import jax
+
+from mtl_sparse.report import records
+from mtl_sparse.runtime import processes
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import folder, loop, results
+from mtl_sparse.training.checkpoints import Checkpoints
+from mtl_sparse.training.evaluation import Evaluator
+from mtl_sparse.training.setup import Run, setup
+
+
+def train(config, workdir: str | pathlib.Path) -> dict:
+    """Train, evaluate the best checkpoint on the test split, and write the report.
+
+    Resumes from the latest checkpoint in `workdir` if there is one; the result is that of an uninterrupted run. Of
+    several processes, which all call it, the first one writes; `workdir` need not exist for the others, the data must.
+
+    Args:
+      config: as from configs/nyu.py.
+      workdir: the run's folder.
+
+    Returns:
+      The contents of results.json.
+
+    Raises:
+      UserError: an option or data that cannot work; a workdir with another config or data, or in use by another
+        process; a step, or every validation, that is not finite.
+      Stopped: SIGTERM or Ctrl-C asked for it; the step is saved.
+    """
+    run = setup(config)
+    _check_alike(run)
+    workdir = pathlib.Path(workdir).expanduser()
+    with contextlib.ExitStack() as stack:
+        processes.on_first(lambda: stack.enter_context(folder.held(workdir)))
+        processes.on_first(lambda: folder.claim(workdir, config, run.data))
+        saved = stack.enter_context(contextlib.closing(Checkpoints(workdir, owned=True)))
+        evaluator = Evaluator(run)
+        loop.fit(run, evaluator, workdir, saved)
+        if saved.step("best") is None:
+            raise UserError(
+                "NO_BEST_CHECKPOINT",
+                "validation was never finite, so there is no best checkpoint; keep sparsity.fixed_norm=True, or lower "
+                "sparsity.lambda_ or optimizer.learning_rate, in another --workdir",
+            )
+        best = results.Best.load(run, saved)
+        found = results.write(run, evaluator, workdir, best)
+        processes.on_first(lambda: print(best.summary()))
+        return found
+
+
+def _check_alike(run: Run):
+    """Raise UserError if another process of this run has other options or data than the first."""
+    ours = records.settings(json.loads(run.config.to_json())) | {
+        "run.skip_not_finite": run.config.run.skip_not_finite,
+        "the data": run.data.fingerprint,
+    }
+    theirs = processes.on_first(lambda: ours)
+
+    def check():
+        differing = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        if json.loads(json.dumps(ours)) != theirs:
+            raise UserError(
+                "PROCESSES_DIFFER",
+                f"process {jax.process_index()} has other options or data than process 0 "
+                f"({', '.join(sorted(differing)[:3])}); start all of them with the same",
+            )
+
+    processes.in_turn(check)

@@ -1,0 +1,1 @@
+"""Weights of other projects as models of this package."""

@@ -1,0 +1,1 @@
+"""What every layer may use: errors, files, processes, log output, compile cache, CPU settings."""

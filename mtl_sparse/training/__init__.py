@@ -1,0 +1,1 @@
+"""Training: checked options, state, step, loop, optimizer, evaluation, checkpoints, results."""

@@ -1,0 +1,188 @@
+"""Checks of a config's options, before anything slow starts."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from input_pipeline.labels import VOID
+from mtl_sparse.models.resnet import OUTPUT_STRIDE
+from mtl_sparse.runtime import text
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.tasks import weighting
+from mtl_sparse.training import optimizer
+
+
+class Range(NamedTuple):
+    """Values that an option may have: `least` <= value, and value < `below` or value <= `most`."""
+
+    least: float
+    below: float = math.inf
+    most: float = math.inf
+
+    def __contains__(self, value: Any) -> bool:
+        return self.least <= value < self.below and value <= self.most
+
+    def __str__(self):
+        if self.below < math.inf:
+            return f"at least {self.least} and below {self.below}"
+        return f"from {self.least} to {self.most}" if self.most < math.inf else f"at least {self.least}"
+
+
+RANGES = {
+    "seed": Range(0),
+    "data.num_classes": Range(1, most=VOID),  # VOID is the label of pixels without a class
+    "data.max_scale": Range(1),
+    "data.embedded.frames": Range(0),
+    "data.embedded.seed": Range(0),
+    "loss.label_smoothing": Range(0, below=1),
+    "loss.pos_weight": Range(0),
+    "loss.threshold": Range(0, below=1),
+    "model.bn_momentum": Range(0, below=1),
+    "model.dropout": Range(0, below=1),
+    "model.head_features": Range(1),
+    "model.width": Range(1),
+    "optimizer.b1": Range(0, below=1),
+    "optimizer.b2": Range(0, below=1),
+    "optimizer.eps": Range(0),
+    "optimizer.l2": Range(0),
+    "optimizer.min_learning_rate": Range(0),
+    "optimizer.plateau_epochs": Range(1),
+    "optimizer.plateau_factor": Range(0, most=1),
+    "optimizer.weight_decay": Range(0),
+    "sparsity.target": Range(0, below=1),
+    "sparsity.target_freeze": Range(0, below=1),
+    "sparsity.target_ramp": Range(0, most=1),
+    "sparsity.start_at": Range(0, below=1),
+    "sparsity.warmup": Range(0, below=1),
+    "sparsity.debias_at": Range(0, below=1),
+    "train.batch_size": Range(2),  # BatchNorm of pooled features has no variance over one image
+    "train.bn_frames": Range(0),
+    "train.early_stop_epochs": Range(0),
+    "train.epochs": Range(1),
+    "train.eval_batch_size": Range(1),
+    "compact.multiple": Range(1),
+    "lomt.active": Range(0, most=1),
+    "lomt.vote": Range(0, most=1),
+    "benchmark.rounds": Range(1),
+    "run.checkpoint_every_steps": Range(1),
+    "run.log_every_steps": Range(1),
+    "run.num_workers": Range(0),
+    "run.progress_every_secs": Range(0),
+    "run.sample_frames": Range(1),
+    "run.skip_not_finite": Range(0),
+    "run.summary_rounds": Range(0),
+}
+_EMBEDDED = {"data.embedded.frames": Range(12), "data.embedded.height": Range(8), "data.embedded.width": Range(8)}
+_ITEMS = {"tasks": str, "data.size": int, "model.attach": str, "benchmark.batch_sizes": int}  # types in tuples
+_LARGEST = 2**31 - 1  # of integers
+
+
+def check(config) -> None:
+    """Check every option that can be checked without the data.
+
+    Raises:
+      UserError: an option that cannot work.
+    """
+    values = dict(leaves(config))
+    _check_types(values)
+    _check_ranges(values, RANGES)
+    if config.data.embedded.frames > 0:
+        _check_ranges(values, _EMBEDDED)
+    _check_data(config.data)
+    _check_classifier(config.model)
+    _check_train(config)
+    optimizer.check(config)
+    weighting.check(config.loss.weighting, config.loss.weights, config.tasks)
+
+
+def _check_types(values):
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError("OPTION_NOT_FINITE", f"{name}={value}: expected a finite number")
+        if isinstance(value, int) and value > _LARGEST:
+            raise UserError("OPTION_OUT_OF_RANGE", f"{name}={value}: expected at most {_LARGEST}")
+    for name, kind in _ITEMS.items():
+        if not all(isinstance(item, kind) for item in values[name]):
+            what = "integers" if kind is int else "names"
+            raise UserError("OPTION_TYPE", f"{name}={tuple(values[name])}: expected a tuple of {what}")
+
+
+def _check_ranges(values, ranges):
+    for name, allowed in ranges.items():
+        if values[name] not in allowed:
+            raise UserError("OPTION_OUT_OF_RANGE", f"{name}={values[name]}: expected {allowed}")
+
+
+def _check_data(data):
+    size = tuple(data.size)
+    if len(size) != 2 or any(side < OUTPUT_STRIDE or side % OUTPUT_STRIDE for side in size):
+        raise UserError(
+            "OPTION_OUT_OF_RANGE",
+            f"data.size={size}: expected (height, width), both multiples of the output stride {OUTPUT_STRIDE}",
+        )
+    if data.depth_target not in ("normalized", "metres"):
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE", f"data.depth_target={data.depth_target!r}: expected 'normalized' or 'metres'"
+        )
+
+
+def _check_classifier(model):
+    features, dropout = tuple(model.classifier_features), tuple(model.classifier_dropout)
+    widths = len(features) == 2 and all(isinstance(x, int) and x >= 1 for x in features)
+    rates = len(dropout) == 2 and all(isinstance(x, int | float) and 0 <= x < 1 for x in dropout)
+    if not (widths and rates):
+        raise UserError(
+            "OPTION_OUT_OF_RANGE",
+            f"model.classifier_features={features}, model.classifier_dropout={dropout}: expected two widths of at "
+            "least 1 and two rates from 0 to below 1",
+        )
+
+
+def _check_train(config):
+    sizes = tuple(config.benchmark.batch_sizes)
+    if min(sizes, default=0) < 1:
+        raise UserError("OPTION_OUT_OF_RANGE", f"benchmark.batch_sizes={sizes}: expected integers of at least 1")
+    devices = jax.device_count()
+    if config.train.batch_size % devices:
+        raise UserError(
+            "BATCH_NOT_DIVISIBLE",
+            f"train.batch_size={config.train.batch_size}: expected a multiple of the number of devices, {devices}",
+        )
+
+
+def check_steps(config, images: int) -> tuple[int, int]:
+    """Return (steps of an epoch, steps of the run) for that many training images.
+
+    Raises:
+      UserError: there are fewer images than a batch has, or the run is too short for the phases of its penalty.
+    """
+    steps_per_epoch = images // config.train.batch_size
+    if not steps_per_epoch:
+        raise UserError(
+            "TOO_FEW_IMAGES", f"train.batch_size={config.train.batch_size}: there are only {images} training images"
+        )
+    optimizer.check_steps(config, config.train.epochs * steps_per_epoch)
+    return steps_per_epoch, config.train.epochs * steps_per_epoch
+
+
+def unknown_option(config, name: str) -> str:
+    """Return a sentence that says config.<name> does not exist and what is near it; "" if it exists."""
+    known = dict(leaves(config))
+    if name in known or any(other.startswith(f"{name}.") for other in known):
+        return ""
+    last = name.rpartition(".")[2]
+    near = [other for other in known if other.rpartition(".")[2] == last]
+    near += [other for other in text.nearest(name, known) if other not in near]
+    nearest = f"; nearest: {', '.join(f'config.{other}' for other in near)}" if near else ""
+    return f"there is no option config.{name}{nearest}"
+
+
+def leaves(config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every option."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

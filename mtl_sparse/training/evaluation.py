@@ -1,0 +1,209 @@
+"""Evaluation over a whole split: per-image sums on the device, added in float64, divided once on the host."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from input_pipeline import loader
+from mtl_sparse.models.resnet import OUTPUT_STRIDE
+from mtl_sparse.runtime import processes
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.tasks import Task, labels
+from mtl_sparse.training.setup import AXIS, Run
+from mtl_sparse.training.state import TrainState
+
+STRIDED = f"_stride{OUTPUT_STRIDE}"  # suffix of the metrics at the prediction's own resolution, the paper's
+
+
+def upsample(raw, label):
+    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]; others as they are."""
+    if raw.ndim < 4:
+        return raw
+    return jax.image.resize(raw, (*label.shape[:3], raw.shape[-1]), "bilinear")
+
+
+def predict(model, tasks: Sequence[Task], variables, images) -> dict[str, jax.Array]:
+    """Images [B, H, W, 3] -> {task: prediction in the label's unit}: [B, H, W, C], or [B] of an attribute."""
+    raw = model.apply(variables, images, train=False)
+    return {task.name: task.activation(upsample(raw[task.name], images)) for task in tasks}
+
+
+def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
+    """Sums of one batch, image by image: {task: {"loss", "full" and, of a pixel task, "strided": {name: [B, ...]}}}."""
+    raw = model.apply(variables, batch["image"], train=False)
+    sums = {}
+    for task in tasks:
+        label, prediction = batch[task.label], raw[task.name]
+        loss, valid = task.elementwise(prediction, labels.strided(label))
+        axes = tuple(range(1, loss.ndim))
+        sums[task.name] = {
+            "loss": {"total": jnp.sum(loss, axes), "count": jnp.sum(valid, axes)},
+            "full": _sums_of(task, upsample(prediction, label), label, label),
+        }
+        if label.ndim >= 3:
+            strided = _sums_of(task, prediction, labels.strided(label), label)
+            sums[task.name]["strided"] = strided
+    return sums
+
+
+def _sums_of(task, raw, label, whole):
+    """`task.sums` of each image from raw predictions, of the places that `label` has of the `whole` one."""
+    named = {"raw": raw} if task.sums_take_raw else {}
+    return _sums_of_prediction(task, task.activation(raw), label, whole, **named)
+
+
+def _sums_of_prediction(task, prediction, label, whole, **named):
+    more = (jax.vmap(task.whole)(whole),) if task.whole else ()
+    return jax.vmap(task.sums)(prediction, label, *more, **named)
+
+
+class Evaluator:
+    """Evaluation of a run's model on its splits, compiled once.
+
+    Every image counts once: the result depends neither on the batch size nor on the number of processes.
+    """
+
+    def __init__(self, run: Run):
+        """Args: run, of `setup`."""
+        self._run = run
+        sums = functools.partial(eval_sums, model=run.model, tasks=run.tasks)
+        self._step = jax.pmap(sums, in_axes=(None, 0), devices=jax.local_devices())
+
+    def __call__(self, variables, split: str, *, require_labels: bool = False) -> dict[str, float]:
+        """Evaluate on a split.
+
+        Args:
+          variables: {"params", "batch_stats"} on every local device, see `loader.replicate`.
+          split: "train", "validation" or "test".
+          require_labels: whether a task without a label in the split is an error.
+
+        Returns:
+          {"<task>/<metric>": value}, with "<task>/loss" among them. If a task's loss is not finite, all its values
+          are NaN.
+
+        Raises:
+          UserError: a task has no label in the split, or its headline is not among its metrics.
+        """
+        batches = self._run.batches.evaluation(split)
+        return self.evaluate(variables, batches, labelled=split if require_labels else "")
+
+    def evaluate(self, variables, batches: Iterator[loader.Batch], *, labelled: str = "") -> dict[str, float]:
+        """Evaluate on host batches with a `mask`; `labelled` names the split in the error about missing labels."""
+        totals = (_total(self._step(variables, loader.shard(batch)), batch) for batch in batches)
+        return _values(self._run.tasks, totals, labelled)
+
+    def with_statistics(self, state: TrainState) -> TrainState:
+        """Return the state with BatchNorm's statistics of train.bn_frames images; 0 keeps the running ones.
+
+        Running statistics average those of small batches, whose normalization narrows what later layers see, so that
+        the evaluated model sees wider inputs. The statistics of one large batch fit it (Wu & Johnson 2021, arXiv
+        2105.07576).
+        """
+        if not self._run.config.train.bn_frames:
+            return state
+        measure, images = self._statistics
+        return state.replace(batch_stats=measure(state.variables, images))
+
+    @functools.cached_property
+    def _statistics(self):
+        """(compiled (variables, images) -> BatchNorm's statistics over the images, without dropout; the images)."""
+        run = self._run
+        model = run.model.clone(bn_momentum=0.0, dropout=0.0, classifier_dropout=(0.0, 0.0))
+
+        def measure(variables, images):
+            return model.apply(variables, images, train=True, mutable=["batch_stats"])[1].get("batch_stats", {})
+
+        devices, source = jax.device_count(), run.data.train
+        count = max(1, min(run.config.train.bn_frames, len(source)) // devices) * devices
+        chosen = [source[int(index)] for index in np.linspace(0, len(source) - 1, count).round()]
+        batch = next(
+            loader.eval_batches(
+                chosen,
+                dataclasses.replace(run.batches.transform(), labels=()),
+                batch_size=count,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+        images = next(loader.prefetch_to_device(iter([{"image": batch["image"]}])))["image"]
+        return jax.pmap(measure, axis_name=AXIS, in_axes=(None, 0), out_axes=None), images
+
+
+def _total(sums, batch):
+    """Adds the images of one batch, padding left out: [devices, B / devices, ...] -> float64 [...]."""
+    real = batch["mask"] > 0
+
+    def add(x):
+        x = np.asarray(x)
+        return x.reshape(-1, *x.shape[2:])[real].sum(0, dtype=np.float64)
+
+    return jax.tree.map(add, jax.device_get(sums))
+
+
+def _sum(totals):
+    """Sum of the batches' totals, those of all processes."""
+    return processes.total(functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), totals))
+
+
+def _values(tasks, totals, labelled=""):
+    total = _sum(totals)
+    values = {}
+    for task in tasks:
+        sums = total[task.name]
+        found = dict(task.values(sums["full"]))
+        if "strided" in sums:
+            found |= {f"{name}{STRIDED}": value for name, value in task.values(sums["strided"]).items()}
+        if task.headline not in found:
+            raise UserError(f"task {task.name!r}: its headline {task.headline!r} is none of {', '.join(found)}")
+        if "loss" in sums:
+            count = sums["loss"]["count"]
+            if labelled and not count:
+                raise UserError(f"no {labelled} frame has a label of task {task.name}; leave it out of config.tasks")
+            found = {"loss": float(sums["loss"]["total"] / count) if count else float("nan"), **found}
+            if not np.isfinite(found["loss"]):  # argmax and clip would make figures of a prediction that is none
+                found = dict.fromkeys(found, float("nan"))
+        values |= {f"{task.name}/{name}": value for name, value in found.items()}
+    return values
+
+
+def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:
+    """The constant guess of each task: mean depth, mean normal, frequencies of classes or of an attribute."""
+
+    @jax.jit
+    def targets(batch):
+        sums = {}
+        for task in tasks:
+            target, valid = task.target(labels.strided(batch[task.label]))
+            places = tuple(range(1, valid.ndim))
+            kept = valid.reshape(*valid.shape, *(1,) * (target.ndim - valid.ndim))
+            sums[task.name] = {"target": jnp.sum(jnp.where(kept, target, 0), places), "count": jnp.sum(valid, places)}
+        return jax.tree.map(lambda x: x[None], sums)
+
+    total = _sum(_total(targets(batch), batch) for batch in batches)
+    return {name: sums["target"] / np.maximum(sums["count"], 1) for name, sums in total.items()}
+
+
+def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader.Batch]) -> dict[str, float]:
+    """The metrics of `constants`, computed as a model's are."""
+
+    @jax.jit
+    def sums(batch, constants):
+        result = {}
+        for task in tasks:
+
+            def of(label, task=task):
+                guess = jnp.broadcast_to(constants[task.name], task.target(label)[0].shape)
+                return _sums_of_prediction(task, guess, label, batch[task.label])
+
+            label = batch[task.label]
+            result[task.name] = {"full": of(label)} | (
+                {"strided": of(labels.strided(label))} if label.ndim >= 3 else {}
+            )
+        return jax.tree.map(lambda x: x[None], result)
+
+    constants = jax.tree.map(np.float32, constants)
+    return _values(tasks, (_total(sums(batch, constants), batch) for batch in batches))

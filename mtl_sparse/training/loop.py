@@ -1,0 +1,268 @@
+"""The training loop: from the latest checkpoint to the last step or an early stop."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+
+from input_pipeline import loader
+from mtl_sparse.runtime import processes
+from mtl_sparse.runtime.errors import Stopped, UserError
+from mtl_sparse.sparsity import stats
+from mtl_sparse.tasks import Task
+from mtl_sparse.training import metric_log, optimizer, state
+from mtl_sparse.training.checkpoints import Checkpoints
+from mtl_sparse.training.evaluation import Evaluator
+from mtl_sparse.training.setup import Run
+from mtl_sparse.training.state import TrainState
+from mtl_sparse.training.step import make_train_step
+
+_STEPS_AHEAD = 2  # steps that the host may queue before the device has done them
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers from epoch to epoch; part of every checkpoint.
+
+    Attributes:
+      best: lowest validation score so far.
+      stale_epochs: epochs since then.
+      plateau_epochs: epochs since then or since the learning rate was last lowered.
+      stopped: whether early stopping has ended the run.
+      skipped: steps that were not finite, see config.run.skip_not_finite.
+      skipped_in_a_row: those since the last finite step.
+      pending: (step, scalars) of the steps since the last line of metrics.jsonl.
+    """
+
+    best: float = math.inf
+    stale_epochs: int = 0
+    plateau_epochs: int = 0
+    stopped: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    pending: list = dataclasses.field(default_factory=list)
+
+
+def validation_score(values: Mapping[str, float], tasks: Sequence[Task]) -> float:
+    """Return the score of a validation, lower is better: the geometric mean of the task losses.
+
+    The best checkpoint, early stopping and the plateau schedule use it. No task's unit dominates it, and learned loss
+    weights do not enter it. For one task it is the loss itself.
+    """
+    losses = [max(values[f"{task.name}/loss"], 1e-12) for task in tasks]
+    return math.exp(sum(map(math.log, losses)) / len(losses))
+
+
+def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoints) -> None:
+    """Train from the latest checkpoint, if there is one, to the last step or an early stop.
+
+    Raises:
+      UserError: a step is not finite.
+      Stopped: SIGTERM or Ctrl-C asked for it; the step is saved.
+    """
+    current, progress = _first_state(run, workdir, saved)
+    start = int(current.step)
+    if start >= run.total_steps or progress.stopped:
+        return
+    step_fn = make_train_step(run)
+    current = loader.replicate(current)
+    with contextlib.ExitStack() as stack:
+        opened = []
+        processes.on_first(
+            lambda: opened.append(stack.enter_context(contextlib.closing(metric_log.MetricLog(workdir, start))))
+        )
+        log = next(iter(opened), None)
+        report_progress = metric_log.progress_reporter(run.total_steps, run.config.run.progress_every_secs)
+        batches = loader.prefetch_to_device(run.batches.train(start))
+        _log_start(run, start)
+        asked_to_stop = stack.enter_context(processes.stop_requests())
+        for step in range(start + 1, run.total_steps + 1):
+            current, scalars = step_fn(current, next(batches))
+            _wait_for_earlier(progress, step, scalars)
+            report_progress(step)
+            epoch_ends = step % run.steps_per_epoch == 0
+            saves = step % run.config.run.checkpoint_every_steps == 0
+            if epoch_ends or saves or step % run.config.run.log_every_steps == 0:
+                _write_pending(run, log, progress, saved)
+            if epoch_ends:
+                current = _validate(run, evaluator, log, progress, saved, step, current)
+            if epoch_ends or saves:
+                _save(saved, "latest", step, current, progress)
+            if progress.stopped:
+                logging.info(
+                    "Stopping early: no better validation score for %d epochs", run.config.train.early_stop_epochs
+                )
+                break
+            if asked_to_stop(step) and step < run.total_steps:
+                _stop(run, saved, step, current, progress)
+        saved.wait()
+
+
+def _first_state(run, workdir, saved):
+    """Return (state, progress): of the latest checkpoint, or those before the first step."""
+    if saved.step("latest") is not None:
+        restored, progress = saved.restore("latest", state.shapes(run))
+        logging.info("Resuming from step %d of %s", int(restored.step), workdir)
+        return restored, Progress(**progress)
+    first = processes.from_first(jax.device_get(state.initial(run)))
+    processes.on_first(lambda: _log_overview(first, workdir))
+    return first, Progress()
+
+
+def _log_start(run, start):
+    logging.info(
+        "Training %d steps (%d epochs of %d images) on %d device(s); the first step compiles",
+        run.total_steps - start, run.config.train.epochs, len(run.data.train), jax.device_count(),
+    )  # fmt: skip
+    if run.settled_step > start:
+        logging.info("The best checkpoint will be one from step %d on, when the sparsity is settled", run.settled_step)
+
+
+def _wait_for_earlier(progress, step, scalars):
+    """Note a step's scalars, and wait for the device where the host has queued too many steps."""
+    progress.pending.append((step, scalars))
+    if len(progress.pending) > _STEPS_AHEAD:  # otherwise the queue grows, and the logged rate is wrong
+        jax.block_until_ready(progress.pending[-1 - _STEPS_AHEAD])
+
+
+def _save(saved, kind, step, current, progress):
+    saved.save(kind, step, jax.device_get(current), dataclasses.asdict(progress))
+
+
+def _stop(run, saved, step, current, progress):
+    _fetch(progress.pending, saved)
+    _save(saved, "latest", step, current, progress)
+    processes.on_first(saved.wait)  # no process ends before the checkpoint is written
+    raise Stopped(f"stopped at step {step} of {run.total_steps}, as asked; run the same command to resume")
+
+
+def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState:
+    """End an epoch: evaluate on the validation split, log, and save the best checkpoint; returns the state."""
+    evaluated = evaluator.with_statistics(current)
+    values = evaluator(evaluated.variables, "validation", require_labels=True)
+    score = validation_score(values, run.tasks)
+    if not math.isfinite(score):
+        logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
+    sparsity = stats.sparsity(current.params["model"], run.config.sparsity.scope)
+    values |= {
+        "score": score,
+        "sparsity/group": sparsity.group,
+        "sparsity/parameter": sparsity.parameter,
+        "sparsity/weight": sparsity.weight,
+    }
+    if log:
+        log.write(step, "validation", values)
+    improved, current = _end_epoch(run, progress, step, score, current)
+    _log_epoch(run, step, values, sparsity, float(optimizer.lambda_(current.opt_state)), improved)
+    if improved:
+        _save(saved, "best", step, current.replace(batch_stats=evaluated.batch_stats), progress)
+    return current
+
+
+def _fetch(pending, saved):
+    """Convert the scalars of `pending` to numbers and check that they are finite, except in skipped steps.
+
+    The loss of a task without a label in the batch is NaN while the combined loss is finite.
+    """
+    pending[:] = [(step, {name: float(value) for name, value in row.items()}) for step, row in jax.device_get(pending)]
+    for step, row in pending:
+        wrong = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
+        unlabeled = all(name.partition("=")[0].endswith("/loss") for name in wrong)
+        if wrong and not unlabeled and not row.get("skipped"):
+            raise _not_finite(step, wrong, saved)
+
+
+def _not_finite(step, wrong, saved):
+    latest = saved.step("latest")
+    kept = f"the checkpoint of step {latest} is kept" if latest is not None else "no checkpoint was saved yet"
+    return UserError(
+        "STEP_NOT_FINITE",
+        f"training is not finite at step {step} ({', '.join(wrong)}); {kept}; try a lower optimizer.learning_rate or "
+        "sparsity.lambda_ in another --workdir, and check the data of that step; run.skip_not_finite=10 skips up to "
+        "10 such steps in a row",
+    )
+
+
+def _write_pending(run, log, progress: Progress, saved):
+    """Fetch and check the scalars of the steps since the last call, and log the means of those not skipped.
+
+    A task's loss is the mean over the steps that have a label for it, and is omitted if none has.
+    """
+    if not progress.pending:
+        return
+    _fetch(progress.pending, saved)
+    rows = []
+    for step, row in progress.pending:
+        if row.pop("skipped", 0):
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            logging.warning("Step %d was not finite and is skipped, %d so far", step, progress.skipped)
+            if progress.skipped_in_a_row > run.config.run.skip_not_finite:
+                raise _not_finite(step, [f"{progress.skipped_in_a_row} steps in a row"], saved)
+        else:
+            progress.skipped_in_a_row = 0
+            rows.append(row)
+    finite = {name: [row[name] for row in rows if math.isfinite(row[name])] for name in (rows[0] if rows else ())}
+    values = {name: float(np.mean(found)) for name, found in finite.items() if found}
+    if run.config.run.skip_not_finite:
+        values["skipped"] = progress.skipped
+    if log:
+        log.write(progress.pending[-1][0], "train", values)
+    progress.pending.clear()
+
+
+def _end_epoch(run, progress: Progress, step: int, score: float, current):
+    """Apply early stopping and the plateau schedule.
+
+    Before the sparsity is settled no checkpoint is the best, no run stops and the learning rate stays: while groups
+    are being pruned the score may well get worse.
+
+    Returns:
+      (whether this checkpoint is the best so far, the state).
+    """
+    config = run.config
+    taken = step - progress.skipped  # the optimizer's count, which its phases follow
+    settled = taken >= run.settled_step or step >= run.total_steps
+    improved = settled and score < progress.best
+    if improved or not settled:
+        progress.best, progress.stale_epochs, progress.plateau_epochs = score if improved else math.inf, 0, 0
+    else:
+        progress.stale_epochs += 1
+        progress.plateau_epochs += 1
+    if config.optimizer.schedule == "plateau" and progress.plateau_epochs >= config.optimizer.plateau_epochs:
+        progress.plateau_epochs = 0
+        opt_state = optimizer.scale_learning_rate(
+            current.opt_state, config.optimizer.plateau_factor, config.optimizer.min_learning_rate
+        )
+        current = current.replace(opt_state=opt_state)
+    progress.stopped = settled and 0 < config.train.early_stop_epochs <= progress.stale_epochs
+    return improved, current
+
+
+def _log_epoch(run, step, values, sparsity, lambda_, improved):
+    headlines = ", ".join(
+        f"{task.name} {task.headline} {values[f'{task.name}/{task.headline}']:.4f}" for task in run.tasks
+    )
+    zero = f"{100 * sparsity.group:.1f} % of groups zero"
+    if run.config.sparsity.penalty == "l1":
+        zero = f"{100 * sparsity.weight:.1f} % of weights, {zero}"
+    logging.info(
+        "epoch %d/%d, validation: %s; %s, lambda %.2g%s",
+        step // run.steps_per_epoch, run.config.train.epochs, headlines, zero, lambda_,
+        " (best so far)" if improved else "",
+    )  # fmt: skip
+
+
+def _log_overview(first, workdir):
+    """Write every parameter to parameters.txt, and log the count of each part of the model."""
+    overview = parameter_overview.get_parameter_overview(first.params["model"], include_stats=False)
+    (workdir / "parameters.txt").write_text(overview + "\n")
+    parts = {part: parameter_overview.count_parameters(tree) for part, tree in sorted(first.params["model"].items())}
+    counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    logging.info("Parameters: %s (listed in %s)", counts, workdir / "parameters.txt")

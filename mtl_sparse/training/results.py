@@ -1,0 +1,169 @@
+"""The end of a run: its best checkpoint on the test split, results.json, plots and the table."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from input_pipeline import loader, transforms
+from mtl_sparse.compaction import exactness, explain, speed
+from mtl_sparse.models import costs, multitask
+from mtl_sparse.report import plots, records, tables
+from mtl_sparse.runtime import files, processes
+from mtl_sparse.sparsity import stats
+from mtl_sparse.training import checkpoints, evaluation, optimizer
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
+
+_VERSIONED = ("mtl-sparse", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best checkpoint of a run, and its compact model.
+
+    Attributes:
+      run: whose it is.
+      state: as the checkpoint has it.
+      progress: JSON values saved with it, see `loop.Progress`.
+    """
+
+    run: setup_lib.Run
+    state: state_lib.TrainState
+    progress: dict[str, Any]
+
+    @classmethod
+    def load(cls, run: setup_lib.Run, saved: checkpoints.Checkpoints) -> "Best":
+        """Restore the best checkpoint.
+
+        Raises:
+          UserError: there is none, it is damaged, or it is of another model.
+        """
+        return cls(run, *saved.restore("best", state_lib.shapes(run)))
+
+    @functools.cached_property
+    def compact(self) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+        """(model, variables) without dead channels."""
+        return setup_lib.compact(self.run.config, self.run.model, self.state.variables)
+
+    def explain(self) -> list[dict]:
+        """Return what compaction removes from each layer, see `explain.explain`."""
+        return explain.explain(self.run.model, self.state.variables, *self.compact, self._size)
+
+    def difference(self) -> float:
+        """Return the largest difference between the two models' outputs, see `exactness.difference`."""
+        return exactness.difference(self.run.model, self.state.variables, *self.compact, self._size)
+
+    def summary(self) -> str:
+        """Return one sentence on what compaction saves; times both models at batch 1 in run.summary_rounds rounds."""
+        config, variables = self.run.config, self.state.variables
+        zero = stats.sparsity(variables["params"], config.sparsity.scope).group
+        text = (
+            f"compact (--job=compact): {100 * zero:.1f} % of groups zero; "
+            f"{explain.compare_sentence(self.explain(), variables, self.compact[1])}"
+        )
+        if config.run.summary_rounds == 0:
+            return text
+        models = {"dense": (self.run.model, variables), "compact": self.compact}
+        timed = speed.compare(models, self._size, 1, config.run.summary_rounds)
+        ratio = {row["part"]: row["speedup"] for row in timed if row["model"] == "compact"}
+        return (
+            f"{text}; on this machine, at batch 1, the backbone runs at {ratio['backbone']:.1f} times the dense speed, "
+            f"the whole model at {ratio['model']:.1f}; outputs equal to {self.difference():.0e} of the largest"
+        )
+
+    @property
+    def _size(self):
+        return tuple(self.run.config.data.size)
+
+
+def write(run: setup_lib.Run, evaluator: evaluation.Evaluator, workdir: pathlib.Path, best: Best) -> dict:
+    """Evaluate the best checkpoint and the constant baseline; write results.json and plots, print the table.
+
+    Returns:
+      The contents of results.json.
+    """
+    logging.info("Evaluating the best checkpoint (step %d) on %d test images", int(best.state.step), len(run.data.test))
+    test = evaluator(loader.replicate(best.state.variables), "test")
+    constants = evaluation.constant_predictions(run.tasks, run.batches.evaluation("train"))
+    constant = evaluation.evaluate_constant(run.tasks, constants, run.batches.evaluation("test"))
+    return processes.on_first(lambda: _write(run, workdir, best, test, constant))
+
+
+def _write(run, workdir, best, test, constant):
+    found = _results(run, best, test, constant)
+    _save_samples(run, workdir, best.state.variables)
+    # Last but for what can be drawn again: a folder with results.json holds a finished run.
+    files.write_json(workdir / "results.json", found)
+    plots.draw(workdir)
+    print(tables.run_table(found))
+    print(f"\nresults, metrics and plots are in {workdir}")
+    return found
+
+
+def _results(run, best, test, constant):
+    config, state = run.config, best.state
+    sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
+    size = tuple(config.data.size)
+    return {
+        "test": test,
+        "constant": constant,
+        "headlines": {
+            task.name: {"metric": f"{task.name}/{task.headline}", "higher_is_better": task.higher_is_better}
+            for task in run.tasks
+        },
+        "sparsity": {
+            "group": sparsity.group,
+            "parameter": sparsity.parameter,
+            "weight": sparsity.weight,
+            "lambda": optimizer.settled_lambda(config, state.opt_state),
+            "target": config.sparsity.target,
+            "penalty": config.sparsity.penalty,
+            "dead_layers": list(sparsity.dead_layers),
+            "dead_blocks": list(sparsity.dead_blocks),
+            "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],
+        },
+        "size": {
+            "trained": costs.total(run.model, state.variables, size),
+            "compact": costs.total(*best.compact, size),
+        },
+        "step": int(state.step),
+        "seed": config.seed,
+        "frames": {split: len(names) for split, names in run.data.names.items()},
+        "config": json.loads(config.to_json()),
+        "versions": {name: _version(name) for name in _VERSIONED},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _save_samples(run, workdir, variables):
+    """Write test images spread over the split, with labels and predictions, for the sample grid."""
+    source = run.data.test
+    count = min(run.config.run.sample_frames, len(source))
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
+    transform = run.batches.transform()
+    examples = [transform(source[int(index)]) for index in chosen]
+    batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    predict = jax.jit(functools.partial(evaluation.predict, run.model, run.tasks))
+    records.write_samples(
+        workdir,
+        images=transforms.unnormalize_image(batch["image"], run.config.data.unit_range),
+        names=[run.data.names["test"][index] for index in chosen],
+        labels={task.name: batch[task.label] for task in run.tasks},
+        predictions=jax.device_get(predict(variables, batch["image"])),
+        classes=run.data.classes,
+        threshold=run.config.loss.threshold,
+    )
+
+
+def _version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

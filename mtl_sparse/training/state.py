@@ -1,0 +1,76 @@
+"""The state of a training run."""
+
+import pathlib
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from mtl_sparse.models import multitask
+from mtl_sparse.pretrained import imagenet
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.tasks import weighting
+from mtl_sparse.training import checkpoints
+from mtl_sparse.training.setup import Run
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 [], steps taken.
+      params: {"model": the model's parameters, "weighting": learned loss weights}.
+      batch_stats: BatchNorm's running statistics.
+      opt_state: state of `optimizer.build`.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` takes."""
+        return {"params": self.params["model"], "batch_stats": self.batch_stats}
+
+
+def initial(run: Run) -> TrainState:
+    """Return the state before the first step: a function of config.seed and the weights in config.model.init_from.
+
+    Raises:
+      UserError: model.init_from does not exist or has weights of another model.
+    """
+    # Not optimized: a hundred small random draws run once, but XLA takes long to optimize them.
+    init = jax.jit(lambda key: _initial(run, key), compiler_options={"xla_backend_optimization_level": 0})
+    state = init(jax.random.key(run.config.seed))
+    source = run.config.model.init_from
+    if not source:
+        return state
+    path = pathlib.Path(source).expanduser()
+    if not path.exists():
+        raise UserError(
+            "INIT_FROM_MISSING", f"model.init_from={source!r} does not exist: name a run's folder or a file of weights"
+        )
+    if path.is_file():
+        given = imagenet.start(source, run.model, state.variables)
+    else:
+        given = checkpoints.read_variables(source, multitask.shapes(run.model))
+    params = {**state.params, "model": given["params"]}
+    return state.replace(params=params, batch_stats=given["batch_stats"], opt_state=run.tx.init(params))
+
+
+def shapes(run: Run) -> TrainState:
+    """Return `initial(run)` as jax.ShapeDtypeStruct, without computing it."""
+    return jax.eval_shape(lambda key: _initial(run, key), jax.random.key(run.config.seed))
+
+
+def _initial(run, key):
+    height, width = run.config.data.size
+    variables = run.model.init(key, jnp.zeros((1, height, width, 3)))
+    params = {
+        "model": variables["params"],
+        "weighting": weighting.init(run.config.loss.weighting, [task.name for task in run.tasks]),
+    }
+    return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), run.tx.init(params))

@@ -1,0 +1,224 @@
+import json
+import logging
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import run as run_config
+from mtl_sparse.compaction import exactness, explain
+from mtl_sparse.jobs import compact as compact_job
+from mtl_sparse.jobs import evaluate, train
+from mtl_sparse.models import costs, multitask
+from mtl_sparse.report import tables
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.sparsity import compact
+from mtl_sparse.training import folder as folder_lib
+from mtl_sparse.training import results
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
+from tests.conftest import tiny
+from tests.sparsity import compact_test
+
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def compacted(sparse_run, tmp_path_factory):
+    """(config, folder of a run, its compact run's folder, what was printed)."""
+    config, original = sparse_run
+    folder = shutil.copytree(original, tmp_path_factory.mktemp("compact") / "run")
+    return config, folder, compact_job.run_job(config, folder)
+
+
+def test_the_compact_run_has_the_runs_test_metrics(compacted):
+    _, folder, small = compacted
+    expected, found = (json.loads((path / "results.json").read_text()) for path in (folder, small))
+    assert 0.2 < expected["sparsity"]["group"] < 0.95, "or this test shows nothing"
+    for name, value in expected["test"].items():
+        assert round(found["test"][name], 4) == pytest.approx(round(value, 4), abs=1.1e-4), name
+    rows = json.loads((small / "compact.json").read_text())
+    trained, compact = expected["size"]["trained"], expected["size"]["compact"]
+    assert found["size"] == {"trained": compact, "compact": compact}, "a run says what compaction will leave of it"
+    assert compact["parameters"] < trained["parameters"]
+    assert compact["macs"] == sum(row["macs_after"] for row in rows) and trained["macs"] == sum(r["macs"] for r in rows)
+    assert sum(row["zero"] for row in rows if row["layer"].startswith("backbone")) == sum(
+        layer["zero_groups"] for layer in expected["sparsity"]["layers"]
+    )
+    assert all(row["parameters_after"] <= row["parameters"] and row["macs_after"] <= row["macs"] for row in rows)
+    assert sum(row["macs_after"] for row in rows) < 0.9 * sum(row["macs"] for row in rows)
+    why = {row["layer"]: row["why"] for row in rows}
+    assert why["head_depth/aspp3"] == "taps 1x1 of 3x3"
+    assert any("gathers" in text for text in why.values()) and any("zero stay: " in text for text in why.values())
+    assert (small / "plots" / "compact.png").stat().st_size > 5_000
+    table = tables.compact_table(rows)
+    assert table.splitlines()[-1].startswith("| all") and "stem_conv1" in table
+
+
+def test_the_compact_run_is_an_ordinary_run(compacted):
+    _, _, small = compacted
+    before = json.loads((small / "results.json").read_text())["test"]
+    config = run_config.get_config(str(small))
+    assert evaluate.run_job(config, small)["test"] == before
+    again = compact_job.run_job(config, small)
+    assert run_config.get_config(str(again)).model.widths == config.model.widths, "there is nothing left to remove"
+    steps = (small / "metrics.jsonl").read_text()
+    train.train(config, small)
+    assert (small / "metrics.jsonl").read_text() == steps, "training is over: it only reports again"
+
+
+def test_the_readmes_way_to_load_it(compacted, tmp_path, monkeypatch):
+    _, folder, small = compacted
+    (script,) = re.findall(r"```python\n(from configs import run\n.*?)```", README, re.S)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "compact").symlink_to(small)
+    monkeypatch.chdir(tmp_path)
+    space = {"images": np.zeros((1, 32, 48, 3), np.float32)}
+    exec(script, space)
+    original, variables = setup_lib.load_model(folder, run_config.get_config(str(folder)))
+    assert exactness.largest_difference(original.apply(variables, space["images"]), space["outputs"]) < 1e-5
+
+
+def test_training_starts_from_the_compact_model(compacted):
+    _, _, small = compacted
+    config = run_config.get_config(str(small))
+    config.model.init_from = str(small)
+    run = setup_lib.setup(config)
+    _, given = setup_lib.load_model(small, config)
+    state = state_lib.initial(run)
+    jax.tree.map(np.testing.assert_array_equal, state.variables, given)
+    norms = state.opt_state.inner_state.kernel_norms
+    assert len(jax.tree.leaves(norms)) > 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(norms))
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_compact_model(compacted, tmp_path):
+    _, _, small = compacted
+    config = run_config.get_config(str(small))
+    config.train.epochs = 1
+    config.model.init_from = str(small)
+    _, given = setup_lib.load_model(small, config)
+    found = train.train(config, tmp_path / "tuned")
+    assert found["step"] > 0 and all(np.isfinite(value) for value in found["test"].values())
+    _, trained = setup_lib.load_model(tmp_path / "tuned", config)
+    assert costs.parameter_count(trained) == costs.parameter_count(given)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), trained["params"], given["params"])))
+
+
+@pytest.mark.slow
+def test_a_run_without_zeros_says_so_and_stays(rooms, tmp_path, caplog, capsys):
+    config = tiny(rooms)
+    config.tasks = ("depth",)
+    config.sparsity.lambda_ = 0.0
+    config.train.epochs = 1
+    config.run.summary_rounds = 1
+    config.compact.drop_taps = False
+    train.train(config, tmp_path)
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary.startswith("compact (--job=compact): 0.0 % of groups zero") and "times the dense speed" in summary
+    with caplog.at_level(logging.WARNING):
+        small = compact_job.run_job(config, tmp_path)
+    assert "no zero groups" in caplog.text
+    assert all(row["parameters_after"] == row["parameters"] for row in json.loads((small / "compact.json").read_text()))
+
+
+def test_bad_input(compacted, tmp_path):
+    config, _, small = compacted
+    with pytest.raises(UserError, match="config.json is missing"):
+        compact_job.run_job(config, tmp_path / "none")
+    with pytest.raises(UserError, match="other settings .*model.widths"):
+        compact_job.run_job(config, small)
+    with pytest.raises(UserError, match="config.json does not exist: name a run's folder"):
+        run_config.get_config(str(tmp_path / "none"))
+    other = config.copy_and_resolve_references()
+    other.model.init_from = str(small)
+    with pytest.raises(UserError, match="checkpoint .* is of another model"):
+        state_lib.initial(setup_lib.setup(other))
+    other.model.init_from = str(tmp_path)
+    with pytest.raises(UserError, match="no best checkpoint in"):
+        state_lib.initial(setup_lib.setup(other))
+    other.model.init_from, other.tasks, other.model.attach = "", ("depth",), ()
+    other.model.widths = run_config.get_config(str(small)).model.widths
+    with pytest.raises(UserError, match=r"compact model with 2 tasks and 4 blocks: neither config.tasks \(1 now\)"):
+        setup_lib.setup(other)
+    other.model.widths = "{}"
+    with pytest.raises(UserError, match="config.model.widths: not the widths of a model.*--job=compact"):
+        setup_lib.setup(other)
+
+
+def test_a_compaction_that_fails_keeps_the_last_one(compacted, monkeypatch):
+    config, folder, small = compacted
+    before = (small / "results.json").read_text()
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "write", fail)
+    with pytest.raises(OSError):
+        compact_job.run_job(config, folder)
+    assert (small / "results.json").read_text() == before
+    assert not (folder / "compact.old").exists()
+
+
+def test_two_compactions_do_not_meet(compacted):
+    config, folder, small = compacted
+    with folder_lib.held(folder), pytest.raises(UserError, match="another process is at work in"):
+        compact_job.run_job(config, folder)
+    assert (small / "results.json").exists()
+
+
+def test_a_kill_while_the_replaced_compaction_is_deleted_keeps_the_new_one(tmp_path, monkeypatch):
+    folder = tmp_path / "compact"
+
+    def write(text, delete):
+        monkeypatch.setattr(shutil, "rmtree", delete)
+        with compact_job._replacing(folder):
+            folder.mkdir()
+            (folder / "file").write_text(text)
+            if text == "third":
+                raise OSError(28, "No space left on device")
+
+    def killed(path, ignore_errors):
+        if pathlib.Path(path).exists():
+            (pathlib.Path(path) / "file").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+
+    remove = shutil.rmtree
+    write("first", remove)
+    with pytest.raises(KeyboardInterrupt):
+        write("second", killed)
+    with pytest.raises(OSError):
+        write("third", remove)
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["compact"]
+
+
+def explained(model, variables, **options):
+    small, small_variables = compact.compact(model, variables, **options)
+    return {row["layer"]: row for row in explain.explain(model, variables, small, small_variables, (32, 48))}
+
+
+def test_the_table_says_why():
+    dead = ["layer3_2/conv2", "layer4_1/conv1"]
+    model, variables = compact_test.with_zeros(50, 1, 0.3, dead=dead)
+    rows = explained(model, variables, multiple=4)
+    assert rows["backbone/layer3_2/conv2"]["why"] == "gone: all inputs zero"
+    assert rows["backbone/layer3_2/conv3"]["why"] == "gone: its output is constant or not read"
+    assert rows["backbone/layer4_1/conv2"]["why"] == "reads a constant: what is before it is dead"
+    model, variables = compact_test.with_zeros(18, 1, 0.0)
+    kernel = variables["params"]["backbone"]["stem_conv1"]["kernel"].copy()
+    kernel[:, :, 1] = 0
+    variables["params"]["backbone"]["stem_conv1"]["kernel"] = kernel
+    assert "1 zero stay: a gather would cost more" in explained(model, variables)["backbone/stem_conv1"]["why"]
+
+
+def test_a_head_with_a_dense_layer_is_explained(monkeypatch):
+    monkeypatch.setitem(multitask.HEADS, "mean", compact_test.MeanHead)
+    model, variables = compact_test.with_a_mean_head()
+    rows = explained(model, variables)
+    assert rows["head_mine/Dense_0"]["parameters_after"] == rows["head_mine/Dense_0"]["parameters"] > 0
+    model, variables = compact_test.with_zeros(18, 0, 1.0, "all")
+    assert not any(row["groups_after"] for row in explained(model, variables).values())

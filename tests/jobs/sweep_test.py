@@ -1,0 +1,390 @@
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+import submitit
+
+from configs import sweeps
+from mtl_sparse.jobs import benchmark, sweep
+from mtl_sparse.runtime.errors import Stopped, UserError
+from mtl_sparse.training import config as config_lib
+from tests.conftest import tiny
+
+LAMBDAS = [{"sparsity.lambda_": value, "seed": seed} for value in (0.0, 1e-4) for seed in (0, 1)]
+NAMES = ["lambda_=0.0,seed=0", "lambda_=0.0,seed=1", "lambda_=0.0001,seed=0", "lambda_=0.0001,seed=1"]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the trials that were run; in place of training, results.json is written, or failed.txt for `fails`."""
+    names, fails = [], set()
+    lock = threading.Lock()
+
+    def run_trial(folder, register=""):
+        folder = pathlib.Path(folder)
+        with lock:
+            names.append(folder.name)
+        if folder.name in fails:
+            (folder / "failed.txt").write_text("exit code 2: training is not finite\n")
+            return False
+        (folder / "results.json").write_text("{}")
+        return True
+
+    monkeypatch.setattr(sweep, "run_trial", run_trial)
+    run_trial.names, run_trial.fails = names, fails
+    return run_trial
+
+
+def run(config, folder, settings=LAMBDAS, **options):
+    return sweep.run_job(config, folder, settings, sweep.Options(**options))
+
+
+def test_every_trial_is_a_run_folder_with_its_settings(config, tmp_path, trained):
+    assert run(config, tmp_path, max_parallel=2) == NAMES
+    assert sorted(trained.names) == sorted(NAMES)
+    for name, settings in zip(NAMES, LAMBDAS, strict=True):
+        stored = json.loads((tmp_path / name / "config.json").read_text())
+        assert stored["sparsity"]["lambda_"] == settings["sparsity.lambda_"] and stored["seed"] == settings["seed"]
+        assert stored["data"]["folder"] == config.data.folder
+
+
+def test_finished_runs_are_skipped(config, tmp_path, trained):
+    run(config, tmp_path)
+    trained.names.clear()
+    (tmp_path / NAMES[2] / "results.json").unlink()
+    assert run(config, tmp_path) == NAMES
+    assert trained.names == [NAMES[2]]
+
+
+def test_failed_runs_are_told_and_run_again_on_request(config, tmp_path, trained):
+    trained.fails.add(NAMES[1])
+    with pytest.raises(UserError, match="1 of 4 runs failed: lambda_=0.0,seed=1 .*not finite.*--retry_failed"):
+        run(config, tmp_path)
+    assert len(trained.names) == 4, "the others are done all the same"
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        run(config, tmp_path)
+    assert len(trained.names) == 4
+    trained.fails.clear()
+    assert run(config, tmp_path, retry_failed=True) == NAMES
+    assert trained.names[4:] == [NAMES[1]]
+
+
+def test_shards_divide_the_trials(config, tmp_path, trained):
+    parts = [run(config, tmp_path, shard=(i, 3)) for i in range(3)]
+    assert parts == [[NAMES[0], NAMES[3]], [NAMES[1]], [NAMES[2]]]
+    assert sorted(trained.names) == sorted(NAMES)
+
+
+def test_shards_that_start_at_once_do_not_meet(tmp_path):
+    """In processes of their own, of which each writes the sweep's list in its own time."""
+    value = {"trials": list(range(20_000))}
+    script = "import pathlib, sys; from mtl_sparse.report import records; "
+    script += "[files.write_json(pathlib.Path(sys.argv[1]), {'trials': list(range(20_000))}) for _ in range(100)]"
+    command = [sys.executable, "-c", script, str(tmp_path / "sweep.json")]
+    writers = [subprocess.Popen(command, cwd=pathlib.Path(sweep.__file__).parents[2]) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
+        if (tmp_path / "sweep.json").exists():
+            assert json.loads((tmp_path / "sweep.json").read_text()) == value
+    assert [writer.returncode for writer in writers] == [0, 0] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_later_trials_attachment_points_are_checked_before_any_run(config, tmp_path, trained):
+    settings = [{"model.attach": points} for points in ((), ("layer9",) * 3)]
+    with pytest.raises(UserError, match="a ResNet-10 has no 'layer9'"):
+        run(config, tmp_path / "sweep", settings)
+    assert not trained.names
+
+
+def test_a_folder_of_another_sweep_is_refused(config, tmp_path, trained):
+    run(config, tmp_path)
+    with pytest.raises(UserError, match="holds another sweep"):
+        run(config, tmp_path, LAMBDAS[:2])
+    config.model.width = 8
+    with pytest.raises(UserError, match="other settings .model.width=4 there, 8 now"):
+        run(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_trial_is_trained_in_a_process_of_its_own(rooms, tmp_path):
+    config = tiny(rooms)
+    config.train.epochs, config.tasks = 1, ("depth",)
+    with pytest.raises(UserError, match="1 of 2 runs failed: init_from=gone .*model.init_from='gone' does not exist"):
+        run(config, tmp_path, [{"model.init_from": folder} for folder in ("", "gone")], max_parallel=2)
+    done = tmp_path / "init_from="
+    assert json.loads((done / "results.json").read_text())["config"]["tasks"] == ["depth"]
+    assert (done / "plots" / "samples.png").exists() and "first step compiles" in (done / "log.txt").read_text()
+
+
+def test_a_cluster_runs_the_trials_through_submitit(config, tmp_path):
+    """submitit's local executor takes the way of its SLURM one; the trial fails early, which is quick, and is told."""
+    with pytest.raises(UserError, match="1 of 1 runs failed: init_from=gone .*model.init_from='gone' does not exist"):
+        run(config, tmp_path, [{"model.init_from": "gone"}], cluster="local", cluster_settings={"timeout_min": 5})
+    assert list((tmp_path / "submitit").glob("*_submitted.pkl")) and (tmp_path / "init_from=gone" / "log.txt").exists()
+
+
+def test_a_cluster_goes_on_without_a_job_that_was_lost(config, tmp_path, monkeypatch):
+    """And has as many at a time as it was told."""
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    class Executor:
+        def __init__(self, **_):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit(self, function, folder, register):
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            return mock.Mock(result=functools.partial(self.result, folder))
+
+        def result(self, folder):
+            nonlocal at_once
+            time.sleep(0.05)
+            with lock:
+                at_once -= 1
+            if folder.endswith(NAMES[1]):
+                raise submitit.core.utils.UncompletedJobError("Job 7 not completed:\n time limit")
+            (pathlib.Path(folder) / "results.json").write_text("{}")
+            return True
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    lost = "1 of 4 runs failed: lambda_=0.0,seed=1 .its job on the cluster was lost: Job 7 not completed: time limit"
+    with pytest.raises(UserError, match=lost):
+        run(config, tmp_path, cluster="local", max_parallel=2)
+    assert most == 2 and sum((tmp_path / name / "results.json").exists() for name in NAMES) == 3
+
+
+def test_a_users_own_config_file_is_handed_to_the_runs(config, tmp_path, monkeypatch):
+    commands = []
+    process = lambda command, **_: commands.append(command) or mock.Mock(wait=lambda: 0)  # noqa: E731
+    monkeypatch.setattr(sweep.subprocess, "Popen", process)
+    run(config, tmp_path, LAMBDAS[:1], register="discs.py")
+    run(config, tmp_path, LAMBDAS[:1])
+    assert ["--register=discs.py" in command for command in commands] == [True, False]
+
+
+def test_long_names_of_trials_fit_and_differ(config):
+    names = [f"attribute:{'x' * 20}{i}" for i in range(40)]
+    settings = [{"tasks": tuple(names), "seed": seed} for seed in (0, 1)]
+    one, two = (trial.name for trial in sweep.make_trials(config, settings))
+    assert one != two and max(len(name.encode()) for name in (one, two)) < 256
+    assert one == sweep.make_trials(config, settings)[0].name
+
+
+def test_a_file_system_without_locks_runs_all_the_same(config, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(sweep.fcntl, "flock", flock)
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: mock.Mock(wait=lambda: 0))
+    with caplog.at_level("WARNING"):
+        run(config, tmp_path, LAMBDAS[:1])
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_run_that_is_stopped_has_not_failed(config, tmp_path, monkeypatch):
+    codes = iter([75, -signal.SIGTERM, -signal.SIGKILL, 0])
+
+    def process(command, **_):
+        return mock.Mock(wait=lambda: next(codes))
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", process)
+    for _ in range(2):
+        with pytest.raises(Stopped, match="the run lambda_=0.0,seed=0 was stopped; the same command goes on with it"):
+            run(config, tmp_path, LAMBDAS[:1])
+        assert not (tmp_path / NAMES[0] / "failed.txt").exists()
+    with pytest.raises(UserError, match="1 of 1 runs failed: lambda_=0.0,seed=0 .exit code -9"):
+        run(config, tmp_path, LAMBDAS[:1])
+    assert run(config, tmp_path, LAMBDAS[:1], retry_failed=True) == NAMES[:1]
+
+
+def test_a_sweep_that_is_stopped_stops_its_runs(config, tmp_path, monkeypatch):
+    """A run of this test leaves a word where it is asked to stop, and takes the exit code of one that saved."""
+    script = f"import signal, sys, time; signal.signal({signal.SIGTERM:d}, lambda *_: (print('saved'), sys.exit(75)))\n"
+    script += "print('training', flush=True); time.sleep(60)"
+    start = subprocess.Popen
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda _, **given: start([sys.executable, "-c", script], **given))
+    logs = [tmp_path / name / "log.txt" for name in NAMES]
+
+    def stop():
+        while [log.exists() and log.read_text() for log in logs[:2]] != ["training\n"] * 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped, match="the sweep was stopped; the same command goes on with it"):
+        run(config, tmp_path, max_parallel=2)
+    thread.join()
+    assert [log.exists() and log.read_text() for log in logs] == ["training\nsaved\n"] * 2 + [False] * 2
+    assert signal.getsignal(signal.SIGTERM) == handler and not list(tmp_path.glob("*/failed.txt"))
+
+
+def test_a_cluster_that_is_not_known_is_named(config, tmp_path, trained):
+    with pytest.raises(UserError, match="--cluster='pbs'.*slurm, local"):
+        run(config, tmp_path, cluster="pbs")
+    with pytest.raises(UserError, match="--cluster_settings: .*colour"):
+        run(config, tmp_path, cluster="local", cluster_settings={"colour": "red"})
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_table_of_an_uninterrupted_one(rooms, tmp_path):
+    root = pathlib.Path(sweep.__file__).parents[2]
+    settings = [
+        "data.embedded.frames=0",
+        f"data.folder={rooms}",
+        "data.size=(32,48)",
+        "model.width=4",
+        "sparsity.target=0",
+    ]
+    settings += ["model.head_features=4", "train.batch_size=8", "train.epochs=3", "run.checkpoint_every_steps=1"]
+    command = [sys.executable, str(root / "launch.py"), f"--config={root}/configs/demo.py", "--job=sweep"]
+    command += ["--grid=seed=0,1", *(f"--config.{setting}" for setting in settings)]
+
+    def start(workdir):
+        log = (tmp_path / "log.txt").open("a")
+        return subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log, start_new_session=True)
+
+    killed = start(tmp_path / "killed")
+    second = tmp_path / "killed" / "seed=1" / "metrics.jsonl"
+    while not (second.exists() and second.read_text().count('"validation"') >= 1):
+        assert killed.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)  # the sweep and the run that it was at
+    killed.wait()
+    assert (tmp_path / "killed" / "seed=0" / "results.json").exists()
+    assert not (tmp_path / "killed" / "seed=1" / "results.json").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    assert "Going on from step" in (tmp_path / "killed" / "seed=1" / "log.txt").read_text()
+    assert start(tmp_path / "whole").wait() == 0
+    ours, theirs = ((tmp_path / name / "report" / "summary.csv").read_text() for name in ("killed", "whole"))
+    assert ours == theirs and ours.count("\n") == 2
+
+
+def test_grids_are_every_combination():
+    assert sweep.parse_grid("sparsity.lambda_=0.0,1e-5; seed=0,1") == [
+        {"sparsity.lambda_": 0.0, "seed": 0},
+        {"sparsity.lambda_": 0.0, "seed": 1},
+        {"sparsity.lambda_": 1e-5, "seed": 0},
+        {"sparsity.lambda_": 1e-5, "seed": 1},
+    ]
+    assert sweep.parse_grid("sparsity.penalty=l1,group_mcp") == [
+        {"sparsity.penalty": "l1"},
+        {"sparsity.penalty": "group_mcp"},
+    ]
+    assert sweep.parse_grid("tasks=('depth',),('depth','edge')") == [
+        {"tasks": ("depth",)},
+        {"tasks": ("depth", "edge")},
+    ]
+    assert sweep.parse_settings("timeout_min=600,slurm_partition=gpu") == {"timeout_min": 600, "slurm_partition": "gpu"}
+
+
+BAD = {
+    "": "needs --config=configs/sweeps.py:NAME, or --grid",
+    "seed": "'seed' is not NAME=VALUE",
+    "seed=0; seed=1": "'seed=1' is not NAME=VALUE,VALUE,... of a name that stands once",
+    "sparsity.lamda=0": "cannot set config.sparsity.lamda=0: there is no.*nearest: config.sparsity.lambda_",
+    "seed=one": "cannot set config.seed='one'",
+    "seed=0,0": "the trial seed=0 stands twice",
+    "sparsity.lambda_=-1.0": "lambda_.*-1",
+    "tasks=albedo": "'albedo'",
+}
+
+
+@pytest.mark.parametrize("grid", BAD)
+def test_bad_grids_are_named_before_anything_is_written(config, tmp_path, trained, grid):
+    with pytest.raises(UserError, match=BAD[grid]):
+        run(config, tmp_path / "sweep", sweep.parse_grid(grid))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_bad_options_are_named(config, tmp_path):
+    for shard in ("3/3", "1", "-1/2", "a/b"):
+        with pytest.raises(UserError, match="--shard='.*': i/n"):
+            sweep.parse_shard(shard)
+    assert sweep.parse_shard("2/3") == (2, 3)
+    with pytest.raises(UserError, match="--max_parallel=0"):
+        run(config, tmp_path, max_parallel=0)
+    with pytest.raises(UserError, match="'gpu' is not NAME=VALUE"):
+        sweep.parse_settings("gpu")
+
+
+COUNTS = {
+    "table1": 7 * 3,
+    "table2": 6 * 2,
+    "table3": 3,
+    "lambda_path": 7,
+    "lomt": 1,
+    "target_path": 6,
+    "fair_baseline": 7,
+    "fidelity": 14,
+    "paper_baseline": 7,
+    "evidence": 15,
+}
+
+
+@pytest.mark.parametrize("name", sweeps.SWEEPS)
+def test_named_sweeps_hold_valid_runs(name):
+    for size in sweeps.SWEEPS[name][1]:
+        seeds = {"": 5, ":demo": 2} | {
+            "lomt": {":demo": 3},
+            "fidelity": {":demo": 3},
+            "evidence": {"": 3, ":cpu": 3},
+        }.get(name, {})
+        trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
+        more = 2 * 3 if name == "evidence" and size != ":demo" else 0  # the first two rows have six seeds
+        assert len(trials) == COUNTS[name] * seeds[size] + more
+        for trial in trials:
+            config_lib.check(trial.config)
+        assert len({trial.config.to_json() for trial in trials}) == len(trials)
+        assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
+
+
+def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path, trained, monkeypatch):
+    trained.fails.add(NAMES[1])
+    with pytest.raises(UserError):
+        run(config, tmp_path)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    timed = []
+
+    def run_job(own, folder):
+        timed.append((folder.name, own.sparsity.lambda_, own.benchmark.rounds))
+        rows = [{"batch": batch} for batch in own.benchmark.batch_sizes]
+        found = {"device": benchmark.device(), "rounds": own.benchmark.rounds, "rows": rows}
+        found["compact"] = json.loads(own.compact.to_json())
+        (folder / "benchmark.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(benchmark, "run_job", run_job)
+    config.benchmark.rounds = 3
+    sweep.benchmark_job(config, tmp_path)
+    assert timed == [(NAMES[0], 0.0, 3), (NAMES[2], 1e-4, 3), (NAMES[3], 1e-4, 3)]
+    (tmp_path / NAMES[2] / "benchmark.json").unlink()
+    sweep.benchmark_job(config, tmp_path)
+    assert timed[3:] == [(NAMES[2], 1e-4, 3)]
+    config.benchmark.batch_sizes = (2,)
+    sweep.benchmark_job(config, tmp_path)
+    assert len(timed) == 7, "other batches are timed anew"
+    config.compact.multiple = 1
+    sweep.benchmark_job(config, tmp_path)
+    assert len(timed) == 10, "and so are other compact models"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    sweep.benchmark_job(config, tmp_path)
+    assert len(timed) == 13, "and other pages of memory"
+
+
+def test_unknown_sweeps_are_named():
+    for name in ("", "table9", "table1:small"):
+        with pytest.raises(UserError, match=f"unknown sweep '{name}'; the sweeps are table1, .*NAME:demo"):
+            sweeps.trials(name)

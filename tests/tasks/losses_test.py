@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from input_pipeline.labels import VOID
+from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.tasks import activations, losses, weighting
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]]))
+    loss, valid = losses.cross_entropy(logits, jnp.array([0, VOID]), smoothing=0.3)
+    # smoothed target: (0.8, 0.1, 0.1)
+    want = -(0.8 * np.log(0.7) + 0.1 * np.log(0.2) + 0.1 * np.log(0.1))
+    np.testing.assert_allclose(loss, [want, 0], rtol=1e-6)
+    np.testing.assert_array_equal(valid, [1, 0])
+
+
+def test_depth_losses_by_hand():
+    raw = jnp.zeros((3, 1))
+    label = jnp.array([0.75, 0.5, 0.0])
+    loss, valid = losses.depth_mse(raw, label)
+    np.testing.assert_allclose(loss, [0.0625, 0, 0], atol=1e-7)
+    np.testing.assert_array_equal(valid, [1, 1, 0])
+    loss, _ = losses.depth_l1(raw, label)
+    np.testing.assert_allclose(loss, [0.75 - np.log(2), np.log(2) - 0.5, 0], rtol=1e-5)
+
+
+def test_normals_loss_by_hand():
+    raw = jnp.array([[0.0, 0.0, 5.0], [0.5, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    label = jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    loss, valid = losses.one_minus_cosine(raw, label)
+    np.testing.assert_allclose(loss, [0, 1, 0], atol=1e-6)
+    np.testing.assert_array_equal(valid, [1, 1, 0])
+
+
+def test_normals_gradient_is_finite_at_zero():
+    grad = jax.grad(lambda raw: losses.one_minus_cosine(raw, jnp.array([0.0, 0.0, 1.0]))[0])(jnp.zeros(3))
+    assert jnp.isfinite(grad).all()
+
+
+def test_edge_loss_by_hand():
+    loss, _ = losses.binary_cross_entropy(jnp.array([[0.0], [0.0]]), jnp.array([1.0, 0.3]))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
+def test_normals_are_unit_and_depths_positive():
+    raw = jax.random.normal(jax.random.key(0), (50, 3)) * 4
+    np.testing.assert_allclose(jnp.linalg.norm(activations.unit_normals(raw), axis=-1), 1, rtol=1e-5)
+    assert (activations.metric_depth(raw) > 0).all()
+
+
+LOSSES = {"a": jnp.array(2.0), "b": jnp.array(4.0)}
+
+
+def test_weightings_by_hand():
+    params = weighting.init("uncertainty", ["a", "b"])
+    assert params == {"a": 1.0, "b": 1.0}
+    got = weighting.combine("uncertainty", {"a": 0.0, "b": np.log(2)}, LOSSES, ())
+    assert float(got) == pytest.approx(2 + 2 + np.log(2))
+    assert float(weighting.combine("equal", {}, LOSSES, ())) == 6
+    assert float(weighting.combine("fixed", {}, LOSSES, (0.5, 0.25))) == 2
+
+
+def test_a_task_without_a_label_leaves_its_weight():
+    counts = {"a": jnp.array(3.0), "b": jnp.array(0.0)}
+    combined = lambda s: weighting.combine("uncertainty", s, LOSSES | {"b": jnp.array(0.0)}, (), counts)  # noqa: E731
+    value, grads = jax.value_and_grad(combined)({"a": jnp.array(1.0), "b": jnp.array(1.0)})
+    assert float(value) == pytest.approx(2 / np.e + 1) and float(grads["b"]) == 0 and float(grads["a"]) != 0
+
+
+@pytest.mark.parametrize("loss", [losses.depth_mse, losses.depth_l1, losses.one_minus_cosine])
+def test_labels_that_are_none_give_no_gradient(loss):
+    raw = jnp.ones((2, 3 if loss is losses.one_minus_cosine else 1))
+    label = jnp.full((2, 3) if loss is losses.one_minus_cosine else (2,), 0.6).at[1].set(jnp.nan)
+    (value, valid), grads = loss(raw, label), jax.grad(lambda raw: loss(raw, label)[0].sum())(raw)
+    np.testing.assert_array_equal(valid, [1, 0])
+    assert np.isfinite(value).all() and np.isfinite(grads).all() and not np.any(grads[1])
+
+
+def test_uncertainty_is_least_at_the_log_of_the_loss():
+    grads = jax.grad(lambda s: weighting.combine("uncertainty", s, LOSSES, ()))({"a": jnp.log(2.0), "b": jnp.log(4.0)})
+    np.testing.assert_allclose([grads["a"], grads["b"]], 0, atol=1e-6)
+
+
+def test_bad_weightings_are_named():
+    with pytest.raises(UserError, match="'gradnorm'.*uncertainty, equal, fixed"):
+        weighting.check("gradnorm", (), ["a"])
+    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, "2")):
+        with pytest.raises(UserError, match=r"one weight >= 0 for each of config.tasks \(a, b\)"):
+            weighting.check("fixed", weights, ["a", "b"])
+
+
+def test_attribute_loss_by_hand():
+    """On logits, with one sigmoid: also where that is 0 or 1 in float32."""
+    logits, label = jnp.array([0.0, 2.0, -3.0, 40.0, -40.0]), jnp.array([1, 0, 1, 0, VOID])
+    loss, valid = losses.attribute_cross_entropy(logits, label, pos_weight=3.0)
+    want = [3 * np.log(2), np.log1p(np.exp(2)), 3 * np.log1p(np.exp(3)), 40, 0]
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_array_equal(valid, [1, 1, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"shape \(5,\) against labels of shape \(5, 1\)"):
+        losses.attribute_cross_entropy(logits, label[:, None])
+    slope = jax.grad(lambda x: losses.attribute_cross_entropy(x, jnp.array(1))[0])(0.5)
+    assert float(slope) == pytest.approx(1 / (1 + np.exp(-0.5)) - 1, rel=1e-6)
