@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.imagenet_test import EVERY, PATH, SIZES
-from tests.import_reference_test import drawn, images
+from tests.pretrained.imagenet_test import EVERY, PATH, SIZES
+from tests.pretrained.reference_test import drawn, images
 
 
 def dilated(model: nn.Module) -> nn.Module:

@@ -157,7 +157,7 @@ CASES = {
 @torch.no_grad()
 def outputs() -> dict[str, np.ndarray]:
     """What the archive holds: "<case>/shapes", and "<case>/<height>x<width>/<decoder>", NHWC or [B]."""
-    from tests.import_reference_test import drawn, images
+    from tests.pretrained.reference_test import drawn, images
 
     found = {}
     for case, (depth, tasks, sizes) in CASES.items():
@@ -179,7 +179,7 @@ def first_losses() -> dict[str, np.ndarray]:
     Weights start as PyTorch's default draws them, without dropout; the objective is the sum of the losses. In float64:
     in float32 Adam makes 5 % of a rounding within ten steps.
     """
-    from tests.import_reference_test import START, drawn_start, labelled_batch
+    from tests.pretrained.reference_test import START, drawn_start, labelled_batch
 
     model = Model(**START)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -213,6 +213,6 @@ def first_losses() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    from tests.import_reference_test import PATH
+    from tests.pretrained.reference_test import PATH
 
     np.savez_compressed(PATH, **outputs(), **first_losses())

@@ -20,8 +20,8 @@ from mtl_sparse.training import folder as folder_lib
 from mtl_sparse.training import results
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
+from tests.compaction import multitask_test
 from tests.conftest import tiny
-from tests.sparsity import compact_test
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 
@@ -203,12 +203,12 @@ def explained(model, variables, **options):
 
 def test_the_table_says_why():
     dead = ["layer3_2/conv2", "layer4_1/conv1"]
-    model, variables = compact_test.with_zeros(50, 1, 0.3, dead=dead)
+    model, variables = multitask_test.with_zeros(50, 1, 0.3, dead=dead)
     rows = explained(model, variables, multiple=4)
     assert rows["backbone/layer3_2/conv2"]["why"] == "gone: all inputs zero"
     assert rows["backbone/layer3_2/conv3"]["why"] == "gone: its output is constant or not read"
     assert rows["backbone/layer4_1/conv2"]["why"] == "reads a constant: what is before it is dead"
-    model, variables = compact_test.with_zeros(18, 1, 0.0)
+    model, variables = multitask_test.with_zeros(18, 1, 0.0)
     kernel = variables["params"]["backbone"]["stem_conv1"]["kernel"].copy()
     kernel[:, :, 1] = 0
     variables["params"]["backbone"]["stem_conv1"]["kernel"] = kernel
@@ -216,9 +216,9 @@ def test_the_table_says_why():
 
 
 def test_a_head_with_a_dense_layer_is_explained(monkeypatch):
-    monkeypatch.setitem(multitask.HEADS, "mean", compact_test.MeanHead)
-    model, variables = compact_test.with_a_mean_head()
+    monkeypatch.setitem(multitask.HEADS, "mean", multitask_test.MeanHead)
+    model, variables = multitask_test.with_a_mean_head()
     rows = explained(model, variables)
     assert rows["head_mine/Dense_0"]["parameters_after"] == rows["head_mine/Dense_0"]["parameters"] > 0
-    model, variables = compact_test.with_zeros(18, 0, 1.0, "all")
+    model, variables = multitask_test.with_zeros(18, 0, 1.0, "all")
     assert not any(row["groups_after"] for row in explained(model, variables).values())

@@ -12,7 +12,7 @@ from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from tests.conftest import tiny
-from tests.import_reference_test import images, weights_of
+from tests.pretrained.reference_test import images, weights_of
 
 PATH = pathlib.Path(__file__).parents[1] / "data" / "imagenet_reference.npz"
 SIZES = ((64, 64), (43, 53))

@@ -25,7 +25,7 @@ from mtl_sparse.runtime import processes
 if {count} > 1:
     processes.join("127.0.0.1:{port}", {count}, int(sys.argv[1]))
 from mtl_sparse.jobs import train
-from tests.processes_test import twenty_steps
+from tests.runtime.processes_test import twenty_steps
 results = train.train(twenty_steps({rooms!r}), {folder!r})
 print(json.dumps([jax.device_count(), results["test"]]))
 """
