@@ -1,23 +1,33 @@
-"""Metrics as sums over one image, or its valid pixels, and the values that follow from sums over many.
+"""Metrics as sums over one image, and the values that follow from sums over many.
 
-`*_sums` take one image's prediction [H, W, C], in the label's unit, and its label; the evaluator adds them up
-in float64 over a whole split. `*_values` divide once, at the end. So no figure depends on the batch size or
-on the number of devices.
+The `*_sums` functions take one image's prediction, in the label's unit, and its label. The evaluator adds their results
+up in float64 over a whole split, and the `*_values` functions divide once, at the end. So no metric depends on the
+batch size or on the number of devices.
 """
+
+# ruff: noqa: F722  (jaxtyping's shapes are not Python)
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from mtl_sparse.tasks import labels
+
+Sums = dict[str, Array]
+Totals = Mapping[str, Any]  # NumPy arrays of the shapes of `Sums`; scalars where those are []
+Scalar = Float[Array, ""]
 
 _BINS_PER_DEGREE = 10
 # Bins of asinh(logit): 0.0072 wide near a logit of 0, 0.7 % of the logit far from it, up to logits of a million.
 _ASINH_LIMIT, _ASINH_BINS = 14.5, 4050
 
 
-def segmentation_sums(probabilities, label):
-    """Confusion matrix [label, prediction], and the image's own IoU."""
+def segmentation_sums(probabilities: Float[Array, "H W C"], label: Shaped[Array, "H W"]) -> Sums:
+    """Return the confusion matrix [label, prediction] of an image, and its IoU."""
     classes = probabilities.shape[-1]
     valid = labels.has_class(label)
     predicted = jnp.argmax(probabilities, -1)
@@ -33,8 +43,16 @@ def segmentation_sums(probabilities, label):
     }
 
 
-def segmentation_values(sums):
-    """miou: mean over the classes that occur as label or prediction; image_iou: the paper's, mean over images."""
+def segmentation_values(sums: Totals) -> dict[str, float]:
+    """Return the segmentation metrics.
+
+    Args:
+      sums: totals of `segmentation_sums`.
+
+    Returns:
+      miou: mean IoU over the classes that occur as a label or a prediction; pixel_accuracy; image_iou: the paper's
+      metric, the mean IoU over images.
+    """
     confusion = sums["confusion"]
     hits = np.diagonal(confusion)
     union = confusion.sum(0) + confusion.sum(1) - hits
@@ -46,8 +64,8 @@ def segmentation_values(sums):
     }
 
 
-def depth_sums(prediction, label):
-    """Errors of depth [H, W, 1] against [H, W], in whatever unit both are in; label 0 counts nowhere."""
+def depth_sums(prediction: Float[Array, "H W 1"], label: Float[Array, "H W"]) -> Sums:
+    """Return the errors of an image's depth, in the unit of both arguments; labels that are 0 are ignored."""
     valid = labels.has_depth(label)
     target = jnp.where(valid, label, 1.0)
     predicted = jnp.where(valid, jnp.maximum(prediction[..., 0], 1e-6), 1.0)
@@ -62,33 +80,51 @@ def depth_sums(prediction, label):
     }
 
 
-def normalized_depth_values(sums):
-    """On the paper's normalised depth (each image's maximum is 1)."""
+def normalized_depth_values(sums: Totals) -> dict[str, float]:
+    """Return the depth metrics on the paper's normalized depth, where each image's maximum is 1."""
     return {f"{name}_normalized": value for name, value in _depth_values(sums).items()}
 
 
-def depth_scale(label):
-    """What the paper's normalisation takes of an image's depth: (maximum, 99th percentile as a share of that)."""
+def depth_scale(label: Float[Array, "H W"]) -> tuple[Scalar, Scalar]:
+    """Return what the paper's normalization takes from an image's depth.
+
+    Args:
+      label: depth in meters.
+
+    Returns:
+      (the maximum, the 99th percentile as a fraction of the maximum).
+    """
     largest = jnp.maximum(jnp.max(label), 1e-6)
     return largest, jnp.maximum(
         jnp.nanpercentile(jnp.where(labels.has_depth(label), label / largest, jnp.nan), 99), 0.1
     )
 
 
-def metric_depth_sums(prediction, label, scale):
-    """`depth_sums` in metres, and the absolute error after the paper's normalisation by `depth_scale` of the label."""
+def metric_depth_sums(
+    prediction: Float[Array, "H W 1"], label: Float[Array, "H W"], scale: tuple[Scalar, Scalar]
+) -> Sums:
+    """Return `depth_sums` in meters, and the absolute error after the paper's normalization.
+
+    Args:
+      prediction: depth in meters.
+      label: depth in meters; 0 is no measurement.
+      scale: `depth_scale` of the label at full resolution.
+
+    Returns:
+      The sums of one image.
+    """
     valid, (largest, top) = labels.has_depth(label), scale
     error = jnp.abs(jnp.clip(prediction[..., 0] / largest, 0.1, top) - jnp.clip(label / largest, 0.1, top))
     return {**depth_sums(prediction, label), "normalized": jnp.sum(jnp.where(valid, error, 0.0))}
 
 
-def metric_depth_values(sums):
-    """In metres (mae, rmse); mae_normalized is comparable with the normalised task's."""
+def metric_depth_values(sums: Totals) -> dict[str, float]:
+    """Return the depth metrics in meters; mae_normalized is comparable with that of normalized depth."""
     normalized = _divide(sums["normalized"], sums["pixels"])
     return {**_depth_values(sums), "mae_normalized": normalized}
 
 
-def _depth_values(sums):
+def _depth_values(sums: Totals) -> dict[str, float]:
     pixels = sums["pixels"]
     return {
         "mae": _divide(sums["absolute"], pixels),
@@ -98,8 +134,8 @@ def _depth_values(sums):
     }
 
 
-def normals_sums(prediction, label):
-    """Cosines and angles of vectors [H, W, 3] against unit labels; a zero label counts nowhere."""
+def normals_sums(prediction: Float[Array, "H W 3"], label: Float[Array, "H W 3"]) -> Sums:
+    """Return the cosines and angles of an image's normals against unit labels; zero labels are ignored."""
     valid = labels.has_normal(label)
     length = jnp.maximum(jnp.linalg.norm(prediction, axis=-1), 1e-6)
     cosine = jnp.clip(jnp.sum(prediction * label, -1) / length, -1, 1)
@@ -115,8 +151,8 @@ def normals_sums(prediction, label):
     }
 
 
-def normals_values(sums):
-    """Angles in degrees; the median is interpolated in a histogram of 0.1 degree bins."""
+def normals_values(sums: Totals) -> dict[str, float]:
+    """Return the mean cosine and the angles in degrees; the median is interpolated in bins of 0.1 degree."""
     pixels = sums["pixels"]
     cumulative = np.cumsum(sums["histogram"])
     half = cumulative[-1] / 2
@@ -133,23 +169,26 @@ def normals_values(sums):
     }
 
 
-def edge_sums(prediction, label):
-    """Absolute error of the edge probability [H, W, 1] against [H, W]."""
+def edge_sums(prediction: Float[Array, "H W 1"], label: Float[Array, "H W"]) -> Sums:
+    """Return the absolute error of an image's edge probability."""
     return {"pixels": jnp.asarray(label.size), "absolute": jnp.sum(jnp.abs(prediction[..., 0] - label))}
 
 
-def edge_values(sums):
+def edge_values(sums: Totals) -> dict[str, float]:
+    """Return the mean absolute error of the edge probability."""
     return {"mae": _divide(sums["absolute"], sums["pixels"])}
 
 
-def attribute_sums(probability, label, raw=None, *, threshold: float = 0.5):
-    """Count hits and misses of one image, and sort it into the histogram that the ROC curve is made of.
+def attribute_sums(
+    probability: Scalar, label: Shaped[Array, ""], raw: Scalar | None = None, *, threshold: float = 0.5
+) -> Sums:
+    """Count an image as right or wrong, and sort it into the histogram that the ROC curve is computed from.
 
     Args:
-      probability: [], of the attribute.
-      label: [], 0 or 1; VOID counts nowhere.
-      raw: [], the logit; None takes it from the probability, which ties all logits above about 16.
-      threshold: probability from which on the attribute is predicted.
+      probability: predicted probability of the attribute.
+      label: 0 or 1; VOID is ignored.
+      raw: the logit. None computes it from the probability, which ties all logits above about 16.
+      threshold: smallest probability that counts as a prediction of the attribute.
 
     Returns:
       right [2]: correct predictions for images without and with the attribute; histogram [2, bins]: those images by
@@ -168,8 +207,8 @@ def attribute_sums(probability, label, raw=None, *, threshold: float = 0.5):
     }
 
 
-def attribute_values(sums):
-    """Divide the sums: accuracy, balanced accuracy, F1 and AUROC; images in one bin of the histogram count as tied.
+def attribute_values(sums: Totals) -> dict[str, float]:
+    """Return accuracy, balanced accuracy, F1 and AUROC; images in one bin of the histogram count as tied.
 
     As in scikit-learn, balanced accuracy averages over the labels that occur, and F1 without any positive label or
     prediction is 0. AUROC without images of both kinds is NaN.
@@ -187,6 +226,6 @@ def attribute_values(sums):
     }
 
 
-def _divide(total, count):
-    """total / count as a float; NaN where nothing was counted."""
+def _divide(total: Any, count: Any) -> float:
+    """Return total / count; NaN where nothing was counted."""
     return float(total / count) if count > 0 else float("nan")

@@ -1,15 +1,17 @@
-"""The tasks, one row each: head, outputs, label, loss, activation, metrics.
+"""Task specs: head, outputs, label, loss, activation and metrics of each task.
 
-A task of your own is one more row: `TASKS["mine"] = lambda config: Task(...)`, and its name in config.tasks. A name
-with an argument, `attribute:Smiling`, takes the row `attribute:`.
+To add a task, register its spec, `TASKS["mine"] = lambda config: Task(...)`, and put its name in config.tasks. A name
+with an argument, such as `attribute:Smiling`, uses the spec `attribute:`.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from mtl_sparse.models import multitask
 from mtl_sparse.runtime.errors import UserError
@@ -18,56 +20,57 @@ from mtl_sparse.tasks import activations, labels, losses, metrics
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task.
+    """The spec of one task.
 
     Attributes:
-      name: as in config.tasks and in the model's output dictionary.
-      label: key of its label in a frame and a batch.
+      name: its name in config.tasks and in the model's output dictionary.
+      label: key of its label in a sample and a batch.
       outputs: channels of the raw prediction.
-      loss: (raw, label) -> (loss, valid), both of the label's places, see `losses`; `elementwise` calls and checks it.
+      loss: (raw, label) -> (loss, valid), one number for each label, see `losses`. `elementwise` calls and checks it.
       activation: raw -> prediction in the label's unit.
-      sums: (prediction, label) of one image -> dict of sums, see `metrics`.
-      values: sums over a split -> dict of floats.
-      target: (label) -> (the label in the prediction's form, valid); its mean is the constant guess that every trained
-        model must beat.
-      headline: the one metric of short tables.
-      higher_is_better: whether more of the headline is better.
+      sums: (prediction, label) of one image -> dictionary of sums, see `metrics`.
+      values: sums over a split -> dictionary of floats.
+      target: label -> (label in the form of the prediction, valid). Its mean is the constant baseline, which every
+        trained model must beat.
+      headline: the one metric for short tables.
+      higher_is_better: whether a higher headline is better.
       head: a key of `models.multitask.HEADS`.
       sums_take_raw: whether `sums` also takes the raw prediction of the image, as the keyword argument `raw`.
-      whole: label of one image at its full resolution -> a third argument of `sums`, which may get fewer of its places.
+      whole: label of one image at full resolution -> a third argument of `sums`, whose label may be subsampled.
     """
 
     name: str
     label: str
     outputs: int
-    loss: Callable
-    activation: Callable
-    sums: Callable
-    values: Callable
-    target: Callable
+    loss: Callable[..., tuple[jax.Array, jax.Array]]
+    activation: Callable[[jax.Array], jax.Array]
+    sums: Callable[..., metrics.Sums]
+    values: Callable[[metrics.Totals], dict[str, float]]
+    target: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
     headline: str
     higher_is_better: bool
     head: str = "deeplab"
     sums_take_raw: bool = False
-    whole: Callable | None = None
+    whole: Callable[[jax.Array], Any] | None = None
 
-    def elementwise(self, raw, label):
-        """`loss` of raw predictions [B, ...] and labels [B, ...].
+    def elementwise(self, raw: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return `loss` of raw predictions [B, ...] and labels [B, ...], with its shapes checked.
 
         Raises:
-          UserError: (loss, valid) of other shapes: a prediction and a label that were broadcast against each other.
+          UserError: the loss or its mask is not one number for each label. Prediction and label were broadcast.
         """
         loss, valid = self.loss(raw, label)
         shape, given = jnp.shape(loss), jnp.shape(raw)
         if shape != jnp.shape(valid) or shape not in (given, given[:-1]):
             raise UserError(
-                f"the loss of task {self.name!r} has the shape {shape} and its mask {jnp.shape(valid)}, of "
-                f"raw predictions {given} and labels {jnp.shape(label)}: it must be one number a label"
+                "TASK_LOSS_SHAPE",
+                f"expected the loss of task {self.name!r} and its mask to be one number for each label, got the shapes "
+                f"{shape} and {jnp.shape(valid)} for raw predictions {given} and labels {jnp.shape(label)}",
             )
         return loss, valid
 
 
-def _segmentation(config):
+def _segmentation(config: ConfigDict) -> Task:
     classes = config.data.num_classes
     return Task(
         name="segmentation",
@@ -83,34 +86,24 @@ def _segmentation(config):
     )
 
 
-def _depth(config):
-    common = {
-        "name": "depth",
-        "label": "depth",
-        "outputs": 1,
-        "target": lambda label: (label[..., None], labels.has_depth(label)),
-        "headline": "mae_normalized",
-        "higher_is_better": False,
-    }
-    if config.data.depth_target == "metres":
-        return Task(
-            loss=losses.depth_l1,
-            activation=activations.metric_depth,
-            sums=metrics.metric_depth_sums,
-            values=metrics.metric_depth_values,
-            whole=metrics.depth_scale,
-            **common,
-        )
+def _depth(config: ConfigDict) -> Task:
+    in_meters = config.data.depth_target == "metres"
     return Task(
-        loss=losses.depth_mse,
-        activation=activations.unit_depth,
-        sums=metrics.depth_sums,
-        values=metrics.normalized_depth_values,
-        **common,
+        name="depth",
+        label="depth",
+        outputs=1,
+        loss=losses.depth_l1 if in_meters else losses.depth_mse,
+        activation=activations.metric_depth if in_meters else activations.unit_depth,
+        sums=metrics.metric_depth_sums if in_meters else metrics.depth_sums,
+        values=metrics.metric_depth_values if in_meters else metrics.normalized_depth_values,
+        target=lambda label: (label[..., None], labels.has_depth(label)),
+        headline="mae_normalized",
+        higher_is_better=False,
+        whole=metrics.depth_scale if in_meters else None,
     )
 
 
-def _normals(config):
+def _normals(_: ConfigDict) -> Task:
     return Task(
         name="normals",
         label="normals",
@@ -125,7 +118,7 @@ def _normals(config):
     )
 
 
-def _edge(config):
+def _edge(_: ConfigDict) -> Task:
     return Task(
         name="edge",
         label="edge",
@@ -140,8 +133,8 @@ def _edge(config):
     )
 
 
-def _attribute(config):
-    """Whether an image has the attribute of the task's name."""
+def _attribute(config: ConfigDict) -> Task:
+    """Return the spec of the task whether an image has an attribute; `resolve` sets the attribute's name."""
     return Task(
         name="attribute:",
         label="attribute:",
@@ -158,7 +151,7 @@ def _attribute(config):
     )
 
 
-TASKS = {
+TASKS: dict[str, Callable[[ConfigDict], Task]] = {
     "segmentation": _segmentation,
     "depth": _depth,
     "normals": _normals,
@@ -167,36 +160,44 @@ TASKS = {
 }
 
 
-def resolve(config) -> tuple[Task, ...]:
-    """The rows of config.tasks, in its order.
+def resolve(config: ConfigDict) -> tuple[Task, ...]:
+    """Return the specs of config.tasks, in its order.
 
     Raises:
-      UserError: no task, an unknown one, or one twice.
+      UserError: no task is given, one is unknown or repeated, or a registered spec has another name or an unknown head.
     """
     names = tuple(config.tasks)
     if not names:
-        raise UserError(f"config.tasks is empty; choose from {', '.join(TASKS)}")
+        raise UserError("OPTION_MISSING", f"expected at least one task in config.tasks; choose from {', '.join(TASKS)}")
     for name in names:
         if _key(name) not in TASKS or name.endswith(":"):
             known = [f"{key}NAME" if key.endswith(":") else key for key in TASKS]
             raise UserError(
-                f"unknown task {name!r} in config.tasks; the tasks are {', '.join(known)}, and those of --register=FILE"
+                "TASK_UNKNOWN",
+                f"expected config.tasks to name {', '.join(known)}, or tasks of --register=FILE, got {name!r}",
             )
         if names.count(name) > 1:
-            raise UserError(f"task {name!r} stands twice in config.tasks")
-    rows = tuple(_row(name, config) for name in names)
-    for name, row in zip(names, rows, strict=True):
-        if row.name != name:
-            raise UserError(f"TASKS[{name!r}] makes a task of the name {row.name!r}; give it its own")
-        if row.head not in multitask.HEADS:
-            raise UserError(f"task {name!r} has the unknown head {row.head!r}; one of {', '.join(multitask.HEADS)}")
-    return rows
+            raise UserError("TASK_REPEATED", f"expected each task once in config.tasks, got {name!r} more than once")
+    specs = tuple(_spec(name, config) for name in names)
+    for name, spec in zip(names, specs, strict=True):
+        if spec.name != name:
+            raise UserError(
+                "TASK_SPEC_INVALID",
+                f"expected TASKS[{name!r}] to return a spec named {name!r}, got {spec.name!r}; rename one of them",
+            )
+        if spec.head not in multitask.HEADS:
+            raise UserError(
+                "TASK_SPEC_INVALID",
+                f"expected the head of task {name!r} to be one of {', '.join(multitask.HEADS)}, got {spec.head!r}",
+            )
+    return specs
 
 
-def _key(name):
+def _key(name: str) -> str:
+    """Return the key in TASKS of a task's name: the name itself, or what is before its argument."""
     return name if name in TASKS else "".join(name.partition(":")[:2])
 
 
-def _row(name, config):
-    row = TASKS[_key(name)](config)
-    return dataclasses.replace(row, name=name, label=name) if _key(name) != name else row
+def _spec(name: str, config: ConfigDict) -> Task:
+    spec = TASKS[_key(name)](config)
+    return dataclasses.replace(spec, name=name, label=name) if _key(name) != name else spec

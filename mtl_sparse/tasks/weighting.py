@@ -1,46 +1,77 @@
-"""How the tasks' losses become one."""
+"""Weighting: how the losses of the tasks are combined into one objective."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mtl_sparse.runtime.errors import UserError
+
+Scalar = Float[Array, ""]
 
 KINDS = ("uncertainty", "equal", "fixed")
 
 
-def init(kind: str, tasks: Sequence[str]) -> dict:
-    """Learned parameters of a weighting: s_i = 1 for each task with "uncertainty", none otherwise."""
+def init(kind: str, tasks: Sequence[str]) -> dict[str, Scalar]:
+    """Return the learned parameters of a weighting: s_i = 1 for each task with "uncertainty", none otherwise."""
     return {task: jnp.ones([]) for task in tasks} if kind == "uncertainty" else {}
 
 
-def combine(kind: str, params: Mapping, losses: Mapping, weights: Sequence[float], counts: Mapping | None = None):
-    """Combined loss.
+def combine(
+    kind: str,
+    params: Mapping[str, Scalar],
+    losses: Mapping[str, Scalar],
+    weights: Sequence[float],
+    counts: Mapping[str, Scalar] | None = None,
+) -> Scalar:
+    """Combine the losses of the tasks.
+
+    The weightings are "uncertainty": sum_i exp(-s_i) L_i + s_i with learned s_i (Kendall et al. 2018, arXiv
+    1705.07115, in the form of the reference implementation); "equal": sum_i L_i; "fixed": sum_i weights_i L_i.
 
     Args:
-      counts: labels of each task in the batch; a task without any adds nothing, so that its s_i stays where it is.
+      kind: one of `KINDS`.
+      params: s_i of each task, see `init`.
+      losses: L_i of each task.
+      weights: weights of "fixed", in the order of the losses.
+      counts: labels of each task in the batch. A task without any adds nothing, so that its s_i does not change.
 
-    "uncertainty": sum_i exp(-s_i) L_i + s_i with learned s_i (Kendall et al. 2018, arXiv 1705.07115, in the
-    released code's form); "equal": sum_i L_i; "fixed": sum_i weights_i L_i, in the order of the losses.
+    Returns:
+      The objective.
     """
     if kind == "uncertainty":
         terms = {task: jnp.exp(-params[task]) * loss + params[task] for task, loss in losses.items()}
-        return sum(terms.values()) if counts is None else sum(jnp.where(counts[t] > 0, terms[t], 0.0) for t in terms)
+        if counts is not None:
+            terms = {task: jnp.where(counts[task] > 0, term, 0.0) for task, term in terms.items()}
+        return cast(Scalar, sum(terms.values()))
     if kind == "equal":
-        return sum(losses.values())
-    return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
+        return cast(Scalar, sum(losses.values()))
+    return cast(Scalar, sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True)))
 
 
 def check(kind: str, weights: Sequence[float], tasks: Sequence[str]) -> None:
-    """Raises UserError for an unknown kind, or fixed weights that are not one for each task, or negative."""
+    """Check the options of the weighting.
+
+    Args:
+      kind: config.loss.weighting.
+      weights: config.loss.weights.
+      tasks: config.tasks.
+
+    Raises:
+      UserError: the kind is unknown, or the weights of "fixed" are negative or not one for each task.
+    """
     if kind not in KINDS:
-        raise UserError(f"unknown loss.weighting={kind!r}; the weightings are {', '.join(KINDS)}")
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE", f"expected loss.weighting to be one of {', '.join(KINDS)}, got {kind!r}"
+        )
     if kind == "fixed" and (len(weights) != len(tasks) or not all(_is_weight(weight) for weight in weights)):
         raise UserError(
-            f"loss.weights={tuple(weights)}: loss.weighting='fixed' needs one weight >= 0 for each of config.tasks "
-            f"({', '.join(tasks)})"
+            "OPTION_OUT_OF_RANGE",
+            f"expected one weight >= 0 in loss.weights for each of config.tasks ({', '.join(tasks)}), got "
+            f"loss.weights={tuple(weights)}; give the weights, or set loss.weighting to another value than 'fixed'",
         )
 
 
-def _is_weight(value):
+def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and value >= 0

@@ -1,4 +1,4 @@
-"""Pixel-level and image-level tasks together, from the settings to the compact model."""
+"""Pixel-level and image-level tasks together, from the config to the compact model."""
 
 import functools
 import json
@@ -14,13 +14,12 @@ from mtl_sparse.compaction import exactness
 from mtl_sparse.jobs import compact, evaluate, export, train
 from mtl_sparse.report import records
 from mtl_sparse.runtime import files
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import evaluation
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
-from tests.conftest import tiny_faces
+from tests.conftest import raises, tiny_faces
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +64,18 @@ def test_metrics_do_not_depend_on_the_batch_size(run):
     assert "segmentation/miou_stride8" in whole
 
 
-def test_the_constant_guess_is_the_more_frequent_answer(run):
+def test_the_constant_baseline_is_the_more_frequent_answer(run):
     constants = evaluation.constant_predictions(run.tasks, batches(run, "train", 5))
-    smiling = [int(frame["attribute:Smiling"]) for frame in run.data.train]
+    smiling = [int(sample["attribute:Smiling"]) for sample in run.data.train]
     assert constants["attribute:Smiling"] == pytest.approx(np.mean(smiling))
     values = evaluation.evaluate_constant(run.tasks, constants, batches(run, "test", 3))
     guess = np.mean(smiling) >= 0.5
-    tested = np.array([frame["attribute:Smiling"] for frame in run.data.test])
+    tested = np.array([sample["attribute:Smiling"] for sample in run.data.test])
     assert values["attribute:Smiling/accuracy"] == pytest.approx(np.mean(tested == guess))
 
 
 def test_the_loss_of_a_step_is_that_of_its_batch(run):
-    """Logits [B] against labels [B]: a shape too many would broadcast to [B, B] without a word."""
+    """Logits [B] against labels [B]: an extra axis would broadcast to [B, B] silently."""
     config = run.config.copy_and_resolve_references()
     config.tasks = ("attribute:Male",)
     run = setup_lib.setup(config)
@@ -94,7 +93,7 @@ def test_the_loss_of_a_step_is_that_of_its_batch(run):
     assert float(scalars["attribute:Male/loss"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_ends_with_its_attributes_in_table_sheet_and_records(finished, capsys):
+def test_a_run_ends_with_its_attributes_in_table_samples_and_records(finished, capsys):
     config, folder, found = finished
     evaluate.run_job(config, folder)
     assert "attribute:Smiling" in capsys.readouterr().out
@@ -113,7 +112,7 @@ def test_the_compact_run_has_the_same_metrics_and_exports(finished):
     for name, value in found["test"].items():
         assert small["test"][name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
     model, variables = setup_lib.load_model(small_folder, run_config.get_config(str(small_folder)))
-    assert model.layers().heads[1] is not None, "the classification heads take part"
+    assert model.layers().heads[1] is not None, "the classification heads are compacted too"
     path = export.run_job(config, folder)
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
     exported = jax.export.deserialize(bytearray(path.read_bytes())).call(images)

@@ -1,11 +1,13 @@
+"""Losses, activations and the weighting of the tasks."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from input_pipeline.labels import VOID
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.tasks import activations, losses, weighting
+from tests.conftest import raises
 
 
 def test_cross_entropy_by_hand():
@@ -85,11 +87,13 @@ def test_uncertainty_is_least_at_the_log_of_the_loss():
 
 
 def test_bad_weightings_are_named():
-    with pytest.raises(UserError, match="'gradnorm'.*uncertainty, equal, fixed"):
+    with raises("OPTION_UNKNOWN_VALUE", naming="'gradnorm'") as caught:
         weighting.check("gradnorm", (), ["a"])
+    assert "loss.weighting" in str(caught.value) and ", ".join(weighting.KINDS) in str(caught.value)
     for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, "2")):
-        with pytest.raises(UserError, match=r"one weight >= 0 for each of config.tasks \(a, b\)"):
+        with raises("OPTION_OUT_OF_RANGE", naming=f"loss.weights={weights}") as caught:
             weighting.check("fixed", weights, ["a", "b"])
+        assert "(a, b)" in str(caught.value)
 
 
 def test_attribute_loss_by_hand():
@@ -99,7 +103,7 @@ def test_attribute_loss_by_hand():
     want = [3 * np.log(2), np.log1p(np.exp(2)), 3 * np.log1p(np.exp(3)), 40, 0]
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_array_equal(valid, [1, 1, 1, 1, 0])
-    with pytest.raises(ValueError, match=r"shape \(5,\) against labels of shape \(5, 1\)"):
+    with pytest.raises(ValueError, match=r"\(5,\).*\(5, 1\)"):
         losses.attribute_cross_entropy(logits, label[:, None])
     slope = jax.grad(lambda x: losses.attribute_cross_entropy(x, jnp.array(1))[0])(0.5)
     assert float(slope) == pytest.approx(1 / (1 + np.exp(-0.5)) - 1, rel=1e-6)

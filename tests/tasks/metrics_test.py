@@ -1,3 +1,5 @@
+"""Metrics, by hand and against other implementations."""
+
 import functools
 
 import jax
@@ -44,7 +46,7 @@ def test_depth_by_hand():
     assert [values[f"delta{k}_normalized"] for k in (1, 2, 3)] == pytest.approx([2 / 3] * 3)
 
 
-def test_depth_in_metres_reports_the_normalised_error_too():
+def test_depth_in_meters_reports_the_normalized_error_too():
     label = jnp.array([[2.0, 4.0], [8.0, 0.0]])
     scale = metrics.depth_scale(label)
     sums = metrics.metric_depth_sums((label * 1.1)[..., None], label, scale)
