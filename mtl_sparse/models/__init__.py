@@ -1,1 +1,1 @@
-"""Flax linen models: a shared dilated ResNet and one head a task."""
+"""Flax linen models: a shared dilated ResNet and one head for each task."""

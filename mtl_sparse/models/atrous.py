@@ -1,34 +1,44 @@
-"""Convolutions computed in the way that is fastest: 1x1 as a product, 3x3 at a large rate as a sum over taps.
+"""Fast convolutions: 1x1 as a matrix product, 3x3 at a large dilation as a sum over taps.
 
-Both have their gradients written out. Derived by JAX, the kernel's would be made transposed, of the larger of two
-operands, and the taps' a sum of nine whole kernels that are zero but for one tap: 15 % of a training step on a CPU.
+Both have handwritten gradients. With JAX's own, the gradient of the kernel would transpose the larger of two operands,
+and that of the taps would sum nine whole kernels, each zero except for one tap: 15 % of a training step on a CPU.
 """
+
+# ruff: noqa: F722  (jaxtyping's shapes are not Python)
 
 import contextlib
 import contextvars
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from mtl_sparse.runtime.errors import UserError
 
-# What a product costs when the taps are taken one by one, over its cost in the plain convolution, which also computes
-# those with padding. Measured on two CPU cores, forward and both gradients: 1.0 to 1.2 (docs/benchmarks.md).
+Maps = Float[Array, "B H W C"]
+Kernel = Float[Array, "kH kW I O"]
+Size = tuple[int, ...]  # (height, width)
+Window = tuple[slice, slice, slice]  # index of a part of `Maps`
+
+# Cost of a product in a sum over taps, relative to its cost in the plain convolution, which also computes the products
+# with padding. Measured on two CPU cores, forward and both gradients: 1.0 to 1.2 (docs/benchmarks.md).
 _TAP_COST = 1.2
 
-# Up to so many input channels a product is written as a sum, which XLA fuses with the BatchNorm and the residual that
-# follow: the result of [H W, 8] @ [8, 2048] takes longer to write and to read again than to compute.
+# Up to this many input channels, a product is written as a sum, which XLA fuses with the BatchNorm and the residual
+# that follow: the result of [H W, 8] @ [8, 2048] takes longer to write and to read again than to compute.
 _FEW_INPUTS = 8
 
-_plain = contextvars.ContextVar("plain", default=False)
+_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
 
 
 @contextlib.contextmanager
-def plain_convolutions():
-    """Within it, models are traced with plain dilated convolutions, which other runtimes have a fast kernel for."""
+def plain_convolutions() -> Iterator[None]:
+    """Trace models with plain dilated convolutions, for which other runtimes have fast kernels."""
     token = _plain.set(True)
     try:
         yield
@@ -36,31 +46,45 @@ def plain_convolutions():
         _plain.reset(token)
 
 
-def _by_taps(size, rate) -> bool:
-    """Whether a 3x3 convolution at dilation `rate` of a map of `size` costs less as a sum over taps."""
+def _by_taps(size: Size, rate: int) -> bool:
+    """Return whether a 3x3 convolution at dilation `rate` of a map of `size` costs less as a sum over taps."""
     return not _plain.get() and _TAP_COST * _pixels(size, (3, 3), rate) < 9 * size[0] * size[1]
 
 
-def conv(x, kernel, strides, padding, *, rhs_dilation, **settings):
-    """`lax.conv_general_dilated` for NHWC and HWIO, as `nn.Conv` calls it: 1x1 as a product, 3x3 by taps if faster."""
+def conv(
+    x: Maps, kernel: Kernel, strides: Sequence[int], padding: Any, *, rhs_dilation: Sequence[int], **options: Any
+) -> Maps:
+    """Convolve as `lax.conv_general_dilated` does: 1x1 as a product, 3x3 as a sum over taps where that is faster.
+
+    Args:
+      x: features, NHWC.
+      kernel: HWIO.
+      strides: of the rows and the columns.
+      padding: as `nn.Conv` passes it.
+      rhs_dilation: dilation of the rows and the columns.
+      **options: further arguments that `nn.Conv` passes.
+
+    Returns:
+      Features, equal up to rounding to the plain convolution.
+    """
     if kernel.shape[:2] == (1, 1) and not _plain.get():
         return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     rate = rhs_dilation[0]
     if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and _by_taps(x.shape[1:3], rate):
         return conv3x3(x, kernel, rate)
-    return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **settings)
+    return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **options)
 
 
 @jax.custom_vjp
-def _product(x, kernel):
-    """x [..., I] @ kernel [I, O]."""
+def _product(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """Return x @ kernel."""
     inputs = kernel.shape[0]
     if 0 < inputs <= _FEW_INPUTS:
-        return sum(x[..., i, None] * kernel[i] for i in range(inputs))
+        return cast(Array, sum(x[..., i, None] * kernel[i] for i in range(inputs)))
     return x @ kernel
 
 
-def _product_backward(residuals, dy):
+def _product_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     return _to_input(dy, kernel), _to_kernel(x, dy)
 
@@ -68,25 +92,25 @@ def _product_backward(residuals, dy):
 _product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
-def _to_input(dy, kernel, dtype=None):
-    """Gradient [..., I] of a product's input, in the operands' dtype or this one."""
+def _to_input(dy: Float[Array, "... O"], kernel: Float[Array, "I O"], dtype: Any = None) -> Float[Array, "... I"]:
+    """Return the gradient of a product's input, in `dtype`; None is the operands' dtype."""
     return lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _to_kernel(x, dy):
-    """Gradient [I, O] of a product's kernel: the smaller of the two operands is the one that is transposed."""
+def _to_kernel(x: Float[Array, "... I"], dy: Float[Array, "... O"]) -> Float[Array, "I O"]:
+    """Return the gradient of a product's kernel; the smaller of the two operands is transposed."""
     over = tuple(range(x.ndim - 1))
     if x.shape[-1] <= dy.shape[-1]:
         return lax.dot_general(x, dy, ((over, over), ((), ())))
     return lax.dot_general(dy, x, ((over, over), ((), ()))).T
 
 
-def max_pool(x):
-    """Largest of each 3x3 window at stride 2, padding 1; x [B, H, W, C] is not negative.
+def max_pool(x: Maps) -> Maps:
+    """Return the maximum of each 3x3 window at stride 2, padding 1, of a map that is not negative.
 
-    A maximum over rows and one over columns: its gradient needs no indices, which `nn.max_pool`'s writes out.
+    It is a maximum over rows and one over columns. Its gradient needs no indices, which that of `nn.max_pool` writes.
     """
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros are as good as -inf here, and ONNX knows them
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros serve as well as -inf here, and ONNX supports them
     for axis in (1, 2):
         last = x.shape[axis] - 2
         first, middle, third = (lax.slice_in_dim(x, i, last + i, 2, axis) for i in range(3))
@@ -94,26 +118,28 @@ def max_pool(x):
     return x
 
 
-def conv3x3(x, kernel, rate: int):
-    """Stride-1 3x3 convolution with dilation `rate` and zero padding `rate`.
+def conv3x3(x: Maps, kernel: Kernel, rate: int) -> Maps:
+    """Convolve by 3x3 at stride 1, with dilation `rate` and zero padding `rate`.
 
     Args:
       x: features, shape [B, H, W, I].
-      kernel: shape [3, 3, I, O]; a side of 1 holds the middle taps alone, where H (or W) <= rate: the others would
-        meet only padding.
+      kernel: shape [3, 3, I, O]. A side of 1 holds only the middle taps, where H (or W) <= rate: the others would meet
+        only padding.
       rate: dilation >= 1.
 
     Returns:
       Features of shape [B, H, W, O], equal up to rounding to the plain convolution.
 
     Raises:
-      UserError: the kernel has no taps for features of this size.
+      UserError: the kernel of a compact model lacks taps that features of this size need.
     """
     taps = kernel.shape[:2]
     if any(side == 1 and size > rate for side, size in zip(taps, x.shape[1:3], strict=True)):
         raise UserError(
-            f"this compact model lacks the atrous taps of rate {rate} that need features of more than {rate} rows or "
-            f"columns, not {x.shape[1]}x{x.shape[2]}: compact the original run with --config.compact.drop_taps=False"
+            "MODEL_TAPS_MISSING",
+            f"expected features of at most {rate} rows or columns, because this compact model lacks the atrous taps of "
+            f"rate {rate} beyond them, got {x.shape[1]}x{x.shape[2]}; compact the original run with "
+            "--config.compact.drop_taps=False",
         )
     if not _by_taps(x.shape[1:3], rate):
         return lax.conv_general_dilated(
@@ -128,8 +154,8 @@ def conv3x3(x, kernel, rate: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sum_of_taps(x, kernel, rate):
-    """Sum of the taps' products, in float32 where the operands have fewer bits."""
+def _sum_of_taps(x: Maps, kernel: Kernel, rate: int) -> Maps:
+    """Return the sum of the taps' products, added in float32 where the operands have fewer bits."""
     sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     out = jnp.zeros((*x.shape[:3], kernel.shape[3]), sum_dtype)
     for i, j, to, of in _windows(x.shape[1:3], kernel.shape[:2], rate):
@@ -137,7 +163,7 @@ def _sum_of_taps(x, kernel, rate):
     return out.astype(x.dtype)
 
 
-def _sum_of_taps_backward(rate, residuals, dy):
+def _sum_of_taps_backward(rate: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     taps, dx = kernel.shape[:2], jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     dk = [[jnp.zeros(kernel.shape[2:], kernel.dtype)] * taps[1] for _ in range(taps[0])]
@@ -150,8 +176,8 @@ def _sum_of_taps_backward(rate, residuals, dy):
 _sum_of_taps.defvjp(lambda x, kernel, rate: (_sum_of_taps(x, kernel, rate), (x, kernel)), _sum_of_taps_backward)
 
 
-def _windows(size, taps, rate):
-    """Taps that meet real pixels: (row, column in the kernel, index of the output's window, of the input's)."""
+def _windows(size: Size, taps: Size, rate: int) -> Iterator[tuple[int, int, Window, Window]]:
+    """Yield the taps that meet real pixels: (row, column in the kernel, window of the output, window of the input)."""
     height, width = size
     for i in range(taps[0]):
         for j in range(taps[1]):
@@ -163,14 +189,23 @@ def _windows(size, taps, rate):
                 yield i, j, to, of
 
 
-def _pixels(size, taps, rate) -> int:
-    """Output pixels that the taps reach, summed over the taps."""
+def _pixels(size: Size, taps: Size, rate: int) -> int:
+    """Return the number of output pixels that a tap reaches, summed over the taps."""
     windows = [to for _, _, to, _ in _windows(size, taps, rate)]
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, rows, columns in windows)
 
 
 def macs(size: tuple[int, int], kernel_shape: tuple[int, ...], rate: int) -> int:
-    """Multiply-accumulates of `conv3x3` on one image with features of `size` (H, W): taps on padding do not count."""
+    """Return the multiply-accumulates of `conv3x3` on one image.
+
+    Args:
+      size: (height, width) of the features.
+      kernel_shape: HWIO.
+      rate: dilation.
+
+    Returns:
+      The number of products; those with padding count where the plain convolution computes them.
+    """
     if not _by_taps(size, rate):
         pixels = size[0] * size[1] * kernel_shape[0] * kernel_shape[1]
     else:
@@ -179,7 +214,15 @@ def macs(size: tuple[int, int], kernel_shape: tuple[int, ...], rate: int) -> int
 
 
 class AtrousConv(nn.Module):
-    """3x3 convolution without bias at dilation `rate`; parameter `kernel` [*taps, I, features], see `conv3x3`."""
+    """3x3 convolution without bias.
+
+    Attributes:
+      features: output channels.
+      rate: dilation.
+      kernel_init: initializer of the parameter `kernel` [*taps, I, features].
+      dtype: dtype of the computation.
+      taps: height and width of the kernel, 3 or 1, see `conv3x3`.
+    """
 
     features: int
     rate: int
@@ -188,6 +231,7 @@ class AtrousConv(nn.Module):
     taps: tuple[int, int] = (3, 3)
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Maps) -> Maps:
+        """Map features [B, H, W, I] to [B, H, W, features]."""
         kernel = self.param("kernel", self.kernel_init, (*self.taps, x.shape[-1], self.features), jnp.float32)
         return conv3x3(x.astype(self.dtype), kernel.astype(self.dtype), self.rate)

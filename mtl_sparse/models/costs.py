@@ -1,8 +1,10 @@
-"""What a model costs, layer by layer: parameters and multiply-accumulates (MACs)."""
+"""Costs of a model, layer by layer: parameters and multiply-accumulates (MACs)."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,8 +19,8 @@ class LayerCost:
 
     Attributes:
       kernel: shape of its kernel, [H, W, I, O] or [I, O].
-      macs: multiply-accumulates for one image. As usual products with zero padding count, also in the backbone's
-        dilated convolutions, where small maps skip them; only the heads' atrous taps that are never computed do not.
+      macs: multiply-accumulates for one image. As usual, products with zero padding count, also in the backbone's
+        dilated convolutions, where small maps skip them. Only the heads' atrous taps that are never computed do not.
     """
 
     kernel: tuple[int, ...]
@@ -26,15 +28,26 @@ class LayerCost:
 
     @property
     def parameters(self) -> int:
+        """Number of the kernel's parameters."""
         return math.prod(self.kernel)
 
 
 @functools.lru_cache(maxsize=16)
 def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
-    """Cost of each convolution and dense layer on an image [*size, 3], by "/"-joined path; do not change it."""
+    """Return the cost of each convolution and dense layer on an image.
+
+    Args:
+      model: a module of images [B, H, W, 3].
+      size: (height, width) of the image.
+
+    Returns:
+      The costs by "/"-joined path. The dictionary is cached; do not change it.
+    """
     found = {}
 
-    def record(call, args, kwargs, context):
+    def record(
+        call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
+    ) -> Any:
         out = call(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and isinstance(module, nn.Conv | nn.Dense | atrous.AtrousConv):
@@ -51,14 +64,14 @@ def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
     return found
 
 
-def total(model: nn.Module, variables, size: tuple[int, int]) -> dict[str, int]:
-    """{"parameters", "macs"} of a whole model on an image [*size, 3]."""
+def total(model: nn.Module, variables: Mapping[str, Any], size: tuple[int, int]) -> dict[str, int]:
+    """Return {"parameters", "macs"} of a whole model on an image [*size, 3]."""
     return {
         "parameters": parameter_count(variables),
         "macs": sum(layer.macs for layer in layers(model, size).values()),
     }
 
 
-def parameter_count(variables) -> int:
-    """Number of trainable parameters in `variables["params"]`."""
+def parameter_count(variables: Mapping[str, Any]) -> int:
+    """Return the number of trainable parameters in `variables["params"]`."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))

@@ -1,9 +1,11 @@
 """DeepLab-v3 head: atrous spatial pyramid pooling and two convolutions (Chen et al. 2017, arXiv 1706.05587)."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mtl_sparse.models import atrous, initializers, resnet
 from mtl_sparse.models import widths as widths_lib
@@ -12,6 +14,8 @@ from mtl_sparse.models.dropout import Dropout
 RATES = (12, 24, 36)
 BRANCHES = ("aspp0", "aspp1", "aspp2", "aspp3", "pool")
 
+Maps = Float[Array, "B h w C"]
+
 
 class DeepLabHead(nn.Module):
     """DeepLab-v3 head at the backbone's resolution.
@@ -19,8 +23,11 @@ class DeepLabHead(nn.Module):
     Attributes:
       outputs: channels of the prediction.
       features: channels of each branch (256 in the paper).
-      dropout: rate after the ASPP projection and after the first branch.
-      widths: of every layer; None is dense, from `features`.
+      dropout: dropout rate after the ASPP projection and after the first branch.
+      dtype: dtype of the computation.
+      axis_name: pmap axis of the training step, which BatchNorm and dropout need.
+      bn_momentum: of every BatchNorm, see `resnet.ResNet`.
+      widths: widths of every layer; None is dense, from `features`.
     """
 
     outputs: int
@@ -32,10 +39,16 @@ class DeepLabHead(nn.Module):
     widths: widths_lib.Head | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
-        """[B, h, w, C] -> raw prediction [B, h, w, outputs], float32 (float64 where that is the dtype).
+    def __call__(self, x: Maps, train: bool = False) -> Maps:
+        """Map features to a raw prediction.
 
-        A compact head that nothing of x reaches gives [1, h, w, outputs].
+        Args:
+          x: features of the backbone.
+          train: whether to apply dropout and to normalize by the statistics of the batch.
+
+        Returns:
+          Raw prediction [B, h, w, outputs], float32 (float64 where that is the dtype). A compact head that reads
+          nothing of x returns [1, h, w, outputs].
         """
         layers = self.widths or dense(self.features)
         raw_dtype = jnp.promote_types(jnp.float32, self.dtype)
@@ -43,7 +56,7 @@ class DeepLabHead(nn.Module):
             constant = self.param("constant", nn.initializers.zeros_init(), (self.outputs,), jnp.float32)
             return jnp.broadcast_to(constant, (1, *x.shape[1:3], self.outputs)).astype(raw_dtype)
 
-        def normalized(y, name):
+        def normalized(y: Maps, name: str) -> Maps:
             return nn.relu(resnet.batch_norm(self, train, name)(y))
 
         conv = functools.partial(resnet.conv, dtype=self.dtype)
@@ -55,12 +68,20 @@ class DeepLabHead(nn.Module):
         else:
             y = jnp.ones((1, *x.shape[1:3], 1), self.dtype)
         y = normalized(conv(layers.trunk[1], 3, name="conv")(y), "conv_bn")
-        settings = {"conv_general_dilated": atrous.conv, "dtype": self.dtype}
-        y = nn.Conv(self.outputs, (1, 1), **initializers.without_norm(y.shape[-1]), **settings, name="out")(y)
-        return y.astype(raw_dtype)
+        options = initializers.without_norm(y.shape[-1])
+        out = nn.Conv(self.outputs, (1, 1), dtype=self.dtype, conv_general_dilated=atrous.conv, **options, name="out")
+        return out(y).astype(raw_dtype)
 
-    def _branches(self, x, layers, conv, normalized, drop, train):
-        """Outputs of the branches that are there: 1x1, one for each rate, pooling."""
+    def _branches(
+        self,
+        x: Maps,
+        layers: widths_lib.Head,
+        conv: Callable[..., nn.Conv],
+        normalized: Callable[[Maps, str], Maps],
+        drop: Callable[..., Dropout],
+        train: bool,
+    ) -> list[Maps]:
+        """Return the outputs of the branches that remain: 1x1, one for each atrous rate, pooling."""
         branches = []
         selected = [widths_lib.select(x, reads) for reads in layers.reads]
         if layers.branches[0]:
@@ -86,5 +107,5 @@ class DeepLabHead(nn.Module):
 
 
 def dense(features: int) -> widths_lib.Head:
-    """Widths of a head whose every branch has `features` channels."""
+    """Return the widths of a head whose branches all have `features` channels."""
     return widths_lib.Head(branches=(features,) * (2 + len(RATES)), trunk=(features, features))

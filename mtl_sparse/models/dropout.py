@@ -1,21 +1,29 @@
 """Dropout that does not depend on how a batch is divided among devices."""
 
+# ruff: noqa: F722  (jaxtyping's shapes are not Python)
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask depends on the example's place in the global batch, not on the device it is on.
+    """Dropout whose mask depends on an example's index in the global batch, not on its device.
 
     So the same seed gives the same masks on any number of devices.
+
+    Attributes:
+      rate: probability that a value is set to 0.
+      axis_name: pmap axis of the training step; None is a single device.
     """
 
     rate: float
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: Float[Array, "B ..."], train: bool) -> Float[Array, "B ..."]:
+        """Apply dropout if `train`; return x unchanged otherwise."""
         if not train or self.rate == 0:
             return x
         index = jnp.arange(x.shape[0])

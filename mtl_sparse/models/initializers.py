@@ -1,4 +1,6 @@
-"""Initial weights: one form for kernels that a normalization layer follows, one for layers that none follows."""
+"""Initializers: one for kernels that a normalization layer follows, one for layers that none follows."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -7,7 +9,7 @@ import jax
 before_norm = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def without_norm(fan_in: int) -> dict[str, nn.initializers.Initializer]:
+def without_norm(fan_in: int) -> dict[str, Any]:
     """Return kernel and bias initializers for a layer whose output no normalization layer rescales.
 
     Both draw from U(-b, b) with b = 1 / sqrt(fan_in), PyTorch's default for convolutions and linear layers, which the
@@ -22,7 +24,7 @@ def without_norm(fan_in: int) -> dict[str, nn.initializers.Initializer]:
     """
     bound = fan_in**-0.5
 
-    def uniform(key, shape, dtype):
+    def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return {"kernel_init": uniform, "bias_init": uniform}

@@ -1,21 +1,42 @@
-"""The multi-task model: one pass of the shared backbone, one head a task."""
+"""The multi-task model: one pass of the shared backbone, and one head for each task."""
+
+# ruff: noqa: F722  (jaxtyping's shapes are not Python)
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from mtl_sparse.models import classifier, deeplab, resnet
 from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
 
-HEADS = {"deeplab": deeplab.DeepLabHead, "classifier": classifier.Classifier}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+HEADS: dict[str, Callable[..., nn.Module]] = {"deeplab": deeplab.DeepLabHead, "classifier": classifier.Classifier}
+DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class HeadSpec(Protocol):
+    """What the model needs to know about a task; `tasks.Task` has it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+
+    @property
+    def head(self) -> str:
+        """A key of `HEADS`."""
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the raw prediction."""
 
 
 class MultiTaskModel(nn.Module):
@@ -23,14 +44,18 @@ class MultiTaskModel(nn.Module):
 
     Attributes:
       heads: (task name, head kind, outputs) of each task.
-      depth, width, stem: of the backbone, see `resnet.ResNet`.
-      head_features, dropout: of the heads, see `deeplab.DeepLabHead`.
-      classifier_features, classifier_dropout: of the classification heads, see `classifier.Classifier`.
+      depth: of the backbone, see `resnet.ResNet`.
+      width: of the backbone.
+      stem: of the backbone.
+      head_features: features of the pixel-level heads, see `deeplab.DeepLabHead`.
+      dropout: dropout rate of the pixel-level heads.
+      classifier_features: features of the classification heads, see `classifier.Classifier`.
+      classifier_dropout: dropout rates of the classification heads.
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
       bn_momentum: of every BatchNorm, see `resnet.ResNet`.
-      attach: for each head, where in the backbone it reads, of `resnet.points`; () is the end for all.
-      widths: of every layer, for a compact model; None is dense, from width and head_features.
+      attach: attachment point of each head, of `resnet.points`; () attaches all to the end of the backbone.
+      widths: widths of every layer of a compact model; None is dense, from width and head_features.
     """
 
     heads: tuple[tuple[str, str, int], ...]
@@ -48,13 +73,18 @@ class MultiTaskModel(nn.Module):
     widths: widths_lib.Widths | None = None
 
     @nn.compact
-    def __call__(self, images, train: bool = False):
-        """Images [B, H, W, 3] float32, normalised -> {task: raw prediction}.
+    def __call__(self, images: Float[Array, "B H W 3"], train: bool = False) -> dict[str, Float[Array, "B ..."]]:
+        """Map images to the raw prediction of each task.
 
-        Raw is before upsampling and the task's activation, see `mtl_sparse.activations`: [B, H/8, W/8, outputs] of a
-        pixel task, logits [B] of an attribute.
+        Args:
+          images: normalized images, float32.
+          train: whether to apply dropout and to normalize by the statistics of the batch.
+
+        Returns:
+          {task: raw prediction}, before upsampling and the task's activation (see `mtl_sparse.tasks.activations`):
+          [B, H/8, W/8, outputs] of a pixel-level task, logits [B] of an attribute.
         """
-        shared = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
+        shared: dict[str, Any] = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
         layers = self.layers()
         backbone = resnet.ResNet(
             self.depth,
@@ -69,49 +99,69 @@ class MultiTaskModel(nn.Module):
         for (task, kind, channels), head, features in zip(
             self.heads, layers.heads, backbone(images, train), strict=True
         ):
-            own = {"features": self.head_features, "dropout": self.dropout}
+            own: dict[str, Any] = {"features": self.head_features, "dropout": self.dropout}
             if kind == "classifier":
                 own = {"features": self.classifier_features, "dropout": self.classifier_dropout}
             if head:
                 own["widths"] = head
             module = HEADS[kind](channels, **own, **shared, name=f"head_{task}")
             raw = module(features, train)
-            # What nothing of the images reaches is computed once for all of them.
+            # A prediction that does not depend on the images is computed once for all of them.
             outputs[task] = jnp.broadcast_to(raw, (images.shape[0], *raw.shape[1:]))
         return outputs
 
     def points(self) -> tuple[str, ...]:
-        """Where each head reads the backbone."""
+        """Return the attachment point of each head."""
         return self.attach or (resnet.points(self.depth)[-1],) * len(self.heads)
 
     def layers(self) -> widths_lib.Widths:
-        """Widths of every layer, whether dense or compact."""
+        """Return the widths of every layer, whether dense or compact."""
         if self.widths is not None:
             return self.widths
-        dense = {"deeplab": deeplab.dense(self.head_features), "classifier": widths_lib.Classifier()}
+        dense: dict[str, widths_lib.Head | widths_lib.Classifier] = {
+            "deeplab": deeplab.dense(self.head_features),
+            "classifier": widths_lib.Classifier(),
+        }
         heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
         return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points(), self.stem), heads, self.attach)
 
 
 @functools.lru_cache(maxsize=16)
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every variable of a model of images [B, H, W, 3], by "/"-joined path; do not change it."""
+    """Return the shape of every variable of a model.
+
+    Args:
+      model: a module of images [B, H, W, 3].
+
+    Returns:
+      The shapes by "/"-joined path, the collection first. The dictionary is cached; do not change it.
+    """
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)))
     return {"/".join(path): leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 
-def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskModel:
-    """Builds the model of `config.model` with a head for each task.
+def build(config: ConfigDict, tasks: Sequence[HeadSpec], axis_name: str | None = None) -> MultiTaskModel:
+    """Build the model of a config, with a head for each task.
+
+    Args:
+      config: config.model.
+      tasks: specs of the tasks.
+      axis_name: pmap axis of the training step; None outside of one.
+
+    Returns:
+      The model; compact if config.widths is set.
 
     Raises:
-      UserError: an unknown depth, stem, dtype or attachment point.
+      UserError: the depth, stem, dtype or an attachment point is unknown, the attachment points are not one for each
+        task, or config.widths is damaged or belongs to another model.
     """
-    if config.depth not in resnet.STAGES:
-        raise UserError(f"model.depth={config.depth}: the depths are {', '.join(map(str, resnet.STAGES))}")
-    if config.stem not in resnet.STEMS:
-        raise UserError(f"unknown model.stem={config.stem!r}; the stems are {', '.join(resnet.STEMS)}")
-    if config.dtype not in DTYPES:
-        raise UserError(f"model.dtype={config.dtype!r}: the dtypes are {', '.join(DTYPES)}")
+    for option, known in (("depth", resnet.STAGES), ("stem", resnet.STEMS), ("dtype", DTYPES)):
+        if config[option] not in known:
+            raise UserError(
+                "OPTION_UNKNOWN_VALUE",
+                f"expected model.{option} to be one of {', '.join(map(str, known))}, got model.{option}="
+                f"{config[option]}",
+            )
     model = MultiTaskModel(
         heads=tuple((task.name, task.head, task.outputs) for task in tasks),
         depth=config.depth,
@@ -129,29 +179,42 @@ def build(config, tasks: Sequence, axis_name: str | None = None) -> MultiTaskMod
     return model.clone(widths=_widths(config.widths, model)) if config.widths else model
 
 
-def _attach(config, tasks):
+def _attach(config: ConfigDict, tasks: Sequence[HeadSpec]) -> tuple[str, ...]:
     attach, points = tuple(config.attach), resnet.points(config.depth)
     for point in attach:
         if point not in points:
             near = ", ".join(text.nearest(point, points)) or f"{points[0]}, ..., {points[-1]}"
-            raise UserError(f"model.attach: a ResNet-{config.depth} has no {point!r}; near it are {near}")
+            raise UserError(
+                "OPTION_UNKNOWN_VALUE",
+                f"expected model.attach to name attachment points of a ResNet-{config.depth}, such as {near}, got "
+                f"{point!r}",
+            )
     if attach and len(attach) != len(tasks):
         names = ", ".join(task.name for task in tasks)
-        raise UserError(f"model.attach={attach}: it has one point for each of the tasks ({names}), in their order")
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"expected one attachment point for each of config.tasks ({names}), in their order, got "
+            f"model.attach={attach}",
+        )
     return attach
 
 
-def _widths(encoded, dense):
+def _widths(encoded: str, dense: MultiTaskModel) -> widths_lib.Widths:
+    """Return the widths of a compact model, checked against the dense one of the same config."""
     try:
         widths = widths_lib.Widths.from_json(encoded)
     except ValueError as error:
-        raise UserError(f"config.model.widths: {error}; it is written by --job=compact") from error
+        raise UserError(
+            "MODEL_WIDTHS_INVALID",
+            f"expected config.model.widths as --job=compact writes it, got {encoded!r}: {error}",
+        ) from error
     layers = dense.layers()
     given, wanted = ((len(of.heads), len(of.blocks), of.attach, len(of.stem.features)) for of in (widths, layers))
     if given != wanted:
         raise UserError(
-            f"config.model.widths is of a compact model with {len(widths.heads)} tasks and {len(widths.blocks)} "
-            f"blocks: neither config.tasks ({len(dense.heads)} now), model.depth={dense.depth}, "
-            f"model.stem={dense.stem} nor model.attach can be another than when it was made"
+            "OPTION_CONFLICT",
+            "expected config.tasks, model.depth, model.stem and model.attach as they were when config.model.widths was "
+            f"written (for {len(widths.heads)} tasks and {len(widths.blocks)} blocks), got {len(dense.heads)} tasks, "
+            f"model.depth={dense.depth}, model.stem={dense.stem}, model.attach={dense.attach}; restore them",
         )
     return widths

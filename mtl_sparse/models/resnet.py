@@ -1,18 +1,20 @@
-"""Dilated ResNet 10, 18, 50 and 101: output stride 8.
+"""Dilated ResNet 10, 18, 50 and 101 with output stride 8.
 
-Stem of three 3x3 convolutions, v1.5 bottlenecks (the stride sits in the 3x3), stages of width
-64/128/256/512 with strides 1/2/1/1 and dilations 1/1/2/4, as in the released code of "Less is More" (but for the
-first convolution of a basic block, which it leaves undilated).
-Other stems are those of networks with published ImageNet weights (`STEMS`).
-Padding is explicit and symmetric, as PyTorch's is, so that its weights give the same outputs here.
+The stem has three 3x3 convolutions, the bottlenecks are v1.5 (the stride is in the 3x3), and the stages have widths
+64/128/256/512, strides 1/2/1/1 and dilations 1/1/2/4. That is the reference implementation of "Less is More", except
+for the first convolution of a basic block, which it does not dilate. Other stems are those of networks with published
+ImageNet weights (`STEMS`). Padding is explicit and symmetric, as in PyTorch, whose weights give the same outputs here.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mtl_sparse.models import atrous, initializers
 from mtl_sparse.models import widths as widths_lib
@@ -22,19 +24,21 @@ STAGES = {10: (False, (1, 1, 1, 1)), 18: (False, (2, 2, 2, 2)), 50: (True, (3, 4
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 OUTPUT_STRIDE = 8
-# Outputs of the stem's convolutions, in widths of the first stage: one is a 7x7, three are 3x3.
-STEMS = {
+# Outputs of the stem's convolutions, relative to the width of the first stage: one is a 7x7, three are 3x3.
+STEMS: dict[str, tuple[float, ...]] = {
     "deep": (1, 1, 2),  # the paper's
     "7x7": (1,),  # torchvision's
     # timm's resnet50d (He et al. 2019, "Bag of Tricks", ResNet-D): shortcuts that change the width average 2x2 pixels
-    # in place of a stride; behind the strides that are a dilation here they average, too, as timm does it.
+    # instead of using a stride. As in timm, they also average where a dilation replaces the stride.
     "resnet_d": (0.5, 0.5, 1),
 }
 BN_EPSILON = 1e-5
 
+Maps = Float[Array, "B H W C"]
 
-def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype, name: str) -> nn.Conv:
-    """Convolution without bias, zero-padded so that stride 1 keeps the size."""
+
+def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype: Any, name: str) -> nn.Conv:
+    """Return a convolution without bias, zero-padded so that stride 1 keeps the size."""
     pad = dilation * (size // 2)
     return nn.Conv(
         features,
@@ -50,10 +54,16 @@ def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype,
     )
 
 
-def batch_norm(module: nn.Module, train: bool, name: str) -> nn.BatchNorm:
-    """BatchNorm by the dtype, axis_name and bn_momentum of the module that it belongs to.
+def batch_norm(module: Any, train: bool, name: str) -> nn.BatchNorm:
+    """Return a BatchNorm that is synchronized over devices, with statistics and parameters in float32.
 
-    It is synchronised over `axis_name`; its statistics and parameters stay float32 whatever the dtype.
+    Args:
+      module: module with a `dtype`, an `axis_name` and a `bn_momentum`, which the BatchNorm takes over.
+      train: whether to normalize by the statistics of the batch.
+      name: name of the layer.
+
+    Returns:
+      The layer.
     """
     return nn.BatchNorm(
         use_running_average=not train,
@@ -65,29 +75,38 @@ def batch_norm(module: nn.Module, train: bool, name: str) -> nn.BatchNorm:
     )
 
 
-def _averaged(x, size):
-    """x as mean over windows, where it has a multiple of the height and width `size`."""
+def _averaged(x: Maps, size: tuple[int, ...]) -> Maps:
+    """Return x averaged down to the height and width `size`."""
     strides = tuple(round(side / wanted) for side, wanted in zip(x.shape[1:3], size, strict=True))
-    settings = {"window_shape": strides, "strides": strides, "padding": "SAME", "count_include_pad": False}
-    return x if strides == (1, 1) else nn.avg_pool(x, **settings)
+    if strides == (1, 1):
+        return x
+    return nn.avg_pool(x, strides, strides, padding="SAME", count_include_pad=False)
 
 
-def _ones(x, stride: int):
-    """What a convolution reads whose inputs are the same everywhere: a map of ones, at x's size over `stride`."""
+def _ones(x: Maps, stride: int) -> Maps:
+    """Return the input of a convolution whose inputs are constant: a map of ones, of the size of x over `stride`."""
     return jnp.ones((1, -(-x.shape[1] // stride), -(-x.shape[2] // stride), 1), x.dtype)
 
 
-def _averaged_2x2(x, stride: int):
-    """Means over 2x2 pixels, as timm's ResNet-D takes them: over those that there are, or at stride 1 zeros besides."""
+def _averaged_2x2(x: Maps, stride: int) -> Maps:
+    """Return means over 2x2 pixels as timm's ResNet-D does: padding counts as zeros at stride 1, and not otherwise."""
     if stride == 1:
         return nn.avg_pool(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), (2, 2))
     return nn.avg_pool(x, (2, 2), (stride, stride), padding="SAME", count_include_pad=False)
 
 
 class Block(nn.Module):
-    """Residual block: bottleneck (1x1, 3x3, 1x1) or basic (3x3, 3x3), as wide as `widths` says.
+    """Residual block: bottleneck (1x1, 3x3, 1x1) or basic (3x3, 3x3).
 
-    `averages`: whether the shortcut's convolution reads means over 2x2 pixels, in place of a stride.
+    Attributes:
+      widths: widths of its layers.
+      stride: of the first 3x3 convolution and the shortcut.
+      dilation: of the 3x3 convolutions.
+      bottleneck: whether it is a bottleneck.
+      averages: whether the shortcut's convolution reads means over 2x2 pixels instead of using a stride.
+      dtype: dtype of the computation.
+      axis_name: pmap axis over which BatchNorm is synchronized while training.
+      bn_momentum: of every BatchNorm, see `ResNet`.
     """
 
     widths: widths_lib.Block
@@ -100,8 +119,17 @@ class Block(nn.Module):
     bn_momentum: float = 0.9
 
     @nn.compact
-    def __call__(self, x, train: bool):
-        """(the stream after the block, {"conv1": what follows the branch's first convolution, and so on})."""
+    def __call__(self, x: Maps, train: bool) -> tuple[Maps, dict[str, Maps]]:
+        """Map the residual stream before the block to that after it.
+
+        Args:
+          x: the stream before the block.
+          train: whether to normalize by the statistics of the batch.
+
+        Returns:
+          (the stream after the block, {"conv1": output of the branch's first convolution after BatchNorm and ReLU, and
+          so on for all but the last convolution}).
+        """
         features, dead = self.widths.features, self.widths.dead
         nothing = x[:, :: self.stride, :: self.stride, :0]
         if not features[-1]:
@@ -111,11 +139,12 @@ class Block(nn.Module):
         # (kernel size, stride, dilation) of the branch's convolutions
         spatial = (3, self.stride, self.dilation)
         layers = [(1, 1, 1), spatial, (1, 1, 1)] if self.bottleneck else [spatial, (3, 1, self.dilation)]
-        y, inner = 0, {}
+        y: Any = 0
+        inner: dict[str, Maps] = {}
         if dead < len(layers):
-            strides_gone = functools.reduce(lambda total, layer: total * layer[1], layers[:dead], 1)
+            removed_stride = math.prod(stride for _, stride, _ in layers[:dead])
             ones = dead or self.widths.reads == ()
-            y = _ones(x, strides_gone) if ones else widths_lib.select(x, self.widths.reads)
+            y = _ones(x, removed_stride) if ones else widths_lib.select(x, self.widths.reads)
             for i, (size, stride, dilation) in enumerate(layers[dead : len(features)], dead + 1):
                 y = norm(f"bn{i}")(convolve(features[i - 1], size, stride, dilation, name=f"conv{i}")(y))
                 if i < len(layers):
@@ -141,12 +170,12 @@ class ResNet(nn.Module):
     Attributes:
       depth: 10, 18, 50 or 101.
       width: channels of the first stage (64 in the paper); the others follow from it.
-      stem: of `STEMS`.
+      stem: a key of `STEMS`.
       dtype: dtype of the computation; parameters and BatchNorm statistics are float32.
-      axis_name: pmap axis that BatchNorm is synchronised over while training.
-      bn_momentum: share of the old running statistics that a step keeps (PyTorch's 0.1 is 0.9 here).
+      axis_name: pmap axis over which BatchNorm is synchronized while training.
+      bn_momentum: fraction of the old running statistics that a step keeps (PyTorch's 0.1 is 0.9 here).
       layers: widths of the stem and the blocks; None is dense, from `width`.
-      points: where the features are read, of `points(depth)`; nothing behind the last of them is built. None: the end.
+      points: where features are read, of `points(depth)`; None is the end. Layers after the last point are not built.
     """
 
     depth: int = 50
@@ -159,11 +188,17 @@ class ResNet(nn.Module):
     points: tuple[str, ...] | None = None
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
-        """[B, H, W, 3] -> features [B, H/8, W/8, C]: 32 * width channels when dense (8 * width for depths 10 and 18).
+    def __call__(self, x: Maps, train: bool = False) -> Maps | tuple[Maps, ...]:
+        """Map images to features.
 
-        With `points`, a tuple of the features at each of them; those in front of the last stride are averaged down to
-        H/8, W/8. A compact model that nothing of x reaches gives [1, H/8, W/8, C].
+        Args:
+          x: images [B, H, W, 3].
+          train: whether to normalize by the statistics of the batch.
+
+        Returns:
+          Features [B, H/8, W/8, C], 32 * width channels when dense (8 * width for depths 10 and 18). With `points`, a
+          tuple of the features at each point; those before the last stride are averaged down to H/8, W/8. A compact
+          model that reads nothing of x returns [1, H/8, W/8, C].
         """
         stem, blocks = self.layers or dense(self.depth, self.width, self.points, self.stem)
         size = tuple(-(-side // OUTPUT_STRIDE) for side in x.shape[1:3])
@@ -184,10 +219,10 @@ class ResNet(nn.Module):
             found |= {place.name: x, **{f"{place.name}/{name}": y for name, y in inner.items()}}
         if self.points is None:
             return x
-        nothing = jnp.zeros((1, *size, 0), x.dtype)  # compaction took what nobody reads there
+        nothing = jnp.zeros((1, *size, 0), x.dtype)  # compaction removed a point that no head needs
         return tuple(_averaged(found.get(point, nothing), size) for point in self.points)
 
-    def _stem(self, x, train, widths):
+    def _stem(self, x: Maps, train: bool, widths: widths_lib.Stem) -> Maps:
         features, dead = widths.features, widths.dead
         if not features[-1]:
             return x[:1, ::4, ::4, :0]
@@ -209,7 +244,14 @@ class ResNet(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A block's place in the network."""
+    """Position of a block in the network.
+
+    Attributes:
+      name: of its module.
+      stage: index of its stage.
+      stride: of its first 3x3 convolution and its shortcut.
+      dilation: of its 3x3 convolutions.
+    """
 
     name: str
     stage: int
@@ -218,7 +260,7 @@ class Place:
 
 
 def places(depth: int) -> tuple[Place, ...]:
-    """The places of a network's blocks, in order."""
+    """Return the positions of a network's blocks, in order."""
     return tuple(
         Place(f"layer{stage + 1}_{index}", stage, STRIDES[stage] if index == 0 else 1, DILATIONS[stage])
         for stage, count in enumerate(STAGES[depth][1])
@@ -227,10 +269,10 @@ def places(depth: int) -> tuple[Place, ...]:
 
 
 def points(depth: int) -> tuple[str, ...]:
-    """Where a head can read features, in the order of the network.
+    """Return the attachment points of a network, where a head can read features, in order.
 
-    "stem", "layer3_2" (the residual stream after that block), and "layer3_2/conv1" (inside it, behind the
-    convolution's BatchNorm and ReLU). The last is the usual place.
+    They are "stem", "layer3_2" (the residual stream after that block), and "layer3_2/conv1" (inside it, after the
+    convolution's BatchNorm and ReLU). The last point is the default.
     """
     inner = 2 if STAGES[depth][0] else 1
     names = [(*(f"{place.name}/conv{i}" for i in range(1, inner + 1)), place.name) for place in places(depth)]
@@ -238,13 +280,13 @@ def points(depth: int) -> tuple[str, ...]:
 
 
 def unavoidable(read: Sequence[str] = ()) -> tuple[str, ...]:
-    """Regular expressions of the layers that every path from the images to a point in `read` passes.
+    """Return regular expressions of the layers on every path from the images to a point in `read`.
 
-    Those are the stem, the convolution of a shortcut that changes width or stride, and, for a point inside a block, the
-    convolutions of that block up to the point. While none of them is wholly zero, the features depend on the images.
+    They are the stem, the convolution of a shortcut that changes width or stride, and, for a point inside a block, the
+    convolutions of that block up to the point. While none of them is entirely zero, the features depend on the images.
 
     Args:
-      read: points of `points`; () is the end of the network.
+      read: attachment points, see `points`; () is the end of the network.
 
     Returns:
       Expressions of layer names below the backbone, such as "layer2_0/downsample_conv".
@@ -256,15 +298,26 @@ def unavoidable(read: Sequence[str] = ()) -> tuple[str, ...]:
 def dense(
     depth: int, width: int, read: tuple[str, ...] | None = None, stem: str = "deep"
 ) -> tuple[widths_lib.Stem, tuple[widths_lib.Block, ...]]:
-    """Widths of the dense network: stem, and blocks as far as the last of the points `read`; None is all."""
+    """Return the widths of the dense network.
+
+    Args:
+      depth: a key of `STAGES`.
+      width: channels of the first stage.
+      read: attachment points, see `points`; None is the end of the network.
+      stem: a key of `STEMS`.
+
+    Returns:
+      (stem, blocks up to the last point).
+    """
     bottleneck = STAGES[depth][0]
     last = points(depth)[-1] if read is None else max(read, key=points(depth).index)
-    front = widths_lib.Stem(tuple(max(1, int(share * width)) for share in STEMS[stem]))
-    blocks, before = [], front.stream
+    front = widths_lib.Stem(tuple(max(1, int(fraction * width)) for fraction in STEMS[stem]))
+    before = front.stream
+    blocks: list[widths_lib.Block] = []
     for place in places(depth) if last != "stem" else ():
         inner = width * 2**place.stage
         after = inner * (4 if bottleneck else 1)
-        features = (inner, inner, after) if bottleneck else (inner, after)
+        features: tuple[int, ...] = (inner, inner, after) if bottleneck else (inner, after)
         shortcut = "conv" if place.stride != 1 or before != after else "identity"
         block, _, layer = last.partition("/conv")
         if place.name == block and layer:

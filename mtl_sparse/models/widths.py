@@ -1,26 +1,30 @@
-"""Which channels each layer of a model has: all of them in a dense model, what is left in a compact one.
+"""Widths: which channels each layer of a model has, all in a dense model, those that remain in a compact one.
 
 A compact model is an ordinary model with other widths (see `sparsity.compact`). Every channel index counts the
-channels of the layer that is read, as they are in this model.
+channels of the layer that is read, in this model.
 """
+
+# ruff: noqa: F722  (jaxtyping's shapes are not Python)
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 
 Ranges = tuple[tuple[int, int], ...]  # channels [start, stop) of each range, in order
 
 
 @dataclasses.dataclass(frozen=True)
 class Stem:
-    """The convolutions in front: three 3x3, or one 7x7.
+    """The first convolutions of the backbone: three 3x3, or one 7x7.
 
     Attributes:
-      features: outputs of each; the last is the width of the residual stream. 0 in the last: nobody reads it.
-      dead: how many of the first convolutions are gone because nothing reaches what is left of them: the next one
-        reads a map of ones; where all are gone, the stem is a constant.
-      reads: image channels that the first one takes; None is all.
+      features: outputs of each. The last is the width of the residual stream; it is 0 if no layer reads the stem.
+      dead: how many of the first convolutions are removed because their output is constant. The next convolution reads
+        a map of ones; where all are removed, the stem is a constant.
+      reads: image channels that the first convolution reads; None is all.
     """
 
     features: tuple[int, ...]
@@ -38,13 +42,13 @@ class Block:
     """A residual block.
 
     Attributes:
-      features: outputs of each convolution of the branch; the last is the width of the residual stream after the
-        block. 0 in the last: nobody reads it.
+      features: outputs of each convolution of the branch. The last is the width of the residual stream after the
+        block; it is 0 if no layer reads the block.
       shortcut: "identity" (the first channels of the stream), "conv", "constant", or "none": the stream ends before
-        this block, of which there is only the branch, as far as `features` goes, for the heads that read it.
+        this block. Then only the convolutions of the branch in `features` remain, for the heads that read them.
       dead: as in `Stem`, of the branch's convolutions.
-      reads, shortcut_reads: channels of the stream that the branch and the shortcut's convolution take; None is all,
-        and () none: the branch reads a map of ones.
+      reads: channels of the stream that the branch reads; None is all, and () is none: it reads a map of ones.
+      shortcut_reads: channels of the stream that the shortcut's convolution reads; None is all.
     """
 
     features: tuple[int, ...]
@@ -64,10 +68,10 @@ class Head:
     """A DeepLab head.
 
     Attributes:
-      branches: outputs of the 1x1, the three atrous and the pooling branch; 0: it is gone.
-      trunk: outputs of the projection and the 3x3 convolution behind it.
+      branches: outputs of the 1x1, the three atrous and the pooling branch; 0 if the branch is removed.
+      trunk: outputs of the projection and of the 3x3 convolution after it.
       dead: as in `Stem`, of the projection, the 3x3 convolution and the output.
-      reads: features that each branch takes; None is all.
+      reads: features that each branch reads; None is all.
       taps: height and width, 3 or 1, of each atrous kernel; 1 where the other taps would meet only padding.
     """
 
@@ -83,8 +87,8 @@ class Classifier:
     """A classification head.
 
     Attributes:
-      reads: features that its convolution takes, as one entry; None is all.
-      dead: whether nothing reaches it: it is a constant then.
+      reads: features that its convolution reads, as one entry; None is all.
+      dead: whether its output is constant, so that only the constant remains.
     """
 
     reads: tuple[Ranges | None] = (None,)
@@ -93,12 +97,13 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Of a whole model.
+    """Widths of a whole model.
 
     Attributes:
-      stem, blocks: of the backbone, as far as a head reads.
-      heads: one a task, None for one that is not the project's.
-      attach: the attachment points that the model was made for, see `multitask.MultiTaskModel`.
+      stem: of the backbone.
+      blocks: of the backbone, up to the last that a head reads.
+      heads: one for each task; None for a head of a kind that is not the project's.
+      attach: attachment points of the heads, see `multitask.MultiTaskModel`.
     """
 
     stem: Stem
@@ -107,11 +112,16 @@ class Widths:
     attach: tuple[str, ...] = ()
 
     def to_json(self) -> str:
+        """Return the widths as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Widths":
-        """Raises ValueError for a text that is not of `to_json`."""
+        """Return the widths that `to_json` wrote.
+
+        Raises:
+          ValueError: the text was not written by `to_json`.
+        """
         try:
             tree = _tuples(json.loads(text))
             return cls(
@@ -121,17 +131,18 @@ class Widths:
                 tree.get("attach", ()),
             )
         except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"not the widths of a model: {error}") from error
+            raise ValueError(f"expected the widths of a model as JSON: {error}") from error
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
+    """Return parsed JSON with tuples in place of lists."""
     if isinstance(value, dict):
         return {name: _tuples(part) for name, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def select(x, ranges: Ranges | None):
-    """The channels of `ranges` of x [..., C]; x itself for None."""
+def select(x: Shaped[Array, "... C"], ranges: Ranges | None) -> Shaped[Array, "... c"]:
+    """Return the channels of `ranges`; x itself for None."""
     if ranges is None:
         return x
     parts = [x[..., start:stop] for start, stop in ranges]

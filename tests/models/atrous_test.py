@@ -1,3 +1,5 @@
+"""Convolutions and pooling, against the plain ones."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ def test_a_product_equals_the_plain_1x1_with_gradients(inputs, outputs, stride):
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 9), (2, 3), (1, 1)])
 def test_max_pool_is_flaxs_with_its_gradient(size):
-    """Behind a ReLU, as in the stem: where several pixels of a window are zero, their gradient is zero anyway."""
+    """After a ReLU, as in the stem: where several pixels of a window are zero, their gradient is zero anyway."""
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
 
     def loss(pool):
@@ -60,7 +62,7 @@ def test_max_pool_is_flaxs_with_its_gradient(size):
 
 
 def test_the_gradients_of_a_block_are_those_of_plain_convolutions():
-    """One of the last stage, its 3x3 by taps; in float64, so that only the method can differ."""
+    """A block of the last stage, whose 3x3 is a sum over taps; in float64, so that only the method can differ."""
     with jax.enable_x64(True):
         block = resnet.Block(widths.Block((3, 3, 12)), 1, 4, bottleneck=True, dtype=jnp.float64)
         x = jax.random.normal(jax.random.key(0), (2, 8, 8, 12), jnp.float64)
@@ -100,7 +102,7 @@ def test_taps_are_taken_where_they_cost_less(size, rate, by_taps):
 
 
 def test_bfloat16_taps_are_summed_in_float32():
-    """The error is that of rounding the result once, as in the plain convolution, not of nine rounded maps."""
+    """The error is that of rounding the result once, as in the plain convolution, not that of nine rounded maps."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, 12, 12, 16)).astype(jnp.bfloat16)
     kernel = jax.random.normal(keys[1], (3, 3, 16, 8)).astype(jnp.bfloat16)

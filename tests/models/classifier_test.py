@@ -1,3 +1,5 @@
+"""The classification head."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from mtl_sparse.models.classifier import Classifier
 
 
-def initialised(head, features):
+def initialized(head, features):
     variables = jax.jit(head.init)(jax.random.key(0), features)
     noise = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: leaf + 0.05 * noise.normal(size=leaf.shape).astype(np.float32), variables)
@@ -27,7 +29,7 @@ def test_logits_by_the_description(size):
     """Convolution by loops, ReLU, maximum of each whole 2x2 cell, mean, two dense layers."""
     features = np.random.default_rng(1).normal(size=(2, *size, 3)).astype(np.float32)
     head = Classifier(features=(5, 4))
-    variables = initialised(head, features)
+    variables = initialized(head, features)
     params = jax.tree.map(np.float64, variables["params"])
     padded = np.pad(features.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
     conv = np.zeros((2, *size, 5))
@@ -50,7 +52,7 @@ def test_logits_by_the_description(size):
 def test_dropout_is_on_while_training_alone():
     features = np.random.default_rng(1).normal(size=(64, 4, 4, 8)).astype(np.float32)
     head = Classifier(features=(16, 8))
-    variables = initialised(head, features)
+    variables = initialized(head, features)
     still = head.apply(variables, features)
     draws = [head.apply(variables, features, True, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1)]
     assert (np.asarray(draws[0]) != draws[1]).mean() > 0.9
@@ -62,7 +64,7 @@ def test_dropout_is_on_while_training_alone():
 def test_several_logits_and_bfloat16():
     features = np.random.default_rng(1).normal(size=(2, 4, 4, 8)).astype(np.float32)
     head = Classifier(outputs=3, features=(16, 8), dtype=jnp.bfloat16)
-    variables = initialised(head, features)
+    variables = initialized(head, features)
     logits = head.apply(variables, features)
     assert logits.shape == (2, 3) and logits.dtype == jnp.float32
     exact = Classifier(outputs=3, features=(16, 8)).apply(variables, features)

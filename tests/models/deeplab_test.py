@@ -1,4 +1,4 @@
-"""The DeepLab-v3 head: the scale of its fresh outputs."""
+"""The DeepLab-v3 head: the scale of its initial outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from mtl_sparse.models.deeplab import DeepLabHead
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("features", [64, 256])
 def test_a_fresh_head_does_not_saturate(outputs, features):
-    """Behind its last layer are a sigmoid (depth) or tanh (normals), which are flat beyond a few units."""
+    """Its last layer is followed by a sigmoid (depth) or tanh (normals), which are flat beyond a few units."""
     x = jax.random.normal(jax.random.key(1), (4, 6, 8, 32))
     head = DeepLabHead(outputs, features, dropout=0.0)
 

@@ -1,3 +1,5 @@
+"""The backbone, its attachment points, and dropout."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ from flax import traverse_util
 from configs import nyu
 from mtl_sparse import tasks
 from mtl_sparse.models import deeplab, multitask, resnet, widths
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import groups
+from tests.conftest import raises
 
 
 def size(tree):
@@ -68,7 +70,7 @@ def test_bfloat16_computes_the_same_function():
 
 
 def test_dilation_and_strides_of_the_stages():
-    """Where a unit impulse in one stage's 3x3 input reaches says its stride and dilation."""
+    """The pixels that a unit impulse at the input of a 3x3 reaches show its stride and dilation."""
     model = resnet.Block(widths.Block((16, 16, 64)), stride=1, dilation=4, bottleneck=True)
     x = jnp.zeros((1, 17, 17, 64)).at[0, 8, 8].set(1.0)
     variables = model.init(jax.random.key(0), x, False)
@@ -78,8 +80,8 @@ def test_dilation_and_strides_of_the_stages():
     assert (resnet.STRIDES, resnet.DILATIONS) == ((1, 2, 1, 1), (1, 1, 2, 4))
 
 
-def test_a_head_reads_where_it_is_attached_and_nothing_is_built_behind():
-    """Inside a block behind a ReLU, on the stream behind a block, behind the stem; at the head's stride by means."""
+def test_a_head_reads_where_it_is_attached_and_nothing_is_built_after():
+    """Inside a block after a ReLU, on the stream after a block, after the stem; averaged down to the head's stride."""
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
     whole = resnet.ResNet(50, 4)
     variables = jax.jit(whole.init)(jax.random.key(1), images)
@@ -105,24 +107,25 @@ def test_a_head_reads_where_it_is_attached_and_nothing_is_built_behind():
 
 
 def _common(shapes, variables):
-    """The tree and what `variables` has of it."""
+    """Return the tree, and the part of `variables` that is in it."""
     flat = traverse_util.flatten_dict(variables)
     return shapes, traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(shapes)})
 
 
 @pytest.mark.parametrize(
-    ("attach", "message"),
+    ("attach", "code", "naming", "also"),
     [
-        (("layer3_9/conv1", "layer4_0"), r"ResNet-50 has no 'layer3_9/conv1'; near it are layer3_\d/conv1"),
-        (("layer4_0/conv3", "layer4_0"), "no 'layer4_0/conv3'"),
-        (("layer4_0",), r"one point for each of the tasks \(depth, edge\), in their order"),
+        (("layer3_9/conv1", "layer4_0"), "OPTION_UNKNOWN_VALUE", "'layer3_9/conv1'", "layer3_"),
+        (("layer4_0/conv3", "layer4_0"), "OPTION_UNKNOWN_VALUE", "'layer4_0/conv3'", "ResNet-50"),
+        (("layer4_0",), "OPTION_CONFLICT", "model.attach=('layer4_0',)", "(depth, edge)"),
     ],
 )
-def test_attachment_points_that_cannot_be(attach, message):
+def test_impossible_attachment_points_are_named(attach, code, naming, also):
     config = nyu.get_config()
     config.tasks, config.model.attach = ("depth", "edge"), attach
-    with pytest.raises(UserError, match=message):
+    with raises(code, naming=naming) as caught:
         multitask.build(config.model, tasks.resolve(config))
+    assert "model.attach" in str(caught.value) and also in str(caught.value)
 
 
 def test_dropout_does_not_depend_on_how_a_batch_is_split():
@@ -143,7 +146,7 @@ def test_dropout_does_not_depend_on_how_a_batch_is_split():
 
 @pytest.mark.parametrize("place", ["drop0", "drop1"])
 def test_a_deeplab_head_draws_in_both_places_while_training_alone(place, monkeypatch):
-    """Each alone, the other one off."""
+    """One of the two is turned off."""
     plain = deeplab.Dropout.__call__
     monkeypatch.setattr(
         deeplab.Dropout, "__call__", lambda self, x, train: plain(self, x, train) if self.name == place else x
