@@ -1,6 +1,6 @@
-"""Everything that docs/benchmarks.md tells of speed, one after the other.
+"""Run every speed benchmark of docs/benchmarks.md, one after the other.
 
-python -m benchmarks
+Usage: python -m benchmarks
 """
 
 import subprocess

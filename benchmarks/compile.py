@@ -1,8 +1,9 @@
-"""How long a start waits for its first training step: with an empty compile cache, and with what that start left there.
+"""Time until the first training step, with an empty compile cache and with a filled one.
 
     python -m benchmarks.compile [--size 256] [--batch 4]
 
-ResNet-50, three tasks; each start is a process of its own.
+Starts a ResNet-50 with three tasks twice, each time in a new process. The second start uses the compile cache that the
+first one filled.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from mtl_sparse.runtime import environment
 
 
 def start(**settings) -> list[float]:
-    """Seconds of making the state, of the first step and of the second; to be called in a process of its own."""
+    """Return the seconds of building the state, of the first step and of the second; call it in a new process."""
     seconds, begin = [], time.perf_counter()
     call = ours.training_step(**settings)
     for step in (lambda: None, call, call):
@@ -29,7 +30,7 @@ def start(**settings) -> list[float]:
 
 
 def table(**settings) -> str:
-    """Markdown: a start with an empty cache, and one after it."""
+    """Time a start with an empty cache, then a second start, and return a Markdown table."""
     lines = [("start", "state s", "first step s", "second step s", "the first waits s")]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +43,7 @@ def table(**settings) -> str:
 
 
 if __name__ == "__main__":
-    environment.tune()  # of the processes that it starts
+    environment.tune()  # inherited by the processes started below
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)

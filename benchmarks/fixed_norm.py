@@ -1,16 +1,15 @@
-"""What holding the kernels' norm and annealing the revival do: the same runs without them, over three lambdas.
+"""Ablation of fixed-norm kernels and annealed regrowth, over three values of lambda.
 
     python -m benchmarks.fixed_norm --workdir=runs/fixed_norm [--folder=/data/NYUD_MT]
 
-The runs are the demo's at half its resolution, without a target, on rooms and, where a folder is given, on its real
-frames. Each writes <workdir>/<data>_<lambda>_<variant>.json; those that are there already, with the same settings, are
-not run again. Prints a table and draws fixed_norm.png.
+Trains the demo at half its resolution and without a target sparsity, on rendered rooms and, if --folder is given, on
+the real images in it. Each run writes <workdir>/<data>_<lambda>_<variant>.json; a run whose file exists and has the
+same options is skipped. Prints a table and draws fixed_norm.png.
 """
 
 import json
 import math
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +20,19 @@ from matplotlib.figure import Figure
 
 from configs import demo
 from input_pipeline import loader
+from mtl_sparse.runtime import files, text
 from mtl_sparse.sparsity import groups, stats
 from mtl_sparse.training import evaluation, loop
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/fixed_norm", "Where results go.")
-_FOLDER = flags.DEFINE_string("folder", "", "NYUD_MT folder of real frames; rooms alone without it.")
-_LAMBDAS = flags.DEFINE_multi_float("lambda", [1e-4, 3e-4, 1e-3], "Strengths of the penalty.")
-_STEPS = flags.DEFINE_integer("steps", 400, "About how many steps a run takes (whole epochs).")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/fixed_norm", "Folder of the results.")
+_FOLDER = flags.DEFINE_string("folder", "", "NYUD_MT folder of real images; without it, only rooms are used.")
+_LAMBDAS = flags.DEFINE_multi_float("lambda", [1e-4, 3e-4, 1e-3], "Values of lambda.")
+_STEPS = flags.DEFINE_integer("steps", 400, "Approximate number of steps of a run, rounded to epochs.")
 _EVERY = 10  # steps between two records
-# name -> sparsity settings, colour
+# name -> sparsity options, color
 VARIANTS = {
     "default": ({"fixed_norm": True, "anneal_revival": True}, "#20639b"),
     "revival_free": ({"fixed_norm": True, "anneal_revival": False}, "#3caea3"),
@@ -41,7 +41,11 @@ VARIANTS = {
 
 
 def make_probe(run):
-    """Function of a TrainState -> {name: value}: what the figure shows."""
+    """Return a function (state, initial norms or None) -> {name: value} that computes the plotted quantities.
+
+    Args:
+      run: of `setup.setup`.
+    """
     kernels = groups.find(state_lib.shapes(run).params["model"], run.config.sparsity.scope)
 
     @jax.jit
@@ -72,14 +76,21 @@ def make_probe(run):
 
 
 def measure(config) -> dict:
-    """Trains by `config`; returns the series over steps and the validation at the end."""
+    """Train a run and record the plotted quantities.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      {"rows": records over the steps, "score": final validation score, "finite": whether it is finite, "config"}.
+    """
     run = setup_lib.setup(config)
     state = state_lib.initial(run)
     probe = make_probe(run)
     initial = probe(state, None)["norms"]
     state, step_fn = loader.replicate(state), step_lib.make_train_step(run)
     batches = loader.prefetch_to_device(run.batches.train(0))
-    rows, start = [], time.time()
+    rows, eta = [], text.Eta(run.total_steps)
     for step in range(1, run.total_steps + 1):
         state, _ = step_fn(state, next(batches))
         if step % _EVERY == 0 or step == run.total_steps:
@@ -87,8 +98,8 @@ def measure(config) -> dict:
             row = {name: np.asarray(value).tolist() for name, value in row.items() if name != "norms"}
             rows.append({"step": step, **row})
             if step % (10 * _EVERY) == 0:
-                left = (time.time() - start) / step * (run.total_steps - step)
-                logging.info("step %d/%d, %.1f %% zero, %.0f s left", step, run.total_steps, 100 * row["zero"], left)
+                zero, left = 100 * row["zero"], eta.left(step)
+                logging.info("step %d/%d, %.1f %% zero, %s left", step, run.total_steps, zero, left)
     evaluator = evaluation.Evaluator(run).evaluate
     values = evaluator(state.variables, run.batches.evaluation("validation"))
     score = loop.validation_score(values, run.tasks)
@@ -96,7 +107,13 @@ def measure(config) -> dict:
 
 
 def run_config(folder: str, lambda_: float, variant: str):
-    """The demo's config with a fixed lambda, on rooms or on the real frames of `folder`."""
+    """Return the config of a run.
+
+    Args:
+      folder: NYUD_MT folder of real images, "" for rendered rooms.
+      lambda_: strength of the penalty.
+      variant: a key of `VARIANTS`.
+    """
     config = demo.get_config()
     if folder:
         config.data.embedded.frames = 0
@@ -109,7 +126,11 @@ def run_config(folder: str, lambda_: float, variant: str):
 
 
 def draw(results: dict) -> Figure:
-    """`results` by (data, lambda, variant): a column a pair of data and lambda, a colour a variant."""
+    """Draw one column for each pair of data and lambda, and one color for each variant.
+
+    Args:
+      results: (data, lambda, variant) -> result of `measure`.
+    """
     columns = sorted({key[:2] for key in results}, key=lambda pair: (pair[0] != "rooms", pair[1]))
     rows = {
         "zero": "% groups zero",
@@ -135,7 +156,7 @@ def draw(results: dict) -> Figure:
         axes[3, j].text(steps[0], lambda_, "λ", va="bottom")
         axes[0, j].set_title(f"{data}, λ = {lambda_:.0e}")
         axes[0, j].set_ylim(-2, 102)
-        axes[-1, j].set_ylim(1e-6, 1e-2)  # groups of a dead branch have none
+        axes[-1, j].set_ylim(1e-6, 1e-2)  # groups of a dead branch have no gradient
         axes[-1, j].set_xlabel("step")
     for i, (name, title) in enumerate(rows.items()):
         axes[i, 0].set_ylabel(title)
@@ -147,12 +168,13 @@ def draw(results: dict) -> Figure:
     return figure
 
 
-def _holds(path, config):
-    """Whether the file at `path` is of a run with this config."""
+def _is_done(path, config):
+    """Return whether the file at `path` is the result of this config."""
     return path.exists() and json.loads(path.read_text())["config"] == json.loads(config.to_json())
 
 
-def main(_):
+def main(_) -> None:
+    """Run what is missing, then print the table and draw the figure."""
     workdir = pathlib.Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -163,9 +185,9 @@ def main(_):
             for variant in VARIANTS:
                 path = workdir / f"{data.replace(' ', '_')}_{lambda_:g}_{variant}.json"
                 config = run_config(folder, lambda_, variant)
-                if not _holds(path, config):
+                if not _is_done(path, config):
                     logging.info("%s", path.stem)
-                    path.write_text(json.dumps(measure(config)))
+                    files.write_text(path, json.dumps(measure(config)))
                 results[data, lambda_, variant] = json.loads(path.read_text())
     draw(results).savefig(workdir / "fixed_norm.png", dpi=80)
     print("| data | lambda | variant | % zero, highest | % zero, end | kernel norm / initial | validation score |")

@@ -1,8 +1,8 @@
-"""Inference of the whole dense model against the same in PyTorch (torch_peer.py): ResNet-50, three tasks.
+"""Inference of the dense model against the same model in PyTorch (torch_peer.py): ResNet-50, three tasks.
 
-    python -m benchmarks.inference [the options of benchmarks/step.py]
+    python -m benchmarks.inference [options of benchmarks/step.py]
 
-What a compact model gains on top is in `--job=benchmark` and benchmarks/compact.py.
+`--job=benchmark` and benchmarks/compact.py measure the speed-up by compaction.
 """
 
 from benchmarks import step

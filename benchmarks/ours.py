@@ -1,4 +1,4 @@
-"""This package's training step and model, made ready to be timed."""
+"""Training step and inference of this package, ready to be timed."""
 
 import functools
 
@@ -30,16 +30,24 @@ def _config(names, penalty, **model):
 
 
 def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, **model):
-    """A function () -> None that takes one step of configs/nyu.py, with other settings of its model where given."""
+    """Return a function () -> None that takes one training step of configs/nyu.py.
+
+    Args:
+      size: side of the images in pixels.
+      batch: images in a step.
+      penalty: whether the optimizer applies the penalty.
+      names: of the tasks.
+      **model: options of config.model.
+    """
     compile_cache.enable()
     config = _config(names, penalty, **model)
-    rows = tasks.resolve(config)
-    network = multitask.build(config.model, rows, axis_name=AXIS if jax.device_count() > 1 else None)
+    specs = tasks.resolve(config)
+    network = multitask.build(config.model, specs, axis_name=AXIS if jax.device_count() > 1 else None)
     variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
     params = {"model": variables["params"], "weighting": weighting.init("uncertainty", names)}
     tx = optimizer.build(config, 100)
     state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
-    step = functools.partial(step_lib.train_step, model=network, tasks=rows, tx=tx, loss_config=config.loss)
+    step = functools.partial(step_lib.train_step, model=network, tasks=specs, tx=tx, loss_config=config.loss)
     step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
     state = loader.replicate(jax.device_get(state))
     data = next(loader.prefetch_to_device(iter([random_batch(size, batch)])))
@@ -53,7 +61,14 @@ def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, *
 
 
 def inference(*, size: int, batch: int, names=TASKS, **model):
-    """A function () -> None that runs the whole dense model in evaluation mode."""
+    """Return a function () -> outputs that runs the whole dense model in evaluation mode.
+
+    Args:
+      size: side of the images in pixels.
+      batch: images in a call.
+      names: of the tasks.
+      **model: options of config.model.
+    """
     config = _config(names, False, **model)
     network = multitask.build(config.model, tasks.resolve(config))
     variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
@@ -63,7 +78,7 @@ def inference(*, size: int, batch: int, names=TASKS, **model):
 
 
 def macs(size: int, names=TASKS, **model) -> int:
-    """Multiply-accumulates of the model's forward pass on one image."""
+    """Return the multiply-accumulates of the model's forward pass on one image [size, size, 3]."""
     config = _config(names, False, **model)
     network = multitask.build(config.model, tasks.resolve(config))
     return sum(layer.macs for layer in costs.layers(network, (size, size)).values())

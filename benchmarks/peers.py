@@ -1,8 +1,9 @@
-"""Functions timed in alternation, each in a process of its own: thread pools that idle in one do not slow the other.
+"""Time functions in alternation, each in its own process.
 
-In its turn each is called twice and the second call timed, as one training step follows another: a virtual machine may
-have given the memory that a process freed back to its host while the process idled, and the first call waits for it.
-All of them get the environment that launch.py gives itself.
+Separate processes keep the idle thread pool of one framework from slowing down the other. In each turn a function is
+called twice, and only the second call is timed: while a process idles, a virtual machine may return the memory that the
+process freed to its host, and the first call then waits for that memory. All processes get the environment variables
+that launch.py sets for itself.
 """
 
 import importlib
@@ -17,7 +18,11 @@ _CONTEXT = multiprocessing.get_context("spawn")
 
 
 def _work(pipe, module, function, settings):
-    """Makes the function and calls it, then twice for each message; sends None, then the second call's seconds."""
+    """Serve the calls of one function in a worker process.
+
+    Creates the function, calls it once and sends None. Then, for each message, calls it twice and sends the seconds of
+    the second call. Sends an error as text.
+    """
     try:
         call = getattr(importlib.import_module(module), function)(**settings)
         call()
@@ -27,18 +32,23 @@ def _work(pipe, module, function, settings):
             start = time.perf_counter()
             call()
             pipe.send(time.perf_counter() - start)
-    except Exception as error:  # told in the parent, which has the table
+    except Exception as error:  # raised in the parent process
         pipe.send(f"{type(error).__name__}: {error}")
 
 
 def alternate(peers: dict[str, tuple[str, str, dict]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each round of each peer, one after the other in every round.
+    """Time several functions, each once in every round.
 
     Args:
-      peers: name -> (module, function, its arguments); the function makes one () -> None that blocks until it is done.
+      peers: name -> (module, function, keyword arguments). The function returns another one, () -> None, which blocks
+        until its work is done and is the one that is timed.
+      rounds: number of rounds.
+
+    Returns:
+      The seconds of each round, [rounds], by name.
 
     Raises:
-      RuntimeError: a peer failed, with its reason.
+      RuntimeError: a function failed; the message has its name and the error.
     """
     environment.tune()
     pipes, workers = {}, []
@@ -72,7 +82,7 @@ def _receive(name, pipe):
 
 
 def random_batch(size: int, batch: int) -> dict[str, np.ndarray]:
-    """Images [B, size, size, 3] and labels of every pixel, without meaning, that all are timed on."""
+    """Return random images [batch, size, size, 3] and random labels of every pixel, the input of all benchmarks."""
     rng = np.random.default_rng(0)
     shape = (batch, size, size)
     normals = rng.normal(size=(*shape, 3)).astype(np.float32)

@@ -1,11 +1,11 @@
-"""What the proximal step costs: against a pass over its memory, and as a share of a training step.
+"""Cost of the proximal step, relative to a pass over its memory and to a training step.
 
     python -m benchmarks.prox [--rounds=9] [--step=False]
 
-All kernels of ResNet-50's backbone, Adam's metric. Every round times each function once, in turn; the table gives
-medians, and the ratio to a copy of the three arrays (z, metric, result) with its spread over rounds; the pass reads z
-and the metric and writes a result, once. Then the full training step, three tasks, 128x128, batch 4, with and without
-the penalty.
+Applies each operator to all backbone kernels of a ResNet-50, in Adam's metric. The functions are timed in alternation.
+The table has medians and the ratio to a copy of the three arrays (z, metric, result), with its 10th and 90th
+percentiles over the rounds. "pass" reads z and the metric and writes the result once. A second table has the full
+training step with and without the penalty: three tasks, 128x128, batch 4.
 """
 
 import functools
@@ -23,14 +23,20 @@ from mtl_sparse.runtime import environment
 from mtl_sparse.runtime.timing import timed
 from mtl_sparse.sparsity import groups, prox
 
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Times each function is timed.")
-_STEP = flags.DEFINE_bool("step", True, "Whether to time the training step, too.")
-_SIZE = flags.DEFINE_integer("size", 128, "Side of the training step's images.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Timed calls of each function.")
+_STEP = flags.DEFINE_bool("step", True, "Whether to time the training step as well.")
+_SIZE = flags.DEFINE_integer("size", 128, "Side of the images of the training step.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images in a training step.")
 
 
 def report(seconds: dict[str, np.ndarray], reference: str) -> None:
-    print(f"{'':<34} {'median ms':>10} {'ratio to ' + reference:>24} {'spread':>14}")
+    """Print medians and ratios.
+
+    Args:
+      seconds: name -> seconds of each round.
+      reference: name that the others are compared with.
+    """
+    print(f"{'':<34} {'median ms':>10} {'ratio to ' + reference:>24} {'10 to 90 %':>14}")
     for name, values in seconds.items():
         ratio = values / seconds[reference]
         low, high = np.quantile(ratio, [0.1, 0.9])
@@ -38,7 +44,14 @@ def report(seconds: dict[str, np.ndarray], reference: str) -> None:
 
 
 def operators(shapes: list[tuple[int, ...]]) -> dict:
-    """The copy and each operator over kernels of these shapes, about half of whose groups fall below the threshold."""
+    """Return the functions to time: the copy, the pass and each operator.
+
+    Args:
+      shapes: of the kernels, each [H, W, I, O]. The thresholds are such that about half of the groups become zero.
+
+    Returns:
+      name -> function () -> list of arrays.
+    """
     rng = np.random.default_rng(0)
     z = [jnp.asarray(0.03 * rng.normal(size=shape), jnp.float32) for shape in shapes]
     d = [jnp.asarray(np.exp(rng.normal(-8, 1.5, size=shape)), jnp.float32) for shape in shapes]
@@ -71,12 +84,13 @@ def operators(shapes: list[tuple[int, ...]]) -> dict:
 
 
 def training_steps() -> dict:
-    """The training step with and without the penalty, each on its own state."""
+    """Return the training step without and with the penalty, each with its own state."""
     make = functools.partial(ours.training_step, size=_SIZE.value, batch=_BATCH.value)
     return {"without penalty (AdamW)": make(penalty=False), "with penalty": make(penalty=True)}
 
 
-def main(_):
+def main(_) -> None:
+    """Print the tables."""
     config = nyu.get_config()
     model = multitask.build(config.model, tasks.resolve(config))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
@@ -90,8 +104,8 @@ def main(_):
         print(f"\ntraining step, {', '.join(config.tasks)}, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}")
         steps = timed(training_steps(), _ROUNDS.value)
         report(steps, "without penalty (AdamW)")
-        share = np.median(seconds["group_lasso, adaptive"]) / np.median(steps["with penalty"])
-        print(f"group_lasso alone is {100 * share:.1f} % of the step with the penalty")
+        fraction = np.median(seconds["group_lasso, adaptive"]) / np.median(steps["with penalty"])
+        print(f"group_lasso alone takes {100 * fraction:.1f} % of the step with the penalty")
 
 
 if __name__ == "__main__":

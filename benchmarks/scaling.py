@@ -1,9 +1,9 @@
-"""What a training step costs as it grows: image size, batch, tasks, depth, and (virtual) devices.
+"""Time of a training step by image size, batch size, number of tasks, depth, and number of virtual devices.
 
     python -m benchmarks.scaling [--rounds 3]
 
-Each row changes one thing of ResNet-50, three tasks, 128x128, batch 4. Devices are virtual ones of the same CPU:
-their rows show what splitting costs, not what it gains.
+Each row changes one option of the base: ResNet-50, three tasks, 128x128, batch 4. The devices are virtual devices of
+one CPU, so their rows show the overhead of splitting a batch, not a speed-up.
 """
 
 import argparse
@@ -32,14 +32,28 @@ ROWS = {
 
 
 def on_devices(*, devices: int = 1, **settings):
-    """`ours.training_step` on that many virtual CPU devices; to be called before JAX has started."""
+    """Return `ours.training_step` on virtual CPU devices; call it before JAX is initialized.
+
+    Args:
+      devices: number of virtual devices.
+      **settings: arguments of `ours.training_step`.
+    """
     if devices > 1:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return ours.training_step(**settings)
 
 
 def table(rounds: int, rows=ROWS, **base) -> str:
-    """Markdown: each row against the base, timed in alternation with it."""
+    """Time each row in alternation with the base.
+
+    Args:
+      rounds: timed calls of each step.
+      rows: name -> options that differ from the base.
+      **base: options that replace those of `BASE`.
+
+    Returns:
+      A Markdown table.
+    """
     base = {**BASE, **base}
     lines = [("", "ms", "of the base", "10 to 90 %", "GMAC/s")]
     for name, change in rows.items():
@@ -60,5 +74,5 @@ def table(rounds: int, rows=ROWS, **base) -> str:
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of each step")
     print(table(parser.parse_args().rounds))

@@ -1,9 +1,10 @@
-"""The training step against the same in PyTorch (torch_peer.py): ResNet-50, three tasks.
+"""Training step against the same step in PyTorch (torch_peer.py): ResNet-50, three tasks.
 
     python -m benchmarks.step [--sizes 128 256] [--batch 4] [--rounds 5] [--device cuda --dtype bfloat16]
 
-Each pair in alternation, each side in its own process; a ratio below 1 means that ours is faster. Against the released
-scheme both take the proximal step, against the others neither.
+Each pair is timed in alternation, each side in its own process. A ratio below 1 means that this package is faster. Both
+sides apply the proximal step in the comparison with the reference implementation's scheme ("PyTorch, released scheme"),
+and neither does in the others.
 """
 
 import argparse
@@ -17,9 +18,19 @@ from mtl_sparse.report.tables import markdown
 
 def table(function: str, sizes, *, batch: int, rounds: int, variants=tuple(torch_peer.VARIANTS), device="cpu",
           **model) -> str:  # fmt: skip
-    """Markdown: our `function`, "training_step" or "inference", against each variant of PyTorch's.
+    """Time this package against each variant in PyTorch.
 
-    A variant that does not work here is left out, with a warning.
+    Args:
+      function: "training_step" or "inference".
+      sizes: sides of the images in pixels.
+      batch: images in a call.
+      rounds: timed calls of each side.
+      variants: keys of `torch_peer.VARIANTS`. One that fails is logged as a warning and has no row.
+      device: PyTorch's device.
+      **model: options that both models take.
+
+    Returns:
+      A Markdown table.
     """
     lines = [("size", "against", "ours ms", "theirs ms", "ratio", "10 to 90 %", "our GMAC/s")]
     training = function == "training_step"
@@ -37,7 +48,7 @@ def table(function: str, sizes, *, batch: int, rounds: int, variants=tuple(torch
             try:
                 seconds = peers.alternate(pair, rounds)
             except RuntimeError as error:
-                logging.warning("left out: %s, %s", variant, error)
+                logging.warning("skipped: %s, %s", variant, error)
                 continue
             ratio = seconds["ours"] / seconds["theirs"]
             low, high = np.quantile(ratio, [0.1, 0.9])
@@ -50,14 +61,15 @@ def table(function: str, sizes, *, batch: int, rounds: int, variants=tuple(torch
 
 
 def main(function: str, rounds: int) -> None:
+    """Print the table of `function`; `rounds` is the default of --rounds."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="sides of the images")
     parser.add_argument("--batch", type=int, default=4, help="images in a call")
-    parser.add_argument("--rounds", type=int, default=rounds, help="times each side is timed")
-    parser.add_argument("--device", default="cpu", help="PyTorch's; JAX takes the best that it has")
-    parser.add_argument("--dtype", default="float32", help="of the computation; bfloat16 is autocast in PyTorch")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed calls of each side")
+    parser.add_argument("--device", default="cpu", help="PyTorch's device; JAX uses its default")
+    parser.add_argument("--dtype", default="float32", help="computation dtype; bfloat16 is autocast in PyTorch")
     variants = list(torch_peer.VARIANTS)
-    parser.add_argument("--variants", nargs="+", default=variants, choices=variants, help="of PyTorch's")
+    parser.add_argument("--variants", nargs="+", default=variants, choices=variants, help="variants in PyTorch")
     logging.set_verbosity(logging.INFO)
     print(table(function, **vars(parser.parse_args())))
 

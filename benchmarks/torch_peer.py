@@ -1,9 +1,9 @@
-"""The same model and training step in plain PyTorch, written from the paper's description, to compare with.
+"""Training step and inference of the same model in plain PyTorch, written from the paper's description.
 
-`tests/torch_reference.py` has the model. A step is: forward in training mode, three losses, uncertainty weights,
-backward, AdamW (fused), and with a penalty the proximal step in Adam's metric by five Newton iterations, vectorised
-over each kernel's groups. The released scheme runs the backbone once for each task; its own proximal step is several
-times slower than the one here.
+The model is in `tests/torch_reference.py`. A step is: forward pass in training mode, three losses, uncertainty
+weighting, backward pass, fused AdamW, and with a penalty the proximal step in Adam's metric, by five Newton iterations
+that are vectorized over the groups of each kernel. The scheme of the reference implementation ("released scheme") runs
+the backbone once for each task; its own proximal step is several times slower than the one here.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from tests.torch_reference import Model
 
 TASKS = {"segmentation": ("deeplab", 40), "depth": ("deeplab", 1), "normals": ("deeplab", 3)}
 RELEASED = "PyTorch, released scheme"
-# name: (one pass of the backbone for all tasks?, channels last?, compiled?)
+# name -> (whether the tasks share one backbone pass, channels last, compiled)
 VARIANTS = {
     RELEASED: (False, False, False),
     "PyTorch, shared": (True, False, False),
     "PyTorch, shared, channels last": (True, True, False),
     "PyTorch, shared, channels last, compiled": (True, True, True),
 }
-RATE, LAMBDA, EPSILON = 1e-4, 1e-5, 1e-8
+LEARNING_RATE, LAMBDA, EPSILON = 1e-4, 1e-5, 1e-8
 
 
 class Repeated(nn.Module):
-    """The model with one pass of the backbone for each task."""
+    """A model that runs its backbone once for each task."""
 
     def __init__(self, model: Model) -> None:
         """Keep the model."""
@@ -43,13 +43,18 @@ class Repeated(nn.Module):
 
 @torch.no_grad()
 def proximal_step(kernels: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Group lasso over the input channels of each kernel [O, I, H, W], in the metric of Adam's state."""
+    """Apply the group-lasso proximal step to the input channels of each kernel, in place.
+
+    Args:
+      kernels: parameters [O, I, H, W].
+      optimizer: an Adam, whose state gives the metric.
+    """
     for kernel in kernels:
         state = optimizer.state[kernel]
         z = kernel.transpose(0, 1).flatten(1)
         v = state["exp_avg_sq"].transpose(0, 1).flatten(1)
         d = torch.sqrt(v / (1 - 0.999 ** state["step"].item())) + EPSILON
-        t = RATE * LAMBDA * z.shape[1] ** 0.5
+        t = LEARNING_RATE * LAMBDA * z.shape[1] ** 0.5
         dz = d * z
         norm = dz.norm(dim=1, keepdim=True)
         theta = ((norm - t) / d.amax(1, keepdim=True)).clamp(min=0)
@@ -62,7 +67,7 @@ def proximal_step(kernels: list[nn.Parameter], optimizer: torch.optim.Optimizer)
 
 
 def _tensors(batch, layout, device):
-    """A batch as PyTorch's tensors, NCHW, labels at an eighth of the size."""
+    """Return a batch as PyTorch tensors in NCHW, with labels at an eighth of the size."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in batch.items()}
     tensors = {name: value if name == "image" else value[:, 4::8, 4::8] for name, value in tensors.items()}
     moved = {name: value.permute(0, 3, 1, 2) if value.ndim == 4 else value for name, value in tensors.items()}
@@ -81,8 +86,8 @@ def _losses(raw, batch):
     }
 
 
-def _made(variant, width, head_features, device, dtype):
-    """(model, what to call, memory layout, context of the forward pass)."""
+def _build(variant, width, head_features, device, dtype):
+    """Return (model, function to call, memory layout, context of the forward pass)."""
     shared, last, compiled = VARIANTS[variant]
     layout = torch.channels_last if last else torch.contiguous_format
     torch.manual_seed(0)
@@ -95,11 +100,11 @@ def _made(variant, width, head_features, device, dtype):
 def training_step(
     *, variant, size, batch, penalty=False, width=64, head_features=256, device="cpu", dtype="float32"
 ):  # fmt: skip
-    """Return a function () -> loss that takes one step."""
-    model, call, layout, context = _made(variant, width, head_features, device, dtype)
+    """Return a function () -> loss that takes one training step; see `inference` for the arguments."""
+    model, call, layout, context = _build(variant, width, head_features, device, dtype)
     model.train()
     scales = nn.Parameter(torch.ones(len(TASKS), device=device))
-    optimizer = torch.optim.AdamW([*model.parameters(), scales], lr=RATE, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW([*model.parameters(), scales], lr=LEARNING_RATE, weight_decay=0.1, fused=True)
     backbone = [value for name, value in model.named_parameters() if "backbone" in name and value.ndim == 4]
     data = _tensors(random_batch(size, batch), layout, device)
 
@@ -119,14 +124,24 @@ def training_step(
 
 
 def inference(*, variant, size, batch, width=64, head_features=256, device="cpu", dtype="float32"):
-    """Return a function () -> None that runs the whole model in evaluation mode."""
-    model, call, layout, context = _made(variant, width, head_features, device, dtype)
+    """Return a function () -> None that runs the whole model in evaluation mode.
+
+    Args:
+      variant: a key of `VARIANTS`.
+      size: side of the images in pixels.
+      batch: images in a call.
+      width: channels of the backbone's first stage.
+      head_features: channels inside the heads.
+      device: PyTorch's device.
+      dtype: "float32", or "bfloat16" for autocast.
+    """
+    model, call, layout, context = _build(variant, width, head_features, device, dtype)
     model.eval()
     x = _tensors(random_batch(size, batch), layout, device)["image"]
 
     def run():
         with torch.inference_mode(), context:
             raw = call(x)
-        next(iter(raw.values())).sum().item()  # blocks on a GPU, too
+        next(iter(raw.values())).sum().item()  # waits for a GPU
 
     return run

@@ -1,4 +1,4 @@
-"""The benchmarks on something small: that they measure what they say, not how fast it is."""
+"""Benchmarks at the smallest size: that they measure what they report, not how fast it is."""
 
 import functools
 import time
@@ -33,19 +33,19 @@ def test_fixed_norm_probe_and_figure(config):
     for variant in ("default", "norm_and_revival_free"):
         config.sparsity.update(fixed_norm.VARIANTS[variant][0])
         found["rooms", 1.0, variant] = fixed_norm.measure(config)
-    (held,), (free,) = (values["rows"] for values in found.values())
-    assert held["step"] == free["step"] == 4
-    np.testing.assert_allclose(held["norm"][1:], [1, 1], rtol=1e-4)
+    (fixed,), (free,) = (values["rows"] for values in found.values())
+    assert fixed["step"] == free["step"] == 4
+    np.testing.assert_allclose(fixed["norm"][1:], [1, 1], rtol=1e-4)
     assert free["norm"][1] < 0.99
-    assert 0 < held["zero"] < 1
+    assert 0 < fixed["zero"] < 1
     found["rooms", 1.0, "revival_free"] = found["rooms", 1.0, "default"]
     figure = fixed_norm.draw(found)
     assert [len(axis.lines) for axis in figure.axes] == [3, 3, 3, 4]
 
 
 @pytest.mark.slow
-def test_compaction_is_timed_for_each_share():
-    lines = compact.patterns(32, 1, rounds=2, shares=(0.6,), depth=18, width=8).splitlines()
+def test_compaction_is_timed_for_each_fraction():
+    lines = compact.patterns(32, 1, rounds=2, fractions=(0.6,), depth=18, width=8).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["dense", "compact", "multiple of 4", "4, no gather"]
     ratios = [float(line.split("|")[5].strip()[:-1]) for line in lines[2:]]
     assert ratios[0] == 1 < ratios[3] < ratios[1]
@@ -57,8 +57,8 @@ SHALLOW = {**SMALL, "depth": 10, "names": ("depth",)}
 
 
 @pytest.mark.slow
-def test_a_second_start_finds_the_first_ones_programs(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which the benchmark sets
+def test_a_second_start_uses_the_programs_of_the_first(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # the benchmark sets it
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     lines = [line.split("|")[1:-1] for line in compile.table(**SHALLOW).splitlines()[2:]]
     first, second = ([float(seconds) for seconds in line[1:]] for line in lines)
@@ -67,7 +67,7 @@ def test_a_second_start_finds_the_first_ones_programs(monkeypatch):
 
 
 @pytest.mark.slow
-def test_our_step_and_inference_do_what_they_say():
+def test_our_step_takes_a_step_and_inference_predicts():
     batch = peers.random_batch(16, 2)
     assert {name: value.shape[:3] for name, value in batch.items()} == dict.fromkeys(batch, (2, 16, 16))
     step = ours.training_step(**SHALLOW)
@@ -84,7 +84,7 @@ def failing(**settings):
     raise ValueError(f"no such {settings['thing']}")
 
 
-def test_peers_take_turns_in_processes_of_their_own():
+def test_peers_are_timed_in_alternation_in_separate_processes():
     pair = {"ours": ("tests.benchmarks_test", "sleeper", {"seconds": 0.02}),
             "theirs": ("tests.benchmarks_test", "sleeper", {"seconds": 0.1})}  # fmt: skip
     seconds = peers.alternate(pair, 3)
@@ -93,13 +93,13 @@ def test_peers_take_turns_in_processes_of_their_own():
         peers.alternate({"theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}, 1)
 
 
-def test_a_turns_first_call_is_not_timed():
+def test_the_first_call_of_a_turn_is_not_timed():
     (seconds,) = peers.alternate({"ours": ("tests.benchmarks_test", "slow_at_first", {})}, 3).values()
     assert (seconds < 0.3).all()
 
 
 def slow_at_first():
-    """Its second, fourth and sixth call, the first of each of three turns, take long."""
+    """Return a function that is slow in its second, fourth and sixth call, the first ones of three turns."""
     pauses = iter([0, 0.4, 0, 0.4, 0, 0.4, 0])
     return lambda: time.sleep(next(pauses))
 
@@ -108,14 +108,14 @@ def sleeper(*, seconds):
     return functools.partial(time.sleep, seconds)
 
 
-def test_the_loader_is_timed_on_stored_frames(tmp_path):
+def test_the_loader_is_timed_on_stored_images(tmp_path):
     rates = loader.images_per_second(32, 12, 2, tmp_path, stored=(48, 64))
     assert rates.shape == (2,) and (rates > 0).all()
-    assert list(tmp_path.glob("**/*.array_record*")), "stored, not drawn as they are read"
+    assert list(tmp_path.glob("**/*.array_record*")), "stored, not rendered while they are read"
 
 
 def test_pytorchs_step_is_the_same_step():
-    """The losses of its first step on the same weights, and a proximal step that zeroes what ours does."""
+    """Its variants have equal losses on equal weights, and its proximal step equals ours."""
     torch = pytest.importorskip("torch", reason="extra torch")
     from benchmarks import torch_peer
     from mtl_sparse.sparsity import prox as prox_lib
@@ -123,7 +123,7 @@ def test_pytorchs_step_is_the_same_step():
     assert torch_peer.inference(variant="PyTorch, shared", **SMALL)() is None
     losses = [torch_peer.training_step(variant=name, penalty=True, **SMALL)() for name in list(torch_peer.VARIANTS)[:3]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[1], rel=2e-2), "dropout falls on other pixels there"
+    assert losses[2] == pytest.approx(losses[1], rel=2e-2), "dropout draws other pixels there"
     rng = np.random.default_rng(0)
     z = np.linspace(0.02, 0.2, 6)[:, None] * rng.normal(size=(3, 3, 6, 5))
     v = np.exp(rng.normal(-46, 2, (3, 3, 6, 5)))
@@ -136,7 +136,7 @@ def test_pytorchs_step_is_the_same_step():
     torch_peer.proximal_step([kernel], optimizer)
     with jax.enable_x64(True):
         metric = jnp.sqrt(v / (1 - 0.999)) + torch_peer.EPSILON
-        expected = prox_lib.group_lasso(jnp.asarray(z), torch_peer.RATE * torch_peer.LAMBDA * 45**0.5, metric)
+        expected = prox_lib.group_lasso(jnp.asarray(z), torch_peer.LEARNING_RATE * torch_peer.LAMBDA * 45**0.5, metric)
     zero = (np.asarray(expected) == 0).all((0, 1, 3))
     assert 0 < zero.sum() < 6
     np.testing.assert_allclose(kernel.detach().numpy().transpose(2, 3, 1, 0), expected, rtol=1e-6, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, at the smallest size."""
+"""The notebooks run from the first cell to the last, at the smallest size."""
 
 import json
 import pathlib
@@ -12,11 +12,11 @@ COLABS = pathlib.Path(__file__).parents[1] / "colabs"
 SMALL = "workdir = 'run'; frames, size, epochs = 24, (32, 48), 2; depth, width = 10, 8; target = 0.5; rounds = 2"
 
 
-def execute(name, settings, folder):
-    """The notebook, run in `folder` with the settings of its tagged cell replaced."""
+def execute(name, options, folder):
+    """Return the notebook after a run in `folder`, with the options of its tagged cell replaced."""
     notebook = nbformat.read(COLABS / f"{name}.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    cell.source = settings
+    cell.source = options
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
     return notebook
 
@@ -32,12 +32,12 @@ def outputs(notebook, kind):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """(the notebook, the folder that it ran in)."""
+    """Return (the executed notebook, the folder it ran in)."""
     folder = tmp_path_factory.mktemp("colab")
     return execute("quickstart", SMALL, folder), folder
 
 
-def test_quickstart_ends_with_a_smaller_model_and_its_pictures(quickstart):
+def test_quickstart_ends_with_a_smaller_model_and_plots(quickstart):
     notebook, folder = quickstart
     assert len(outputs(notebook, "image/png")) == 4
     sizes, timing = outputs(notebook, "text/markdown")
@@ -55,7 +55,7 @@ def test_patterns_of_two_runs(quickstart):
     notebook = execute("explore_patterns", "folders = ['run', 'again']", folder)
     titles = [text for text in outputs(notebook, "text/markdown") if text.startswith("###")]
     assert len(titles) == 4, "metrics, zeros over the run and by layer, predictions"
-    assert len(outputs(notebook, "image/png")) == len(titles) + 2, "and of the pair, and of the norms"
+    assert len(outputs(notebook, "image/png")) == len(titles) + 2, "one of the pair of runs, and one of the norms"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "explore_patterns"])

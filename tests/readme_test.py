@@ -1,7 +1,8 @@
-"""What the README shows is run as it stands there."""
+"""The snippets, commands and tables of the README work as they are written."""
 
 import json
 import pathlib
+import pkgutil
 import re
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+import mtl_sparse
 from configs import sweeps
 from input_pipeline import datasets, loader
 from mtl_sparse import tasks
@@ -22,6 +24,8 @@ from mtl_sparse.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "mtl_sparse|input_pipeline|configs|colabs|benchmarks|tests|docs"
 
 
 def snippet(containing):
@@ -29,15 +33,15 @@ def snippet(containing):
     return found
 
 
-def test_somebody_elses_model(capsys):
+def test_pruning_another_model(capsys):
     exec(snippet("proximal_adam"), {})
     percentage, groups = re.fullmatch(r"(\d+) % of (\d+) groups are zero\n", capsys.readouterr().out).groups()
-    assert abs(int(percentage) - 70) <= 6, "each group is a whole point, and roundings move some"
+    assert abs(int(percentage) - 70) <= 6, "each group is about one percent, and rounding moves some"
     assert int(groups) == 3 + 48 + 48
 
 
-def test_a_task_of_your_own(config, monkeypatch):
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+def test_a_custom_task(config, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "depth_l1", None)  # removed again at the end
     exec(snippet("TASKS["), names := {})
     config.tasks = names["get_config"]().tasks
     run = setup_lib.setup(config)
@@ -49,7 +53,7 @@ def test_a_task_of_your_own(config, monkeypatch):
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), state.params))
 
 
-def test_a_data_set_of_your_own(monkeypatch, tmp_path):
+def test_a_custom_data_set(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
     monkeypatch.chdir(tmp_path)
     text = snippet("DATASETS[")
@@ -64,30 +68,30 @@ def test_a_data_set_of_your_own(monkeypatch, tmp_path):
     assert set(results["headlines"]) == {"segmentation", "attribute:Large"}
 
 
-SETTINGS = [line.split(" | ")[1] for line in README.splitlines() if line.startswith("|") and "--config." in line]
+OPTIONS = [line.split(" | ")[1] for line in README.splitlines() if line.startswith("|") and "--config." in line]
 
 
 @pytest.mark.parametrize("name", ["nyu", "demo"])
-@pytest.mark.parametrize("row", SETTINGS)
-def test_every_setting_is_taken_as_it_stands(row, name, monkeypatch):
+@pytest.mark.parametrize("row", OPTIONS)
+def test_every_option_is_accepted_as_written(row, name, monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     arguments = re.findall(r"--config\S*[^\s`,]", row)
     command = ["launch.py", f"--config={ROOT}/configs/{name}.py", *arguments]
-    monkeypatch.setattr(sys, "argv", command)  # where config_flags looks for overrides
+    monkeypatch.setattr(sys, "argv", command)  # config_flags reads overrides from it
     values(command)
     config = values.config
     config.tasks = tuple(part for entry in config.tasks for part in entry.split(","))  # as launch.py does
     if "lambda_=1e-4" in row or "penalty" in row:
-        assert len(arguments) == 2, "alternatives, or what another config needs"
+        assert len(arguments) == 2, "two alternatives, or an option that another config needs as well"
     config_lib.check(config)
 
 
-def test_every_sweep_has_as_many_runs_as_it_says():
-    said = re.findall(r"^\| `(\w+)` \| .*?\((\d+)(?: runs)?\)", README, re.M)
-    assert {name for name, _ in said} == sweeps.SWEEPS.keys()
-    counts = {name: int(count) for name, count in said}
-    assert counts.pop("lomt") == 6 * len(sweeps.trials("lomt")), "four single tasks and two multi-task runs a seed"
+def test_every_sweep_has_the_number_of_runs_in_the_table():
+    listed = re.findall(r"^\| `(\w+)` \| .*?\((\d+)(?: runs)?\)", README, re.M)
+    assert {name for name, _ in listed} == sweeps.SWEEPS.keys()
+    counts = {name: int(count) for name, count in listed}
+    assert counts.pop("lomt") == 6 * len(sweeps.trials("lomt")), "four single-task and two multi-task runs a seed"
     assert counts == {name: len(sweeps.trials(name)) for name in counts}
 
 
@@ -96,7 +100,54 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_every_file_that_is_linked_exists():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("https://")]
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert len(links) > 20 and not missing
+def test_ci_and_the_hooks_run_the_same_checks():
+    checks = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith(".venv/bin/")]
+    hooks = re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [check.removesuffix(" .") for check in checks] == [hook.removesuffix(" --force-exclude") for hook in hooks]
+
+
+def test_the_version_is_the_same_everywhere():
+    version = mtl_sparse.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_linked_file_exists(path):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+    missing = [link for link in links if not link.startswith("https://") and not (path.parent / link).exists()]
+    assert missing == []
+    assert path.name != "README.md" or len(links) > 20
+
+
+def exists(name):
+    """Return whether the repository has a file (a/b.py) or folder, or Python finds a name (a.b.c)."""
+    if "/" in name:
+        return (ROOT / name).exists()
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_named_module_and_file_exists(path):
+    text = path.read_text()
+    if path.name == "CHANGELOG.md":  # it names former modules in the first column of a table
+        text = re.sub(r"(?m)^  \| .*? \| ", "", text)
+    name = rf"(?:{FOLDERS})(?:/[\w.]+)*/?|(?:mtl_sparse|input_pipeline)(?:\.\w+)+"
+    names = set(re.findall(rf"`({name})(?:\(.*?\))?`", text))
+    assert [name for name in sorted(names) if not exists(name)] == []
+    assert path.name != "README.md" or len(names) > 20
+
+
+def test_the_documents_name_tests_that_exist():
+    """`faults_test.py::test_a_clock...` needs a function of this beginning, and `::test_...` one in any file."""
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*_test.py")}
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    named = [pair for pair in re.findall(r"`(\w+_test\.py)?(?:::(\w+))?[.]*`", text) if any(pair)]
+    for file, function in named:
+        texts = [files[file]] if file else files.values()
+        assert any(f"def {function}" in text for text in texts), f"{file}::{function}"
+    assert len(named) > 20

@@ -1,4 +1,4 @@
-"""Nothing that is read can run code, and nothing is unpacked."""
+"""No file that is read can run code, and no archive is unpacked."""
 
 import pathlib
 import pickle
@@ -7,16 +7,15 @@ import shutil
 
 import jax
 import numpy as np
-import pytest
 
 from input_pipeline import datasets
 from mtl_sparse.jobs import export
 from mtl_sparse.pretrained import state_dicts
 from mtl_sparse.report import records
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import checkpoints
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
+from tests.conftest import raises
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = [ROOT / "launch.py", *(path for part in ("configs", "input_pipeline", "mtl_sparse", "benchmarks")
@@ -27,7 +26,7 @@ class Trap:
     """A pickle that runs code when it is loaded."""
 
     def __reduce__(self):
-        return exec, ("raise SystemExit('the trap has run')",)
+        return exec, ("raise SystemExit('the pickle ran')",)
 
 
 def test_no_pickle_is_loaded_from_data_checkpoints_or_exports(sparse_run, monkeypatch, tmp_path):
@@ -51,15 +50,15 @@ def test_no_pickle_is_loaded_from_data_checkpoints_or_exports(sparse_run, monkey
 
 def test_arrays_that_are_pickles_are_refused(tmp_path):
     np.savez(tmp_path / "samples.npz", image=np.array([Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="samples.npz is damaged .*allow_pickle=False"):
+    with raises("FILE_DAMAGED", naming="samples.npz"):
         records.read_samples(tmp_path)
     np.savez(tmp_path / "weights.npz", **{"conv1.weight": np.array([Trap()], dtype=object)})
-    with pytest.raises(UserError, match="weights.npz"):
+    with raises("FILE_DAMAGED", naming="weights.npz"):
         state_dicts.read(tmp_path / "weights.npz")
 
 
 def test_the_sources_unpack_no_archive_and_load_no_pickle():
-    """What would need a second look: reading pickles, running text, unpacking files to where an archive says."""
+    """Reading pickles, running text, and unpacking archives would need a second look."""
     risky = (
         r"(?<![.\w])(pickle\.loads?\(|allow_pickle=True|eval\(|exec\(|tarfile|zipfile|unpack_archive|extractall|"
         r"weights_only=False|shell=True)"
