@@ -1,1 +1,1 @@
-"""Reads the records of finished or running jobs and draws them; never touches a model."""
+"""Read the records of finished and running jobs, and write tables and plots of them; needs no model and no JAX."""

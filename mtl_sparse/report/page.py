@@ -1,4 +1,4 @@
-"""A study written out: tables in three formats, pictures, and one HTML page that holds it all."""
+"""The report of a study: tables in three formats, plots, and one HTML page that holds all of them."""
 
 import base64
 import html
@@ -15,15 +15,19 @@ table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-
 td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } tr.published td { color: #777 }"""
 
 _TITLES = {
-    "against_dense": "Sparse against dense, paired over seeds",
-    "against_first": "Against the first row, paired over seeds",
-    "against_plain": "Heads at their tasks' layers against all at the end, paired over seeds",
-    "speed": "Compact against dense: how many times faster",
+    "against_dense": "Sparse minus dense, paired over seeds",
+    "against_first": "Rows minus the first one, paired over seeds",
+    "against_plain": "Heads at their tasks' layers minus all at the end, paired over seeds",
+    "speed": "Speed-up of the compact models over dense ones",
 }
 
 
 def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
-    """Writes the report of some runs and sweeps into `out`: index.html, summary.*, against_*.*, speed.*, plots/.
+    """Write the report of some runs and sweeps: index.html, summary.*, against_*.*, speed.* and plots/.
+
+    Args:
+      folders: of runs and sweeps.
+      out: folder of the report.
 
     Returns:
       The path of index.html, which is readable offline.
@@ -35,7 +39,9 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     out = pathlib.Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     if study.unfinished:
-        logging.warning("%d runs have not finished and are left out: %s", len(study.unfinished), study.unfinished[:3])
+        logging.warning(
+            "%d runs have not finished and are left out, such as %s", len(study.unfinished), study.unfinished[:3]
+        )
     tables = {
         "summary": study_tables.summary(study),
         "against_dense": study_tables.against_dense(study),
@@ -48,32 +54,33 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     for name, rows in tables.items():
         for suffix, write_as in formats.items():
             (out / f"{name}.{suffix}").write_text(write_as(rows) + ("\n" if suffix == "md" else ""))
-    pictures = study_plots.draw(study, out / "plots")
+    figures = study_plots.draw(study, out / "plots")
     page = out / "index.html"
-    page.write_text(_html(study, tables, pictures))
+    page.write_text(_html(study, tables, figures))
     print("\n\n".join(map(study_tables.to_markdown, tables.values())))
-    print(f"\ntables, pictures and the page with all of them: {page}")
+    print(f"\ntables and plots, and a page with all of them: {page}")
     return page
 
 
-def _html(study, tables, pictures):
+def _html(study, tables, figures):
     config = study.rows[0].config
     count = sum(len(row.runs) for row in study.rows)
-    left_out = f", {len(study.unfinished)} not finished and left out" if study.unfinished else ""
+    left_out = f", {len(study.unfinished)} unfinished and left out" if study.unfinished else ""
     embedded = config["data"]["embedded"]["frames"]
-    data = f"{config['data']['name']}{f', {embedded} embedded frames' if embedded else ''}"
+    data = f"{config['data']['name']}{f', {embedded} embedded images' if embedded else ''}"
     parts = [
         f"<p>{count} runs{left_out}; data: {html.escape(data)}. Mean ± standard deviation over seeds, test split.</p>"
     ]
     parts.append(_table(tables["summary"]))
     parts.append(
-        "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the prediction's "
-        "resolution, normals at the input's, as in the paper. Compact: what exact compaction leaves of the model.</p>"
+        "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the resolution of the "
+        "prediction, normals at that of the input, as in the paper. Compact: size of the model after exact "
+        "compaction.</p>"
     )
     for name, title in _TITLES.items():
         if name in tables:
             parts += [f"<h2>{title}</h2>", _table(tables[name])]
-    for title, path in pictures.items():
+    for title, path in figures.items():
         image = base64.b64encode(path.read_bytes()).decode()
         parts.append(
             f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'

@@ -1,33 +1,41 @@
-"""The pictures of one run, drawn from its records: curves, sparsity, groups per layer, sheet of test frames."""
+"""Plots of one run, drawn from its records: curves, sparsity, groups per layer, a grid of test images."""
 
 import itertools
 import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from input_pipeline.labels import VOID
 from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import records
-from mtl_sparse.runtime import files
+from mtl_sparse.report.schema import Choices, CompactLayer, Results, Timing, TimingRow
 
-_TEXT_LINES = 8  # attributes beside a test frame, before the next column
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TEXT_LINES = 8  # attributes in a column of text beside a test image
 _DENSE, _LEFT = "#d5dbe3", "#20639b"
 _BATCHES = ("#20639b", "#e67e22", "#5d8a3a", "#8e44ad")
 
 
 def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
-    """Draws every picture of a run into `plots/`; returns their paths.
+    """Draw every plot of a run into its folder `plots`.
+
+    Returns:
+      The paths of the plots.
 
     Raises:
       UserError: the folder lacks the records of a finished run.
     """
     workdir = pathlib.Path(workdir).expanduser()
-    results = files.read_json(workdir / "results.json")
+    results = Results.read(workdir / "results.json")
     samples = records.read_samples(workdir)
     folder = workdir / "plots"
     folder.mkdir(exist_ok=True)
     drawn = []
-    if (workdir / "metrics.jsonl").exists() or results["step"]:  # an imported run was not trained here
+    if (workdir / "metrics.jsonl").exists() or results.step:  # an imported run was not trained here
         metrics = records.read_metrics(workdir)
         drawn = [
             save(curves(metrics, results), folder / "curves.png"),
@@ -40,21 +48,27 @@ def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     ]
 
 
-def new_figure(*args, **kwargs):
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+def new_figure(*args, **kwargs) -> "Figure":
+    """Return a matplotlib figure without pyplot's global state and display."""
+    from matplotlib.figure import Figure
 
-    figure = Figure(*args, layout="constrained", **kwargs)
-    return figure
+    return Figure(*args, layout="constrained", **kwargs)
 
 
-def save(figure, path: pathlib.Path) -> pathlib.Path:
+def save(figure: "Figure", path: pathlib.Path) -> pathlib.Path:
+    """Save a figure; return the path."""
     figure.savefig(path, dpi=110)
     return path
 
 
-def curves(metrics, results):
-    """A column a task: training and validation loss above, the task's main validation metric below."""
-    tasks = results["headlines"]
+def curves(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
+    """Plot each task's training and validation loss, and below its main validation metric, in a column per task.
+
+    Args:
+      metrics: split -> metric -> (steps, values), see `records.read_metrics`.
+      results: of the run.
+    """
+    tasks = results.headlines
     figure = new_figure(figsize=(4.2 * len(tasks), 6))
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
     for column, (task, headline) in enumerate(tasks.items()):
@@ -65,49 +79,53 @@ def curves(metrics, results):
         above.set_title(task)
         above.set_ylabel("loss")
         above.legend(frameon=False)
-        name = headline["metric"]
+        name = headline.metric
         steps, values = metrics["validation"][name]
         below.plot(steps, values, color=_LEFT, marker="." if len(steps) < 3 else None, label="validation")
-        below.axhline(results["constant"][name], color="#b03a2e", linestyle=":", label="constant guess (test)")
-        below.plot(results["step"], results["test"][name], "o", color="#e67e22", label="test, best checkpoint")
-        below.set_ylabel(name.split("/")[1] + (" ↑" if headline["higher_is_better"] else " ↓"))
+        below.axhline(results.constant[name], color="#b03a2e", linestyle=":", label="constant baseline (test)")
+        below.plot(results.step, results.test[name], "o", color="#e67e22", label="test, best checkpoint")
+        below.set_ylabel(name.split("/")[1] + (" ↑" if headline.higher_is_better else " ↓"))
         below.set_xlabel("step")
         below.legend(frameon=False, fontsize=8)
     return plain(figure)
 
 
-def sparsity_over_steps(metrics, results):
-    """Percentage of zero groups and of the parameters in them at every validation (l1: of weights); below, lambda."""
+def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
+    """Plot the zero groups, the parameters in them and, for l1, the zero weights at each validation; below, lambda.
+
+    Args:
+      metrics: split -> metric -> (steps, values), see `records.read_metrics`.
+      results: of the run.
+    """
     figure = new_figure(figsize=(6, 4.8))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     shown = [("sparsity/group", "groups", _LEFT), ("sparsity/parameter", "parameters in them", "#7fb3d5")]
-    if results["sparsity"]["penalty"] == "l1":
+    if results.sparsity.penalty == "l1":
         shown.insert(0, ("sparsity/weight", "weights", "#2c3e50"))
     for name, label, color in shown:
         steps, values = metrics["validation"][name]
         above.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
-    if results["sparsity"]["target"]:
-        above.axhline(
-            100 * results["sparsity"]["target"], color="#b03a2e", linestyle=":", label=f"target for {shown[0][1]}"
-        )
+    if results.sparsity.target:
+        label = f"target for {shown[0][1]}"
+        above.axhline(100 * results.sparsity.target, color="#b03a2e", linestyle=":", label=label)
     steps, lambda_ = metrics["train"]["lambda"]
     below.plot(steps, lambda_, color=_LEFT)
     if (lambda_ > 0).any():
         below.set_yscale("log")
     for axis in (above, below):
-        axis.axvline(results["step"], color="#e67e22", linestyle=":", label="best checkpoint")
+        axis.axvline(results.step, color="#e67e22", linestyle=":", label="best checkpoint")
     above.set(ylabel="% zero", ylim=(-2, 102), title="Exactly zero")
     below.set(xlabel="step", ylabel="lambda")
     above.legend(frameon=False)
     return plain(figure)
 
 
-def groups_per_layer(results):
-    """Groups of each conv layer and how many of them are left (as Fig. 3 of the paper)."""
-    layers = sorted(results["sparsity"]["layers"], key=lambda layer: layer_names.network_order(layer["path"]))
-    names = [layer_names.short(layer["path"]) for layer in layers]
-    total = np.array([layer["groups"] for layer in layers])
-    left = total - np.array([layer["zero_groups"] for layer in layers])
+def groups_per_layer(results: Results) -> "Figure":
+    """Plot the groups of each conv layer and how many of them are left (Fig. 3 of the paper)."""
+    layers = sorted(results.sparsity.layers, key=lambda layer: layer_names.network_order(layer.path))
+    names = [layer_names.short(layer.path) for layer in layers]
+    total = np.array([layer.groups for layer in layers])
+    left = total - np.array([layer.zero_groups for layer in layers])
     figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
     axis = figure.subplots()
     place = np.arange(len(layers))
@@ -115,78 +133,99 @@ def groups_per_layer(results):
     axis.bar(place, left, color=_LEFT, label="left after training")
     axis.set_xticks(place, names, rotation=90, fontsize=7)
     axis.set(ylabel="groups", xlim=(-0.8, len(layers) - 0.2))
-    axis.set_title(f"{100 * results['sparsity']['group']:.1f} % of {total.sum()} groups are zero")
+    axis.set_title(f"{100 * results.sparsity.group:.1f} % of {total.sum()} groups are zero")
     axis.legend(frameon=False)
     return plain(figure)
 
 
-def compact_layers(rows):
-    """MACs of each conv layer before and after compaction, from compact.json."""
-    rows = sorted(rows, key=lambda row: layer_names.network_order(row["layer"]))
-    figure = new_figure(figsize=(max(6, 0.24 * len(rows) + 1.5), 4))
+def compact_layers(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> "Figure":
+    """Plot the MACs of each conv layer before and after compaction.
+
+    Args:
+      rows: of compact.json, or as `compaction.explain.explain` returns them.
+    """
+    layers = [CompactLayer.from_json(row) if isinstance(row, Mapping) else row for row in rows]
+    layers.sort(key=lambda row: layer_names.network_order(row.layer))
+    figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
     axis = figure.subplots()
-    place = np.arange(len(rows))
-    before, after = (np.array([row[key] for row in rows]) / 1e6 for key in ("macs", "macs_after"))
+    place = np.arange(len(layers))
+    before = np.array([row.macs for row in layers]) / 1e6
+    after = np.array([row.macs_after for row in layers]) / 1e6
     axis.bar(place, before, color=_DENSE, label="dense")
     axis.bar(place, after, color=_LEFT, label="compact")
-    axis.set_xticks(place, [layer_names.short(row["layer"]) for row in rows], rotation=90, fontsize=7)
-    axis.set(ylabel="million MACs an image", xlim=(-0.8, len(rows) - 0.2))
+    axis.set_xticks(place, [layer_names.short(row.layer) for row in layers], rotation=90, fontsize=7)
+    axis.set(ylabel="million MACs per image", xlim=(-0.8, len(layers) - 0.2))
     axis.set_title(f"{before.sum() / max(after.sum(), 1e-9):.1f} times fewer MACs")
     axis.legend(frameon=False)
     return plain(figure)
 
 
-def latency(found):
-    """Median latency of an image against its MACs, from benchmark.json: a panel for backbone and whole model."""
+def latency(timing: Timing | Mapping[str, Any]) -> "Figure":
+    """Plot the median latency per image against MACs, in a panel each for the backbone and the whole model.
+
+    Args:
+      timing: a `Timing`, or contents of benchmark.json, of which "size", "rounds" and "compact" may be missing.
+    """
+    if isinstance(timing, Mapping):
+        timing = Timing.from_json(timing)
     figure = new_figure(figsize=(9, 4))
-    parts = list(dict.fromkeys(row["part"] for row in found["rows"]))
+    parts = list(dict.fromkeys(row.part for row in timing.rows))
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        batches = sorted({row["batch"] for row in found["rows"]})
-        for batch, color in zip(batches, itertools.cycle(_BATCHES), strict=False):
-            rows = [row for row in found["rows"] if row["part"] == part and row["batch"] == batch]
-            macs = np.array([row["macs"] / 1e6 for row in rows])
-            median = np.array([row["median_ms"] / batch for row in rows])
-            upper = np.array([row["p90_ms"] / batch for row in rows]) - median
-            axis.errorbar(macs, median, [np.zeros(len(rows)), upper], fmt="o", color=color, label=f"batch {batch}")
-            proportional = "in proportion to MACs" if batch == batches[-1] else None
-            axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1, label=proportional)
-            for row, x, y in zip(rows, macs, median, strict=True):
-                # once a column; the sparse one lies on the dense one: zeros alone save nothing
-                if batch == batches[0] and row["model"] != "sparse":
-                    axis.annotate(row["model"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-        axis.set(title=part, xlabel="million MACs an image", ylabel="ms an image (median, to 90 %)")
-        axis.set_xlim(0, 1.25 * max(row["macs"] for row in found["rows"] if row["part"] == part) / 1e6)
-        axis.set_ylim(0)
-        axis.legend(frameon=False)
-    figure.suptitle(f"{found['device']}, {100 * found['group_sparsity']:.0f} % of groups zero", fontsize=10)
+        _plot_latency(axis, [row for row in timing.rows if row.part == part])
+        axis.set(title=part, xlabel="million MACs per image", ylabel="ms per image (median, to 90 %)")
+    figure.suptitle(f"{timing.device}, {100 * timing.group_sparsity:.0f} % of groups zero", fontsize=10)
     return plain(figure)
 
 
-def attachments(found):
-    """What is left of each layer in each task's single-task runs, and where its head goes, from lomt.json."""
+def _plot_latency(axis, entries: Sequence[TimingRow]):
+    """Plot the timings of one part of the model."""
+    batches = sorted({row.batch for row in entries})
+    for batch, color in zip(batches, itertools.cycle(_BATCHES), strict=False):
+        rows = [row for row in entries if row.batch == batch]
+        macs = np.array([row.macs / 1e6 for row in rows])
+        median = np.array([row.median_ms / batch for row in rows])
+        upper = np.array([row.p90_ms / batch for row in rows]) - median
+        axis.errorbar(macs, median, [np.zeros(len(rows)), upper], fmt="o", color=color, label=f"batch {batch}")
+        proportional = "in proportion to MACs" if batch == batches[-1] else None
+        axis.plot([0, macs[0]], [0, median[0]], ":", color=color, linewidth=1, label=proportional)
+        for row, x, y in zip(rows, macs, median, strict=True):
+            # One label per column; the sparse model lies on the dense one: zeros alone save nothing.
+            if batch == batches[0] and row.model != "sparse":
+                axis.annotate(row.model, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlim(0, 1.25 * max(row.macs for row in entries) / 1e6)
+    axis.set_ylim(0)
+    axis.legend(frameon=False)
+
+
+def attachments(choices: Choices) -> "Figure":
+    """Plot what is left of each layer in each task's single-task runs, and where LOMT attaches the task's head."""
     from matplotlib.patches import Rectangle
 
-    tasks = found["tasks"]
-    layers = list(next(iter(tasks.values()))["active"])
-    left = np.array([[np.mean(task["active"][layer]) for layer in layers] for task in tasks.values()])
+    tasks = choices.tasks
+    layers = list(next(iter(tasks.values())).active)
+    left = np.array([[np.mean(task.active[layer]) for layer in layers] for task in tasks.values()])
     figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 3), 0.4 * len(tasks) + 2.4))
     axis = figure.subplots()
     image = axis.imshow(100 * left, aspect="auto", cmap="Blues", vmin=0, vmax=100)
     for row, task in enumerate(tasks.values()):
         for column, layer in enumerate(layers):
-            if layer not in task["kept"]:
+            if layer not in task.kept:
                 axis.plot(column, row, "x", color="#9aa5b1", markersize=4)
-        place = layers.index(task["layer"])
+        place = layers.index(task.layer)
         axis.add_patch(Rectangle((place - 0.5, row - 0.46), 1, 0.92, fill=False, edgecolor="#e67e22", linewidth=2.5))
     axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(tasks)), [f"{name} → {task['point']}" for name, task in tasks.items()], fontsize=8)
-    axis.set_title("Framed: the deepest layer that a task keeps; crosses: layers that it does not keep", fontsize=9)
+    axis.set_yticks(range(len(tasks)), [f"{name} → {task.point}" for name, task in tasks.items()], fontsize=8)
+    axis.set_title("Outlined: the deepest layer that a task keeps; crosses: layers that it does not keep", fontsize=9)
     figure.colorbar(image, label="% of groups left")
     return figure
 
 
-def sample_sheet(samples):
-    """One row a test frame: the image, label and prediction of each pixel task, and the predicted attributes."""
+def sample_sheet(samples: Mapping[str, np.ndarray]) -> "Figure":
+    """Plot a row for each test image: its label and prediction of each pixel task, and the predicted attributes.
+
+    Args:
+      samples: see `records.read_samples`.
+    """
     every = [key.removeprefix("label/") for key in samples if key.startswith("label/")]
     tasks = [task for task in every if samples[f"label/{task}"].ndim > 1]
     attributes = [task for task in every if task.startswith("attribute:")]
@@ -196,7 +235,7 @@ def sample_sheet(samples):
     widths = [1] * (1 + 2 * len(tasks)) + [-(-len(attributes) // _TEXT_LINES)] * bool(attributes)
     figure = new_figure(figsize=(2 * sum(widths), 2 * count * height / width + 0.8))
     axes = figure.subplots(count, columns, squeeze=False, width_ratios=widths)
-    shown = set()
+    shown: set[int] = set()
     for row in range(count):
         axes[row, 0].imshow(images[row])
         axes[row, 0].set_ylabel(str(samples["name"][row]), fontsize=7)
@@ -205,10 +244,10 @@ def sample_sheet(samples):
         for i, task in enumerate(tasks):
             label, prediction = samples[f"label/{task}"][row], samples[f"prediction/{task}"][row]
             pair = pictures(label, prediction)
-            for axis, picture in zip(axes[row, 1 + 2 * i : 3 + 2 * i], pair, strict=True):
-                axis.imshow(picture)
+            for axis, shown_image in zip(axes[row, 1 + 2 * i : 3 + 2 * i], pair, strict=True):
+                axis.imshow(shown_image)
             if np.issubdtype(label.dtype, np.integer):
-                shown |= set(np.unique(label)) | set(np.unique(prediction))
+                shown |= {int(index) for index in np.union1d(label, prediction)}
     titles = ["image"] + [f"{task}: {kind}" for task in tasks for kind in ("label", "prediction")]
     titles += ["attributes (red: wrong)"] * bool(attributes)
     for axis, title in zip(axes[0], titles, strict=True):
@@ -217,19 +256,20 @@ def sample_sheet(samples):
         axis.set_xticks([])
         axis.set_yticks([])
     if shown:
-        from matplotlib.patches import Patch
-
-        names = dict(enumerate(samples.get("classes", ())))
-        handles = [
-            Patch(color=class_colors()[index], label=names.get(index, f"class {index}"))
-            for index in sorted(int(index) for index in shown - {VOID})
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=7, frameon=False)
+        _class_legend(figure, sorted(shown - {VOID}), samples.get("classes", ()))
     return figure
 
 
+def _class_legend(figure, classes, names):
+    from matplotlib.patches import Patch
+
+    names = dict(enumerate(names))
+    handles = [Patch(color=class_colors()[index], label=names.get(index, f"class {index}")) for index in classes]
+    figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=7, frameon=False)
+
+
 def _write_attributes(axis, samples, attributes, row):
-    """The predicted probability of each attribute of a frame: green where that is right, red where it is not."""
+    """Write the predicted probability of each attribute of an image: green if it is right, red if it is wrong."""
     axis.axis("off")
     threshold = float(samples["threshold"])
     columns = -(-len(attributes) // _TEXT_LINES)
@@ -243,7 +283,7 @@ def _write_attributes(axis, samples, attributes, row):
 
 
 def class_colors() -> np.ndarray:
-    """One RGB in [0, 1] for each class, [VOID, 3]: neighbours in the list differ in hue."""
+    """Return an RGB color in [0, 1] for each class, [VOID, 3]; consecutive classes differ in hue."""
     from matplotlib.colors import hsv_to_rgb
 
     index = np.arange(VOID)
@@ -251,14 +291,19 @@ def class_colors() -> np.ndarray:
     return hsv_to_rgb(np.clip(hsv, 0, 1))
 
 
-def pictures(label, prediction):
-    """RGB pictures of a label and its prediction, by what kind of label it is: classes, vectors or scalars."""
+def pictures(label: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a label and its prediction as RGB images in [0, 1].
+
+    Args:
+      label: classes int [H, W], vectors [H, W, 3] or positive scalars [H, W]; missing values are black.
+      prediction: of the same shape.
+    """
     if np.issubdtype(label.dtype, np.integer):
-        return _class_pictures(label, prediction)
-    return (_vector_pictures if label.ndim == 3 else _scalar_pictures)(label, prediction)
+        return _class_images(label, prediction)
+    return (_vector_images if label.ndim == 3 else _scalar_images)(label, prediction)
 
 
-def _class_pictures(label, prediction):
+def _class_images(label, prediction):
     colors = class_colors()
     void = label == VOID
     shown = colors[np.where(void, 0, label)]
@@ -266,24 +311,27 @@ def _class_pictures(label, prediction):
     return shown, colors[prediction]
 
 
-def _vector_pictures(label, prediction):
+def _vector_images(label, prediction):
     missing = np.sum(label * label, -1) == 0
     shown = (label + 1) / 2
     shown[missing] = 0
     return shown, np.clip((prediction + 1) / 2, 0, 1)
 
 
-def _scalar_pictures(label, prediction):
-    """Both in the label's own range, by the viridis map."""
+def _scalar_images(label, prediction):
+    """Color both in the range of the label."""
     from matplotlib import colormaps
 
     valid = label > 0
     low = label[valid].min() if valid.any() else 0.0
     high = max(label.max(), low + 1e-6)
-    return tuple(colormaps["viridis"](np.clip((x - low) / (high - low), 0, 1))[..., :3] for x in (label, prediction))
+    colors = colormaps["viridis"]
+    shown, predicted = (colors(np.clip((x - low) / (high - low), 0, 1))[..., :3] for x in (label, prediction))
+    return shown, predicted
 
 
-def plain(figure):
+def plain(figure: "Figure") -> "Figure":
+    """Remove the top and right frame of each axis; return the figure."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure

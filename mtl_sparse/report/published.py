@@ -1,11 +1,31 @@
-"""The paper's tables: test figures with their standard deviation over five runs, for comparison with ours.
+"""The paper's tables: test metrics and their standard deviation over five runs, to compare with.
 
-Source: Upadhyay et al., "Less is More", CPAL 2024, Tables 1 to 3. Their lambdas are inferred from the released configs.
-IoU, CS and MAE are `image_iou`, `cosine` and `mae_normalized` here, CS at the input's resolution, to which the released
-code resizes the predicted normals, the others at the prediction's.
+Source: Upadhyay et al., "Less is More", CPAL 2024, Tables 1 to 3. Their lambdas are inferred from the configs of the
+reference implementation. IoU, CS and MAE are `image_iou`, `cosine` and `mae_normalized` here: CS at the resolution of
+the input, to which the reference implementation resizes the predicted normals, the others at that of the prediction.
 """
 
-# (data set, tasks in the paper's order, penalty, lambda) -> (task -> (mean, std)), % zero groups, % parameters in them.
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A row of the paper's tables.
+
+    Attributes:
+      tasks: task -> (mean, standard deviation) of its metric.
+      group: fraction of groups that are zero.
+      parameter: fraction of weights in zero groups; under l1, of all weights that are zero.
+    """
+
+    tasks: dict[str, tuple[float, float]]
+    group: float
+    parameter: float
+
+
+# Sparsity in percent; tasks in the order of the paper.
 _NYU = ("segmentation", "normals", "depth")
 _ROWS = (
     # tasks, penalty, lambda, segmentation, normals, depth, groups, parameters
@@ -52,11 +72,12 @@ _CELEB_ROWS = (
 )
 
 
-def _entry(tasks, figures, groups, parameters):
+def _entry(tasks, figures, groups, parameters) -> Published:
     found = {task: figure for task, figure in zip(tasks, figures, strict=True) if figure is not None}
-    return {"tasks": found, "group": groups / 100, "parameter": parameters / 100}
+    return Published(found, groups / 100, parameters / 100)
 
 
+# (data set, tasks, penalty, lambda) -> row.
 TABLES = {
     ("nyud_mt", frozenset(tasks), penalty, lambda_): _entry(_NYU, figures, groups, parameters)
     for tasks, penalty, lambda_, *figures, groups, parameters in _ROWS
@@ -66,14 +87,14 @@ TABLES = {
 }
 
 
-def lookup(config: dict) -> dict | None:
-    """The published figures of a run's settings (config.json), or None: {"tasks": {task: (mean, std)}, "group", ...}.
+def lookup(config: Mapping[str, Any]) -> Published | None:
+    """Return the published row for a run's config.json.
 
-    Only a run of the paper's backbone on published data in the paper's size, at its lambda, has one.
+    Returns:
+      None unless the run has the paper's backbone, the published data in the paper's size, and one of its lambdas.
     """
-    data, model = config["data"], config["model"]
-    papers = (list(data["size"]), model["depth"], model["width"]) == ([256, 256], 50, 64)
-    if not papers or model.get("attach") or data["embedded"]["frames"] or config["sparsity"]["target"]:
+    data, model, sparsity = config["data"], config["model"], config["sparsity"]
+    is_papers = (list(data["size"]), model["depth"], model["width"]) == ([256, 256], 50, 64)
+    if not is_papers or model.get("attach") or data["embedded"]["frames"] or sparsity["target"]:
         return None
-    sparsity = config["sparsity"]
-    return TABLES.get((config["data"]["name"], frozenset(config["tasks"]), sparsity["penalty"], sparsity["lambda_"]))
+    return TABLES.get((data["name"], frozenset(config["tasks"]), sparsity["penalty"], sparsity["lambda_"]))

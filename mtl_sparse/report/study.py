@@ -1,31 +1,32 @@
-"""Several runs as one study: grouped over seeds, with mean and spread, the gain over single-task runs, paired tests."""
+"""Several runs as one study: grouped over seeds, with mean and standard deviation, gains, and paired tests."""
 
 import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from mtl_sparse.report import published, records
-from mtl_sparse.runtime import files
+from mtl_sparse.report.schema import Results, Sweep, Timing
 from mtl_sparse.runtime.errors import UserError
 
-# Metric of a task in the paper's tables, its name there, and whether more is better.
+# Metric of a task in the paper's tables, its name there, and whether higher is better.
 PAPER = {
     "segmentation": ("image_iou_stride8", "IoU", True),
-    "normals": ("cosine", "CS", True),  # the released code resizes the prediction, not the label
+    "normals": ("cosine", "CS", True),  # the reference implementation resizes the prediction, not the label
     "depth": ("mae_normalized_stride8", "MAE", False),
     "edge": ("mae_stride8", "MAE", False),
 }
-_MOST_COLUMNS = 4  # of settings
+_MOST_COLUMNS = 4  # of options
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Mean and sample standard deviation (NaN of one value) over n seeds."""
+    """Mean and sample standard deviation (NaN for one value) over n seeds."""
 
     mean: float
     std: float
@@ -33,13 +34,14 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure":
-        values = np.asarray(values, np.float64)
-        return cls(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan"), len(values))
+        """Return the figure of some values."""
+        array = np.asarray(values, np.float64)
+        return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan"), len(array))
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Mean of a - b over the n seeds that both have, its 95 % interval and p of the paired t test (NaN below 2)."""
+    """Mean of a - b over the n seeds of both, its 95 % interval and p of the paired t test (NaN below 2 seeds)."""
 
     mean: float
     low: float
@@ -50,87 +52,107 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seed alone.
+    """Runs that differ in their seed only.
 
     Attributes:
-      settings: what tells this row from the others: dotted path -> value.
+      settings: options that distinguish this row from the others: dotted path -> value.
       tasks: of its runs.
-      runs: seed -> contents of its results.json.
+      runs: seed -> results.
       folders: seed -> the run's folder.
-      changes: those of `settings` that are others than in the study's first row.
+      changes: those of `settings` that differ from the study's first row.
     """
 
-    settings: dict
+    settings: dict[str, Any]
     tasks: tuple[str, ...]
-    runs: dict[int, dict]
+    runs: dict[int, Results]
     folders: dict[int, pathlib.Path]
-    changes: dict = dataclasses.field(default_factory=dict)
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def config(self) -> dict:
-        return next(iter(self.runs.values()))["config"]
+    def any_run(self) -> Results:
+        """The results of its first run."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of its first run; the others differ in their seed, and in options without an effect."""
+        return self.any_run.config
 
     @property
     def is_dense(self) -> bool:
+        """Whether its runs have no penalty."""
         sparsity = self.config["sparsity"]
         return sparsity["lambda_"] == 0 and sparsity["target"] == 0
 
     @property
     def attach(self) -> list[str]:
-        """Where each task's head reads; empty: all at the end."""
+        """Attachment point of each task's head; empty if all heads are at the end."""
         return self.config["model"].get("attach", [])
 
     def values(self, task: str) -> dict[int, float]:
-        """The task's metric on the test split by seed."""
-        return {seed: run["test"][f"{task}/{metric(task, run)[0]}"] for seed, run in self.runs.items()}
+        """Return the task's metric on the test split by seed."""
+        return {seed: run.test[f"{task}/{metric(task, run)[0]}"] for seed, run in self.runs.items()}
 
     def figure(self, task: str) -> Figure:
+        """Return the task's metric on the test split over seeds."""
         return Figure.of(list(self.values(task).values()))
 
     def sparsity(self, kind: str) -> Figure:
-        """Zero fraction by kind: "group", or "parameter", those in zero groups (under l1, all that are zero)."""
+        """Return the zero fraction over seeds.
+
+        Args:
+          kind: "group", or "parameter" for the parameters in zero groups; under l1, all parameters that are zero.
+        """
         if kind == "parameter" and self.config["sparsity"]["penalty"] == "l1":
             kind = "weight"
-        return Figure.of([run["sparsity"][kind] for run in self.runs.values()])
+        found = [getattr(run.sparsity, kind) for run in self.runs.values()]
+        return Figure.of([float("nan") if value is None else value for value in found])
 
     def size(self, kind: str) -> Figure | None:
-        """Millions of "parameters" or "macs" that compaction leaves of the whole model; None of a run without them."""
-        if not all("size" in run for run in self.runs.values()):
+        """Return millions of "parameters" or "macs" of the whole compact model; None if a run has no sizes."""
+        compact = [run.size.compact for run in self.runs.values() if run.size is not None]
+        if len(compact) < len(self.runs):
             return None
-        return Figure.of([run["size"]["compact"][kind] / 1e6 for run in self.runs.values()])
+        return Figure.of([getattr(size, kind) / 1e6 for size in compact])
 
     @property
-    def timings(self) -> list[dict]:
-        """benchmark.json of those runs that --job=benchmark has timed."""
+    def timings(self) -> list[Timing]:
+        """The timings of those runs that --job=benchmark has timed."""
         paths = [folder / "benchmark.json" for folder in self.folders.values()]
-        return [files.read_json(path) for path in paths if path.exists()]
+        return [Timing.read(path) for path in paths if path.exists()]
 
     @property
-    def published(self) -> dict | None:
+    def published(self) -> published.Published | None:
+        """The row of the paper's tables with the same options."""
         return published.lookup(self.config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Rows of one data set, and the folders of a sweep that have no results yet."""
+    """Rows of one data set, and the trials of sweeps that have no results yet."""
 
     rows: tuple[Row, ...]
     unfinished: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """The tasks of all rows."""
         return tuple(dict.fromkeys(task for row in self.rows for task in row.tasks))
 
     @property
     def is_ablation(self) -> bool:
-        """Whether so many settings differ that rows are told by what they change of the first one."""
+        """Whether so many options differ that rows are named by their changes relative to the first row."""
         return len(self.rows[0].settings.keys() - {"tasks"}) > _MOST_COLUMNS
 
+    def metric(self, task: str) -> tuple[str, str, bool]:
+        """Return the metric that tables show of a task, see `metric`."""
+        return metric(task, next(row.any_run for row in self.rows if task in row.tasks))
+
     def gain(self, row: Row) -> Figure | None:
-        """Delta_m in percent over the row's seeds: the mean over tasks of the relative gain on the single-task runs.
+        """Return Delta_m in percent over the row's seeds: the mean relative gain over the single-task runs.
 
         Sum_i s_i (M_i - S_i) / S_i over the number of tasks, S_i the mean of the dense single-task runs and s_i = -1
-        where less is better (Maninis et al. 2019, arXiv 1904.08918). None for one task, or without such runs.
+        if lower is better (Maninis et al. 2019, arXiv 1904.08918). None for one task, or without such runs.
         """
         if len(row.tasks) < 2:
             return None
@@ -139,7 +161,7 @@ class Study:
             base = self._single(row, task)
             if base is None:
                 return None
-            sign = 1 if metric(task, next(iter(row.runs.values())))[2] else -1
+            sign = 1 if metric(task, row.any_run)[2] else -1
             for seed, value in row.values(task).items():
                 gains[seed].append(sign * (value - base.figure(task).mean) / base.figure(task).mean)
         return Figure.of([100 * float(np.mean(values)) for values in gains.values()])
@@ -150,124 +172,139 @@ class Study:
         return next((one for one in rows if _alike(one, row, free)), None)
 
     def plain(self, row: Row) -> Row | None:
-        """The row whose heads all read the end of the backbone, with the same settings otherwise."""
+        """Return the row with the same options, but all heads at the end of the backbone."""
         rows = [one for one in self.rows if not one.attach and one is not row]
         return next((one for one in rows if _alike(one, row, ("model.attach",))), None)
 
     def dense(self, row: Row) -> Row | None:
-        """The row without a penalty that has the same settings otherwise; none of `sparsity` says anything there."""
+        """Return the row with the same options, but without a penalty; other options of `sparsity` may differ."""
         rows = [one for one in self.rows if one.is_dense and one is not row]
         return next((one for one in rows if _alike(one, row, ("sparsity.",))), None)
 
 
 def _alike(a, b, free):
-    """Whether two rows have the same settings, but for those whose names begin with one of `free`."""
+    """Return whether two rows have the same options, except those whose names begin with one of `free`."""
     names = [name for name in a.settings | b.settings if not name.startswith(free)]
     return all(a.settings.get(name) == b.settings.get(name) for name in names)
 
 
-def metric(task: str, run: dict) -> tuple[str, str, bool]:
-    """(name in results.json, name in the paper, whether more is better) of the metric that tables show of a task."""
+def metric(task: str, run: Results) -> tuple[str, str, bool]:
+    """Return the metric that tables show of a task: (name in results.json, name in the paper, higher is better)."""
     if task in PAPER:
         return PAPER[task]
-    headline = run["headlines"][task]
-    name = headline["metric"].removeprefix(f"{task}/")
-    return name, name, headline["higher_is_better"]
+    headline = run.headlines[task]
+    name = headline.metric.removeprefix(f"{task}/")
+    return name, name, headline.higher_is_better
 
 
 def compare(row: Row, base: Row, task: str) -> Difference:
-    """`row` minus `base` in a task's metric, paired over their common seeds."""
+    """Return `row` minus `base` in a task's metric, paired over their common seeds."""
     ours, theirs = row.values(task), base.values(task)
     return _difference([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
 def compare_gain(row: Row, base: Row) -> Difference:
-    """Delta_m of `row` over `base` in percent, paired over their common seeds, in the tasks of both.
+    """Return Delta_m of `row` over `base` in percent, paired over their common seeds, in the tasks of both.
 
-    The mean over tasks of s_i (M_i - B_i) / B_i, B_i the same seed's run of `base`, s_i = -1 where less is better.
+    The mean over tasks of s_i (M_i - B_i) / B_i, B_i the same seed's run of `base`, s_i = -1 if lower is better.
     """
     gains = collections.defaultdict(list)
     for task in [task for task in row.tasks if task in base.tasks]:
         ours, theirs = row.values(task), base.values(task)
-        sign = 1 if metric(task, next(iter(row.runs.values())))[2] else -1
+        sign = 1 if metric(task, row.any_run)[2] else -1
         for seed in sorted(ours.keys() & theirs.keys()):
             gains[seed].append(100 * sign * (ours[seed] - theirs[seed]) / theirs[seed])
-    return _difference([np.mean(values) for values in gains.values()])
+    return _difference([float(np.mean(values)) for values in gains.values()])
 
 
-def _difference(pairs) -> Difference:
-    pairs = np.array(pairs)
+def _difference(values: Sequence[float]) -> Difference:
+    pairs = np.array(values)
+    nan = float("nan")
     if len(pairs) == 0:
-        return Difference(*[float("nan")] * 4, 0)
+        return Difference(nan, nan, nan, nan, 0)
     mean = float(pairs.mean())
     if len(pairs) < 2 or np.ptp(pairs) == 0:
-        return Difference(mean, *[float("nan")] * 3, len(pairs))
+        return Difference(mean, nan, nan, nan, len(pairs))
     half = stats.t.ppf(0.975, len(pairs) - 1) * pairs.std(ddof=1) / np.sqrt(len(pairs))
     return Difference(mean, mean - half, mean + half, float(stats.ttest_1samp(pairs, 0).pvalue), len(pairs))
 
 
 def read(folders: Sequence[str | pathlib.Path]) -> Study:
-    """The study of some runs and sweeps.
+    """Return the study of some runs and sweeps.
 
     Args:
-      folders: of runs, or of sweeps, whose unfinished runs are left out and named.
+      folders: of runs, or of sweeps, whose unfinished runs are left out and listed in `Study.unfinished`.
 
     Raises:
-      UserError: a folder that is neither, or of a run that has not finished; no finished run; several data sets; two
-        runs of the same settings and seed.
+      UserError: FOLDER_NOT_A_RUN for a folder that is neither; RUN_NOT_FINISHED for an unfinished run, or if no run
+        has finished; STUDY_SEVERAL_DATA_SETS; STUDY_RUN_TWICE for two runs with the same options and seed.
     """
-    found, unfinished = {}, []
-    for folder in map(pathlib.Path, folders):
-        folder = folder.expanduser()
+    found: dict[pathlib.Path, Results] = {}
+    unfinished = []
+    for folder in (pathlib.Path(folder).expanduser() for folder in folders):
         if (folder / "sweep.json").exists():
-            for name in files.read_json(folder / "sweep.json")["trials"]:
+            for name in Sweep.read(folder / "sweep.json").trials:
                 if records.is_finished(folder / name):
-                    found[folder / name] = files.read_json(folder / name / "results.json")
+                    found[folder / name] = Results.read(folder / name / "results.json")
                 else:
                     unfinished.append(name)
-        elif (folder / "results.json").exists():
-            found[folder] = files.read_json(folder / "results.json")
+        elif records.is_finished(folder):
+            found[folder] = Results.read(folder / "results.json")
+        elif (folder / "config.json").exists():
+            raise UserError(
+                "RUN_NOT_FINISHED", f"the run in {folder} has not finished; leave it out, or run its command again"
+            )
         else:
-            kind = "a run that has not finished" if (folder / "config.json").exists() else "neither a run nor a sweep"
-            raise UserError(f"{folder} holds {kind}; leave it out, or give its command again")
+            raise UserError(
+                "FOLDER_NOT_A_RUN",
+                f"expected the folder of a run or a sweep, got {folder}, without a results.json or sweep.json; "
+                "leave it out",
+            )
     if not found:
-        raise UserError(f"none of the {len(unfinished)} runs has finished; give the sweep's command again")
-    names = sorted({run["config"]["data"]["name"] for run in found.values()})
+        raise UserError(
+            "RUN_NOT_FINISHED", f"none of the {len(unfinished)} runs has finished; run the sweep's command again"
+        )
+    names = sorted({run.config["data"]["name"] for run in found.values()})
     if len(names) > 1:
-        raise UserError(f"these runs are of several data sets ({', '.join(names)}): make one table of each")
+        raise UserError(
+            "STUDY_SEVERAL_DATA_SETS",
+            f"expected runs on one data set, got {', '.join(names)}; make a report for each data set",
+        )
     return Study(_rows(found), tuple(unfinished))
 
 
-def _rows(found):
-    flat = {folder: _settings(run["config"]) for folder, run in found.items()}
-    keys = sorted({key for settings in flat.values() for key in settings})
-    for key in keys:  # a run from before a setting was made is one where it does nothing, by 0 or False
-        nothing = next((of[key] for of in flat.values() if key in of and not of[key]), None)
-        for settings in flat.values():
-            settings.setdefault(key, nothing)
-    example = next((settings for settings in flat.values() if not records.is_dense(settings)), {})
-    for settings in flat.values():
-        if records.is_dense(settings):  # what does nothing there tells it from no other
-            settings |= {name: value for name, value in example.items() if is_idle(name)}
-    differing = [key for key in keys if len({json.dumps(settings.get(key)) for settings in flat.values()}) > 1]
-    rows = {}
+def _rows(found: Mapping[pathlib.Path, Results]) -> tuple[Row, ...]:
+    options = {folder: _distinguishing(run.config) for folder, run in found.items()}
+    keys = sorted({key for one in options.values() for key in one})
+    for key in keys:  # in a run made before an option existed, the option has no effect: as with 0 or False
+        nothing = next((one[key] for one in options.values() if key in one and not one[key]), None)
+        for one in options.values():
+            one.setdefault(key, nothing)
+    example: dict[str, Any] = next((one for one in options.values() if not records.is_dense(one)), {})
+    for one in options.values():
+        if records.is_dense(one):  # options without an effect do not distinguish it from others
+            one |= {name: value for name, value in example.items() if is_idle(name)}
+    differing = [key for key in keys if len({json.dumps(one.get(key)) for one in options.values()}) > 1]
+    rows: dict[str, Row] = {}
     for folder, run in found.items():
-        settings = {key: flat[folder].get(key) for key in differing}
-        tasks = tuple(run["config"]["tasks"])
-        row = rows.setdefault(json.dumps(settings), Row(settings, tasks, {}, {}))
-        if run["seed"] in row.runs:
-            raise UserError(f"{folder} and {row.folders[run['seed']]} are the same run twice: leave one out")
-        row.runs[run["seed"]], row.folders[run["seed"]] = run, folder
+        settings = {key: options[folder].get(key) for key in differing}
+        row = rows.setdefault(json.dumps(settings), Row(settings, tuple(run.config["tasks"]), {}, {}))
+        if run.seed in row.runs:
+            raise UserError(
+                "STUDY_RUN_TWICE",
+                f"{folder} and {row.folders[run.seed]} have the same options and seed; leave one of them out",
+            )
+        row.runs[run.seed], row.folders[run.seed] = run, folder
     first, *others = rows.values()
     changed = ({name: value for name, value in row.settings.items() if value != first.settings[name]} for row in others)
     return first, *(dataclasses.replace(row, changes=of) for row, of in zip(others, changed, strict=True))
 
 
 def is_idle(name: str) -> bool:
-    """Whether a setting does nothing in a dense run."""
+    """Return whether an option has no effect in a dense run."""
     return name.startswith("sparsity.") and name not in ("sparsity.lambda_", "sparsity.target")
 
 
-def _settings(config):
-    """The settings that tell one row from another: all that change results, but the seed."""
+def _distinguishing(config):
+    """Return the options that distinguish one row from another: all that change results, except the seed."""
     return {name: value for name, value in records.settings(config).items() if name != "seed"}

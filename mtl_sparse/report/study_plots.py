@@ -1,6 +1,9 @@
-"""A study's pictures: metrics and sparsity against lambda, sparsity over the run, layers, Pareto plot, latency."""
+"""Plots of a study: metrics and sparsity against lambda, sparsity over the run, layers, Pareto plot, latency."""
 
+import pathlib
 import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -8,15 +11,24 @@ from matplotlib import colormaps
 from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import plots, records
 from mtl_sparse.report import study as study_lib
+from mtl_sparse.report.schema import Results, Timing
 from mtl_sparse.report.study_tables import setting, short
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw(study: study_lib.Study, folder) -> dict[str, object]:
-    """Draws the pictures that the study has the runs for into `folder`; returns {title: path}."""
+_Make = Callable[[study_lib.Study], "Figure | None"]
+_Of = Callable[[study_lib.Row], study_lib.Figure | None]
+
+
+def draw(study: study_lib.Study, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Draw the plots that the runs of a study allow into a folder; return their paths by title."""
     folder.mkdir(exist_ok=True)
     found = {}
-    over_lambda = {"Metrics against lambda": metrics_over_lambda, "Zero groups against lambda": sparsity_over_lambda}
-    makers = {"What each change does": ablation} if study.is_ablation else over_lambda
+    makers: dict[str, _Make] = {"Metrics against lambda": metrics_over_lambda}
+    makers["Zero groups against lambda"] = sparsity_over_lambda
+    if study.is_ablation:
+        makers = {"Effect of each change": ablation}
     makers |= {
         "Metrics against sparsity": pareto,
         "Sparsity over the run": sparsity_over_steps,
@@ -31,18 +43,21 @@ def draw(study: study_lib.Study, folder) -> dict[str, object]:
     return found
 
 
-def label(study, row, without=()) -> str:
-    """The tasks of a row and its settings that are not in `without`, but for those that it does not use.
+def label(study: study_lib.Study, row: study_lib.Row, without: Collection[str] = ()) -> str:
+    """Return the tasks of a row and its options; in an ablation, the options that differ from the first row.
 
-    Where many settings differ, those that it changes of the first row.
+    Args:
+      study: has the row.
+      row: to be named; options that have no effect in it are left out.
+      without: options to leave out.
     """
-    names = row.changes if study.is_ablation else row.settings
-    names = sorted(name for name in names if name not in ("tasks", *without) and setting(row, name))
+    options = row.changes if study.is_ablation else row.settings
+    names = sorted(name for name in options if name not in ("tasks", *without) and setting(row, name))
     return ", ".join([setting(row, "tasks"), *(f"{short(name)} {setting(row, name)}" for name in names)])
 
 
-def ablation(study):
-    """Each row's metrics and % zero groups beside those of the first row, mean and spread over seeds."""
+def ablation(study: study_lib.Study) -> "Figure":
+    """Plot each row's metrics and % zero groups beside those of the first row: mean and standard deviation."""
     rows = study.rows
     labels = [setting(row, "changes") for row in rows]
     if len({row.tasks for row in rows}) > 1:
@@ -50,26 +65,33 @@ def ablation(study):
     labels = [textwrap.fill(text, 46) for text in labels]
     heights = [1 + text.count("\n") for text in labels]
     places = np.cumsum(heights) - np.array(heights) / 2
-    panels = {_zero_label(rows): lambda row: _scaled(_zero(row))}
-    for task in study.tasks:
-        run = next(next(iter(row.runs.values())) for row in rows if task in row.tasks)
-        _, name, higher = study_lib.metric(task, run)
-        panels[f"{task.removeprefix('attribute:')} {name} {'↑' if higher else '↓'}"] = lambda row, task=task: (
-            row.figure(task) if task in row.tasks else None
-        )
+    panels: dict[str, _Of] = {_zero_label(rows): lambda row: _scaled(_zero(row))}
+    panels |= {_metric_label(study, task, task.removeprefix("attribute:")): _figure_of(task) for task in study.tasks}
     figure = plots.new_figure(figsize=(3.5 + 2.3 * len(panels), 1 + 0.22 * sum(heights)))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, of) in zip(axes, panels.items(), strict=True):
-        if of(rows[0]):
-            axis.axvline(of(rows[0]).mean, color="0.8", linewidth=1, zorder=0)
-        for place, row in zip(places, rows, strict=True):
-            if of(row):
+        values = [of(row) for row in rows]
+        if values[0]:
+            axis.axvline(values[0].mean, color="0.8", linewidth=1, zorder=0)
+        for place, row, value in zip(places, rows, values, strict=True):
+            if value:
                 color = "0.55" if row.is_dense else _color(0.3, 2)
-                axis.errorbar(of(row).mean, place, xerr=np.nan_to_num(of(row).std), fmt="o", capsize=2, color=color)
+                axis.errorbar(value.mean, place, xerr=np.nan_to_num(value.std), fmt="o", capsize=2, color=color)
         axis.set(xlabel=name)
     axes[0].set(ylim=(sum(heights), 0))
     axes[0].set_yticks(places, labels, fontsize=8)
     return plots.plain(figure)
+
+
+def _metric_label(study, task, shown):
+    """Return the axis label of a task's metric."""
+    _, name, higher = study.metric(task)
+    return f"{shown} {name} {'↑' if higher else '↓'}"
+
+
+def _figure_of(task: str) -> _Of:
+    """Return the function row -> figure of a task's metric, None for a row without the task."""
+    return lambda row: row.figure(task) if task in row.tasks else None
 
 
 def _scaled(figure, factor=100):
@@ -81,8 +103,8 @@ def _color(index, count):
 
 
 def _lambda_lines(study):
-    """Rows that differ in lambda alone, as {label: rows by rising lambda}; empty where lambda never varies."""
-    lines = {}
+    """Return label -> rows that differ in lambda only, by rising lambda; {} if lambda never varies."""
+    lines: dict[str, list[study_lib.Row]] = {}
     for row in study.rows:
         lines.setdefault(label(study, row, ("sparsity.lambda_",)), []).append(row)
     lines = {name: sorted(rows, key=_lambda) for name, rows in lines.items()}
@@ -94,7 +116,7 @@ def _lambda(row):
 
 
 def _places(rows, smallest):
-    """Lambdas on a logarithmic axis, 0 a decade below the smallest."""
+    """Return lambdas on a logarithmic axis, with 0 a decade below the smallest one."""
     return _places_of([_lambda(row) for row in rows], smallest)
 
 
@@ -102,8 +124,8 @@ def _places_of(lambdas, smallest):
     return np.array([value or smallest / 10 for value in lambdas])
 
 
-def _over_lambda(study, panels):
-    """One panel each of {y label: row -> Figure or None}, a line for each set of rows."""
+def _over_lambda(study: study_lib.Study, panels: Mapping[str, _Of]) -> "Figure | None":
+    """Plot figures against lambda, in a panel for each label and function; a line for each set of rows."""
     lines = _lambda_lines(study)
     if not lines:
         return None
@@ -111,22 +133,23 @@ def _over_lambda(study, panels):
     figure = plots.new_figure(figsize=(4.2 * len(panels), 3.6 + 0.1 * len(lines)))
     for axis, (name, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (line, rows) in enumerate(lines.items()):
-            shown = [(place, of(row)) for place, row in zip(_places(rows, smallest), rows, strict=True) if of(row)]
+            values = [(place, of(row)) for place, row in zip(_places(rows, smallest), rows, strict=True)]
+            shown = [(place, value) for place, value in values if value]
             if shown:
                 x, y = [place for place, _ in shown], [value.mean for _, value in shown]
                 error = np.nan_to_num([value.std for _, value in shown])
                 axis.errorbar(x, y, error, marker="o", capsize=2, color=_color(i, len(lines)), label=line)
         axis.set(xscale="log", xlabel="lambda", ylabel=name)
-        shown = sorted({_lambda(row) for rows in lines.values() for row in rows})
-        axis.set_xticks(_places_of(shown, smallest), [f"{value:g}" for value in shown], fontsize=8)
+        lambdas = sorted({_lambda(row) for rows in lines.values() for row in rows})
+        axis.set_xticks(_places_of(lambdas, smallest), [f"{value:g}" for value in lambdas], fontsize=8)
         axis.minorticks_off()
     _legend(figure)
     return plots.plain(figure)
 
 
 def _legend(figure):
-    """One legend below all panels, an entry for each label, as many side by side as their length allows."""
-    entries = {}
+    """Add one legend below all panels, with as many entries side by side as their length allows."""
+    entries: dict[str, Any] = {}
     for axis in figure.axes:
         entries |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     columns = max(1, int(figure.get_figwidth() / (0.6 + 0.06 * max(map(len, entries), default=1))))
@@ -135,29 +158,18 @@ def _legend(figure):
     )
 
 
-def metrics_over_lambda(study):
-    """Each task's metric against lambda (the paper's Fig. 3a)."""
-    panels = {}
-    for task in study.tasks:
-        run = next(next(iter(row.runs.values())) for row in study.rows if task in row.tasks)
-        _, name, higher = study_lib.metric(task, run)
-        panels[f"{task} {name} {'↑' if higher else '↓'}"] = lambda row, task=task: (
-            row.figure(task) if task in row.tasks else None
-        )
+def metrics_over_lambda(study: study_lib.Study) -> "Figure | None":
+    """Plot each task's metric against lambda (Fig. 3a of the paper); return None if lambda never varies."""
+    return _over_lambda(study, {_metric_label(study, task, task): _figure_of(task) for task in study.tasks})
+
+
+def sparsity_over_lambda(study: study_lib.Study) -> "Figure | None":
+    """Plot % zero groups, and % of parameters in them, against lambda (Fig. 3b); return None if lambda never varies."""
+    panels: dict[str, _Of] = {
+        "% groups zero": lambda row: _scaled(row.sparsity("group")),
+        "% parameters in them": lambda row: _scaled(row.sparsity("parameter")),
+    }
     return _over_lambda(study, panels)
-
-
-def sparsity_over_lambda(study):
-    """% zero groups, and % of the parameters in them, against lambda (the paper's Fig. 3b)."""
-
-    def percent(kind):
-        def of(row):
-            found = row.sparsity(kind)
-            return study_lib.Figure(100 * found.mean, 100 * found.std, found.n)
-
-        return of
-
-    return _over_lambda(study, {"% groups zero": percent("group"), "% parameters in them": percent("parameter")})
 
 
 def _is_l1(row):
@@ -165,7 +177,7 @@ def _is_l1(row):
 
 
 def _zero(row):
-    """Fraction of the groups, under l1 of the weights, that is zero."""
+    """Return the fraction of groups, or under l1 of weights, that are zero."""
     return row.sparsity("parameter" if _is_l1(row) else "group")
 
 
@@ -174,12 +186,13 @@ def _zero_label(rows):
     return f"% {kinds.pop()} zero" if len(kinds) == 1 else "% zero (groups; under l1 weights)"
 
 
-def pareto(study):
-    """Each task's metric against % zero groups (l1: weights): a point a row, with its spread over seeds both ways.
+def pareto(study: study_lib.Study) -> "Figure":
+    """Plot each task's metric against % zero groups (l1: weights), a point per row, with standard deviations.
 
-    A line joins the rows that differ in how strong the penalty is. Dense rows are hollow.
+    A line joins the rows that differ in lambda or target only. Dense rows are hollow.
     """
-    tasks, lines = study.tasks, {}
+    tasks = study.tasks
+    lines: dict[str, list[study_lib.Row]] = {}
     for row in study.rows:
         lines.setdefault(label(study, row, ("sparsity.lambda_", "sparsity.target")), []).append(row)
     figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8 + 0.1 * len(lines)))
@@ -195,20 +208,22 @@ def pareto(study):
                 axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=color, label=name)
                 dense = [place for place, row in zip(zip(*places, strict=True), rows, strict=True) if row.is_dense]
                 axis.plot(*np.reshape(dense, (-1, 2)).T, "o", markerfacecolor="white", color=color, zorder=3)
-        run = next(next(iter(row.runs.values())) for row in study.rows if task in row.tasks)
-        _, name, higher = study_lib.metric(task, run)
-        axis.set(xlim=(-3, 103), xlabel=_zero_label(study.rows), ylabel=f"{task} {name} {'↑' if higher else '↓'}")
+        axis.set(xlim=(-3, 103), xlabel=_zero_label(study.rows), ylabel=_metric_label(study, task, task))
     _legend(figure)
     return plots.plain(figure)
 
 
-def sparsity_over_steps(study):
-    """% zero groups (l1: weights) at every validation, the mean over seeds (the paper's Fig. 3c)."""
+def sparsity_over_steps(study: study_lib.Study) -> "Figure | None":
+    """Plot % zero groups (l1: weights) at each validation, the mean over seeds (Fig. 3c of the paper).
+
+    Returns:
+      None if there is no sparse row with the metrics of its training.
+    """
     figure = plots.new_figure(figsize=(7, 4))
     axis = figure.subplots()
     rows = [row for row in study.rows if not row.is_dense]
     rows = [row for row in rows if all((folder / "metrics.jsonl").exists() for folder in row.folders.values())]
-    if not rows:  # none, or only imported ones
+    if not rows:
         return None
     for i, row in enumerate(rows):
         name = "sparsity/weight" if _is_l1(row) else "sparsity/group"
@@ -221,10 +236,13 @@ def sparsity_over_steps(study):
     return plots.plain(figure)
 
 
-def groups_per_layer(study):
-    """% of each layer's groups that are left, a line a sparse row, the mean over seeds (the paper's Fig. 3).
+def groups_per_layer(study: study_lib.Study) -> "Figure | None":
+    """Plot % of each layer's groups that are left, a line per sparse row, the mean over seeds (Fig. 3 of the paper).
 
-    Blank where a row's model does not have the layer.
+    Layers that a row's model lacks are blank.
+
+    Returns:
+      None if there is no sparse row.
     """
     rows = [row for row in study.rows if not row.is_dense]
     layers = sorted(set().union(*map(_paths, rows)), key=layer_names.network_order)
@@ -242,10 +260,17 @@ def groups_per_layer(study):
     return figure
 
 
-def predictions(study, most=2):
-    """What the model of each row, of its first seed, says of the same test frames, at most so many.
+def predictions(study: study_lib.Study, most: int = 2) -> "Figure | None":
+    """Plot the predictions of each row's first run on the same test images.
 
-    Without images and labels, which may not be anyone's to show; a run's own sheet has them.
+    Images and labels are left out because their license may forbid to publish them; a run's sample grid has them.
+
+    Args:
+      study: of any tasks.
+      most: largest number of images.
+
+    Returns:
+      None if no image is in the samples of all rows, or no task has pixels.
     """
     folders = {i: row.folders[min(row.folders)] for i, row in enumerate(study.rows)}
     found = {i: records.read_samples(of) for i, of in folders.items() if (of / "samples.npz").exists()}
@@ -271,38 +296,29 @@ def predictions(study, most=2):
         name = textwrap.fill(label(study, study.rows[i]), 34)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
     for axis, (task, name) in zip(axes[0], columns, strict=True):
-        axis.set_title(f"{task}, frame {name}", fontsize=7)
+        axis.set_title(f"{task}, image {name}", fontsize=7)
     return figure
 
 
-def _paths(row):
-    return {entry["path"] for entry in next(iter(row.runs.values()))["sparsity"]["layers"]}
+def _paths(row: study_lib.Row) -> set[str]:
+    return {layer.path for layer in row.any_run.sparsity.layers}
 
 
-def _left(run, layers):
-    by_path = {entry["path"]: 1 - entry["zero_groups"] / entry["groups"] for entry in run["sparsity"]["layers"]}
+def _left(run: Results, layers: Sequence[str]) -> list[float]:
+    by_path = {layer.path: 1 - layer.zero_groups / layer.groups for layer in run.sparsity.layers}
     return [by_path.get(path, np.nan) for path in layers]
 
 
-def latency(study):
-    """Latency of the backbone against % zero groups, of the runs that --job=benchmark has timed: a point a run.
+def latency(study: study_lib.Study) -> "Figure | None":
+    """Plot the latency of the backbone against % zero groups, a point for each run that --job=benchmark has timed.
 
-    A line for each batch, device, image size and dense backbone. Left the medians of dense and compact backbone, right
-    the speed-up, which compares both in the same rounds.
+    There is a line for each batch size, device, image size and dense backbone. Left: median latency of the dense and
+    the compact backbone. Right: speed-up, the median over rounds in which both were timed.
+
+    Returns:
+      None if no run was timed.
     """
-    points = {}
-    for row in study.rows:
-        model = row.config["model"]
-        for found in row.timings:
-            zero = 100 * found["group_sparsity"]
-            height, width = found["size"]
-            where = f"ResNet-{model['depth']}, {model['width']} wide, {height}x{width}, {found['device']}"
-            if row.attach:
-                where += f", as far as {', '.join(sorted(set(row.attach)))}"
-            for entry in found["rows"]:
-                if entry["part"] == "backbone" and entry["model"] != "sparse":
-                    value = (zero, entry["median_ms"] / entry["batch"], entry["speedup"])
-                    points.setdefault((where, entry["batch"], entry["model"]), []).append(value)
+    points = _latency_points(study)
     if not points:
         return None
     lines = sorted({(where, batch) for where, batch, _ in points})
@@ -320,8 +336,28 @@ def latency(study):
     if not several:
         figure.suptitle(lines[0][0], fontsize=9)
     right.axhline(1, color="#9aa5b1", linestyle=":")
-    left.set(xlabel="% groups zero", ylabel="ms an image, backbone (median)", ylim=(0, None))
-    right.set(xlabel="% groups zero", ylabel="times faster than dense, same rounds", ylim=(0, None))
+    left.set(xlabel="% groups zero", ylabel="ms per image, backbone (median)", ylim=(0, None))
+    right.set(xlabel="% groups zero", ylabel="speed-up over dense, same rounds", ylim=(0, None))
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=6 if several else 8)
     return plots.plain(figure)
+
+
+def _latency_points(study: study_lib.Study) -> dict[tuple[str, int, str], list[tuple[float, float, float]]]:
+    """Return (setup, batch size, model) -> (% zero groups, ms per image, speed-up) of each run's backbone."""
+    points: dict[tuple[str, int, str], list[tuple[float, float, float]]] = {}
+    for row in study.rows:
+        for timing in row.timings:
+            where = _setup(row, timing)
+            for entry in timing.rows:
+                if entry.part == "backbone" and entry.model != "sparse":
+                    value = (100 * timing.group_sparsity, entry.median_ms / entry.batch, entry.speedup)
+                    points.setdefault((where, entry.batch, entry.model), []).append(value)
+    return points
+
+
+def _setup(row: study_lib.Row, timing: Timing) -> str:
+    """Return the backbone, image size and device of a timing."""
+    model, (height, width) = row.config["model"], timing.size
+    text = f"ResNet-{model['depth']}, {model['width']} wide, {height}x{width}, {timing.device}"
+    return f"{text}, up to {', '.join(sorted(set(row.attach)))}" if row.attach else text

@@ -1,29 +1,30 @@
-"""A study's tables: in the paper's form, and rows against their base, as Markdown, CSV and LaTeX."""
+"""Tables of a study: in the paper's form, and rows relative to a base, as Markdown, CSV and LaTeX."""
 
 import csv
 import io
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from mtl_sparse.report import study as study_lib
 from mtl_sparse.report.tables import markdown
 
-Rows = list[tuple[str, ...]]  # the first is the head
+Rows = list[tuple[str, ...]]  # the first one is the head
 SIZES = ("compact M parameters", "compact M MACs")
 
 
 def summary(study: study_lib.Study) -> Rows:
-    """Settings, metrics, zero groups and parameters in them, what compaction leaves, Delta_m and seeds of each row.
+    """Return options, metrics, sparsity, size of the compact model, Delta_m and number of seeds of each row.
 
-    Below a row that the paper has, the paper's figures.
+    Rows that the paper has are followed by the paper's figures.
     """
     names = settings_names(study)
-    any_run = {task: next(iter(row.runs.values())) for row in study.rows for task in row.tasks}
     head = [short(name) for name in names]
     for task in study.tasks:
-        _, name, higher = study_lib.metric(task, any_run[task])
+        _, name, higher = study.metric(task)
         head.append(f"{task.removeprefix('attribute:')} {name} {'↑' if higher else '↓'}")
     head += ["% groups zero", "% parameters", *SIZES, "Δm %", "seeds"]
-    lines = [tuple(head)]
+    lines: Rows = [tuple(head)]
     for row in study.rows:
         cells = [setting(row, name) for name in names]
         cells += [spread(row.figure(task)) if task in row.tasks else "" for task in study.tasks]
@@ -32,31 +33,31 @@ def summary(study: study_lib.Study) -> Rows:
             cells.append(spread(figure, 1, digits) if figure else "")
         lines.append((*cells, str(len(row.runs))))
         if row.published:
-            theirs = row.published["tasks"]
+            theirs = row.published.tasks
             cells = ["published", *[""] * (len(names) - 1)]
             cells += ["{:.4f} ± {:.4f}".format(*theirs[task]) if task in theirs else "" for task in study.tasks]
-            cells += [f"{100 * row.published[kind]:.2f}" for kind in ("group", "parameter")]
+            cells += [f"{100 * value:.2f}" for value in (row.published.group, row.published.parameter)]
             lines.append((*cells, *[""] * len(SIZES), "", "5"))
     return lines
 
 
 def against_dense(study: study_lib.Study) -> Rows:
-    """Each sparse row minus the dense one with the same settings otherwise, metric by metric, paired over seeds."""
+    """Return the differences of each sparse row from the dense row with the same options, paired over seeds."""
     return _against(
         study, {i: study.dense(row) for i, row in enumerate(study.rows) if not row.is_dense}, "sparse", "dense"
     )
 
 
 def against_plain(study: study_lib.Study) -> Rows:
-    """Each row with attachment points minus the one with all heads at the end, metric by metric, paired over seeds."""
+    """Return the differences of each row with attachment points from the row with all heads at the end."""
     rows = {i: study.plain(row) for i, row in enumerate(study.rows) if row.attach}
     return _against(study, rows, "LOMT", "plain")
 
 
 def against_first(study: study_lib.Study) -> Rows:
-    """Where many settings differ, each row minus the first one in the tasks of both, paired over seeds.
+    """Return, for an ablation, the differences of each row from the first one in the tasks of both.
 
-    Without those rows that `against_dense` sets against it.
+    Leaves out the rows that `against_dense` compares with the first one.
     """
     first, *others = study.rows
     bases = {i: first for i, row in enumerate(others, 1) if study.is_ablation and study.dense(row) is not first}
@@ -64,34 +65,37 @@ def against_first(study: study_lib.Study) -> Rows:
 
 
 def speed(study: study_lib.Study) -> Rows:
-    """How many times faster the compact models are than dense ones, in the runs that --job=benchmark has timed.
+    """Return the speed-up of the compact models over dense ones, in the runs that --job=benchmark has timed.
 
-    A line for each row and batch: its backbone's MACs, dense over compact, and the speed-up of backbone and model.
+    A line for each row and batch size: MACs of the dense backbone over those of the compact one, and the speed-up of
+    backbone and model.
     """
     names = settings_names(study)
     lines = [(*map(short, names), "batch", "backbone MAC ratio", "backbone speed-up", "model speed-up", "runs")]
     for row in study.rows:
-        entries = [entry for found in row.timings for entry in found["rows"]]
-        for batch in sorted({entry["batch"] for entry in entries}):
+        entries = [entry for timing in row.timings for entry in timing.rows]
+        for batch in sorted({entry.batch for entry in entries}):
             of = {
-                (part, model): [e for e in entries if (e["part"], e["model"], e["batch"]) == (part, model, batch)]
+                (part, model): [e for e in entries if (e.part, e.model, e.batch) == (part, model, batch)]
                 for part in ("backbone", "model")
                 for model in ("dense", "compact")
             }
             pairs = zip(of["backbone", "dense"], of["backbone", "compact"], strict=True)
-            figures = [study_lib.Figure.of([dense["macs"] / max(compact["macs"], 1) for dense, compact in pairs])]
-            figures += [
-                study_lib.Figure.of([e["speedup"] for e in of[part, "compact"]]) for part in ("backbone", "model")
-            ]
+            figures = [study_lib.Figure.of([dense.macs / max(compact.macs, 1) for dense, compact in pairs])]
+            figures += [study_lib.Figure.of([e.speedup for e in of[part, "compact"]]) for part in ("backbone", "model")]
             cells = [setting(row, name) for name in names] + [str(batch)]
             lines.append((*cells, *[spread(figure, 1, 2) for figure in figures], str(figures[0].n)))
     return lines
 
 
-def _against(study, bases, ours, theirs) -> Rows:
-    """A line for each metric of each row in `bases` {place in study.rows: its base, or None}; "better" at p < 0.05.
+def _against(study: study_lib.Study, bases: Mapping[int, study_lib.Row | None], ours: str, theirs: str) -> Rows:
+    """Return a line for each metric of each row, and one for Delta_m if there are several tasks.
 
-    Of several tasks a last one with the mean of their relative differences.
+    Args:
+      study: has the rows.
+      bases: index in `study.rows` -> the row to compare it with, or None.
+      ours: name of the rows in the table; "better" at p < 0.05.
+      theirs: name of the bases.
     """
     names = settings_names(study)
     lines = [(*map(short, names), "metric", f"{ours} - {theirs}", "95 % interval", "p", "seeds", "better")]
@@ -101,7 +105,7 @@ def _against(study, bases, ours, theirs) -> Rows:
             continue
         found = []
         for task in [task for task in row.tasks if task in base.tasks]:
-            _, name, higher = study_lib.metric(task, next(iter(row.runs.values())))
+            _, name, higher = study_lib.metric(task, row.any_run)
             found.append((f"{task.removeprefix('attribute:')} {name}", higher, study_lib.compare(row, base, task), 4))
         if len(found) > 1:
             found.append(("Δm %", True, study_lib.compare_gain(row, base), 2))
@@ -122,15 +126,15 @@ def _against(study, bases, ours, theirs) -> Rows:
     return lines
 
 
-def settings_names(study) -> list[str]:
-    """The tasks and the settings that differ between rows; where they are many, "changes" for all of them."""
+def settings_names(study: study_lib.Study) -> list[str]:
+    """Return "tasks" and the options that differ between rows; in an ablation, "tasks" and "changes"."""
     if study.is_ablation:
         return ["tasks", "changes"]
     return ["tasks", *sorted(study.rows[0].settings.keys() - {"tasks"})]
 
 
-def setting(row, name: str) -> str:
-    """A setting of a row as a table shows it."""
+def setting(row: study_lib.Row, name: str) -> str:
+    """Return the text of a row's option in tables."""
     if name == "changes":
         changes = {key: value for key, value in row.changes.items() if key != "tasks"}
         return ", ".join(f"{short(key)} {show(value)}" for key, value in changes.items()) or "(the first row)"
@@ -140,10 +144,12 @@ def setting(row, name: str) -> str:
 
 
 def short(name: str) -> str:
+    """Return the last part of an option's dotted path."""
     return name.rpartition(".")[2].rstrip("_")
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
+    """Return the text of an option's value in tables."""
     if value is None:
         return ""
     if isinstance(value, list | tuple):
@@ -152,20 +158,20 @@ def show(value) -> str:
 
 
 def spread(figure: study_lib.Figure, scale: float = 1.0, digits: int = 4) -> str:
-    """Text "mean ± std", or the value alone of one seed."""
+    """Return "mean ± standard deviation", or the value alone for one seed."""
     mean = f"{scale * figure.mean:.{digits}f}"
     return f"{mean} ± {scale * figure.std:.{digits}f}" if figure.n > 1 else mean
 
 
 def to_csv(rows: Rows) -> str:
-    """Comma-separated; mean and standard deviation stay one cell."""
+    """Return comma-separated values; mean and standard deviation share a cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def to_latex(rows: Rows) -> str:
-    """A booktabs tabular."""
+    """Return a LaTeX tabular for the package booktabs."""
     escapes = {"%": r"\%", "_": r"\_", "±": r"$\pm$", "Δm": r"$\Delta_m$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
 
     def line(cells):
@@ -181,4 +187,5 @@ def to_latex(rows: Rows) -> str:
 
 
 def to_markdown(rows: Rows) -> str:
+    """Return a Markdown table."""
     return markdown(rows)

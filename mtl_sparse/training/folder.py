@@ -1,81 +1,108 @@
-"""Who may write a run's folder, and whether a config and data are those of the run in it."""
+"""Access to a run's folder: one process at a time, and only with the options and data of the run in it."""
 
 import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from mtl_sparse.report import records
+from mtl_sparse.report import records, schema
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from input_pipeline.datasets import Data
+
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path):
-    """While it is open no other process can hold this run's folder; a process that is killed lets go of it.
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Lock a run's folder against other processes; a process that is killed releases it.
 
     Raises:
-      UserError: another process holds it.
+      UserError: FOLDER_IN_USE if another process holds the lock, FOLDER_NOT_A_RUN if it cannot be a folder.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{workdir} cannot be a run's folder: it is a file, or lies below one") from None
+        raise UserError(
+            "FOLDER_NOT_A_RUN", f"expected --workdir={workdir} to be a folder, got a file, or a path below a file"
+        ) from None
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(files.locked(workdir / "run.lock", wait=False))
         except BlockingIOError:
             raise UserError(
-                f"another process is at work in {workdir}; wait until it has ended, or give another --workdir"
+                "FOLDER_IN_USE",
+                f"another process uses the run in {workdir}; wait until it has ended, or give another --workdir",
             ) from None
         if not lock.held:
             logging.warning("%s cannot be locked on this file system: do not start a second process on it", workdir)
         yield
 
 
-def claim(workdir: pathlib.Path, config, data) -> None:
-    """Writes config.json and splits.json into a new run's folder; an old one is checked instead (`check`)."""
+def claim(workdir: pathlib.Path, config, data: "Data") -> None:
+    """Write config.json and splits.json into a new run's folder; check those of an existing run.
+
+    Raises:
+      UserError: as `check`.
+    """
     if (workdir / "splits.json").exists():
         check(workdir, config, data)
     elif (workdir / "config.json").exists():  # a sweep writes it before the run starts
         check_settings(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
+    files.write_json(workdir / "splits.json", _splits(data))
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
-def check(workdir: pathlib.Path, config, data) -> None:
-    """Raises UserError where the run in `workdir` has other settings (`check_settings`) or other data than these.
+def check(workdir: pathlib.Path, config, data: "Data") -> None:
+    """Check that a run has these options and these data.
 
-    A run that was imported has no data yet: it takes these. So does one made before every data set had a fingerprint.
+    An imported run has no data yet: it is given these. A run made before every data set had a fingerprint accepts any.
+
+    Raises:
+      UserError: DATA_CHANGED for other data, or as `check_settings`.
     """
     check_settings(workdir, config)
     if not (workdir / "splits.json").exists() and not (workdir / "metrics.jsonl").exists():
-        files.write_json(workdir / "splits.json", {"fingerprint": data.fingerprint, **data.names})
+        files.write_json(workdir / "splits.json", _splits(data))
     if files.read_json(workdir / "splits.json")["fingerprint"] not in ("", data.fingerprint):
-        raise UserError(f"{workdir} holds a run on other data than these; give its data again, or another --workdir")
+        raise UserError(
+            "DATA_CHANGED",
+            f"expected the data of the run in {workdir}, got other data; restore its data, or give another --workdir",
+        )
+
+
+def _splits(data):
+    """Return the contents of splits.json; loaded data always have names."""
+    return {"fingerprint": data.fingerprint, **(data.names or {})}
 
 
 def check_settings(workdir: pathlib.Path, config) -> None:
-    """Raises UserError where the run in `workdir` has other settings; how it goes and where its data lie may differ.
+    """Check that a run has these options, except `records.FREE` and, if it is dense, all of `sparsity`.
 
-    So may, of dense runs, all of `sparsity`.
+    Raises:
+      UserError: RUN_DIFFERS.
     """
-    theirs, ours = (
-        records.EARLIER | records.flat(files.read_json(workdir / "config.json")),
-        records.flat(json.loads(config.to_json())),
-    )
+    theirs = records.flat(schema.migrate("config", files.read_json(workdir / "config.json")))
+    ours = records.flat(json.loads(config.to_json()))
     free = (*records.FREE, "sparsity.") if records.is_dense(theirs) and records.is_dense(ours) else records.FREE
     differing = [
         f"{name}={theirs.get(name)!r} there, {ours.get(name)!r} now"
         for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-        and not name.startswith(free)
-        and (name in theirs or ours[name])  # settings that came later do nothing by 0 and False
+        if theirs.get(name) != ours.get(name) and not name.startswith(free) and _has_effect(name, theirs, ours)
     ]
     if differing:
+        more = "; ..." if len(differing) > 3 else ""
         raise UserError(
-            f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}"
-            f"{'; ...' if len(differing) > 3 else ''}); give these settings again, or another --workdir"
+            "RUN_DIFFERS",
+            f"the run in {workdir} has other options ({'; '.join(differing[:3])}{more}); give its options, or another "
+            "--workdir",
         )
+
+
+def _has_effect(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Return whether an option has an effect on runs made before it existed: not with the values 0 and False."""
+    return name in theirs or bool(ours[name])

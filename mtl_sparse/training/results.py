@@ -14,8 +14,8 @@ from absl import logging
 from input_pipeline import loader, transforms
 from mtl_sparse.compaction import exactness, explain, speed
 from mtl_sparse.models import costs, multitask
-from mtl_sparse.report import plots, records, tables
-from mtl_sparse.runtime import files, processes
+from mtl_sparse.report import plots, records, schema, tables
+from mtl_sparse.runtime import processes
 from mtl_sparse.sparsity import stats
 from mtl_sparse.training import checkpoints, evaluation, optimizer
 from mtl_sparse.training import setup as setup_lib
@@ -29,8 +29,8 @@ class Best:
     """The best checkpoint of a run, and its compact model.
 
     Attributes:
-      run: whose it is.
-      state: as the checkpoint has it.
+      run: that the checkpoint is of.
+      state: restored from the checkpoint.
       progress: JSON values saved with it, see `loop.Progress`.
     """
 
@@ -83,11 +83,11 @@ class Best:
         return tuple(self.run.config.data.size)
 
 
-def write(run: setup_lib.Run, evaluator: evaluation.Evaluator, workdir: pathlib.Path, best: Best) -> dict:
+def write(run: setup_lib.Run, evaluator: evaluation.Evaluator, workdir: pathlib.Path, best: Best) -> dict[str, Any]:
     """Evaluate the best checkpoint and the constant baseline; write results.json and plots, print the table.
 
     Returns:
-      The contents of results.json.
+      The contents of results.json, see `schema.Results`.
     """
     logging.info("Evaluating the best checkpoint (step %d) on %d test images", int(best.state.step), len(run.data.test))
     test = evaluator(loader.replicate(best.state.variables), "test")
@@ -99,51 +99,54 @@ def write(run: setup_lib.Run, evaluator: evaluation.Evaluator, workdir: pathlib.
 def _write(run, workdir, best, test, constant):
     found = _results(run, best, test, constant)
     _save_samples(run, workdir, best.state.variables)
-    # Last but for what can be drawn again: a folder with results.json holds a finished run.
-    files.write_json(workdir / "results.json", found)
+    # Before the plots only, which can be drawn again: a folder with results.json holds a finished run.
+    found.write(workdir / "results.json")
     plots.draw(workdir)
     print(tables.run_table(found))
     print(f"\nresults, metrics and plots are in {workdir}")
-    return found
+    return found.to_json()
 
 
-def _results(run, best, test, constant):
+def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
     config, state = run.config, best.state
-    sparsity = stats.sparsity(state.params["model"], config.sparsity.scope)
     size = tuple(config.data.size)
-    return {
-        "test": test,
-        "constant": constant,
-        "headlines": {
-            task.name: {"metric": f"{task.name}/{task.headline}", "higher_is_better": task.higher_is_better}
-            for task in run.tasks
+    return schema.Results(
+        test=test,
+        constant=constant,
+        headlines={
+            task.name: schema.Headline(f"{task.name}/{task.headline}", task.higher_is_better) for task in run.tasks
         },
-        "sparsity": {
-            "group": sparsity.group,
-            "parameter": sparsity.parameter,
-            "weight": sparsity.weight,
-            "lambda": optimizer.settled_lambda(config, state.opt_state),
-            "target": config.sparsity.target,
-            "penalty": config.sparsity.penalty,
-            "dead_layers": list(sparsity.dead_layers),
-            "dead_blocks": list(sparsity.dead_blocks),
-            "layers": [dataclasses.asdict(layer) for layer in sparsity.layers],
-        },
-        "size": {
-            "trained": costs.total(run.model, state.variables, size),
-            "compact": costs.total(*best.compact, size),
-        },
-        "step": int(state.step),
-        "seed": config.seed,
-        "frames": {split: len(names) for split, names in run.data.names.items()},
-        "config": json.loads(config.to_json()),
-        "versions": {name: _version(name) for name in _VERSIONED},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
+        sparsity=_sparsity(config, state),
+        size=schema.Size(
+            trained=schema.ModelSize(**costs.total(run.model, state.variables, size)),
+            compact=schema.ModelSize(**costs.total(*best.compact, size)),
+        ),
+        step=int(state.step),
+        seed=config.seed,
+        frames={split: len(names) for split, names in (run.data.names or {}).items()},
+        config=json.loads(config.to_json()),
+        versions={name: _version(name) for name in _VERSIONED},
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    )
+
+
+def _sparsity(config, state) -> schema.RunSparsity:
+    found = stats.sparsity(state.params["model"], config.sparsity.scope)
+    return schema.RunSparsity(
+        group=found.group,
+        parameter=found.parameter,
+        weight=found.weight,
+        lambda_=optimizer.settled_lambda(config, state.opt_state),
+        target=config.sparsity.target,
+        penalty=config.sparsity.penalty,
+        dead_layers=tuple(found.dead_layers),
+        dead_blocks=tuple(found.dead_blocks),
+        layers=tuple(schema.LayerSparsity(**dataclasses.asdict(layer)) for layer in found.layers),
+    )
 
 
 def _save_samples(run, workdir, variables):
-    """Write test images spread over the split, with labels and predictions, for the sample grid."""
+    """Write test images spread over the split, with labels and predictions, for the grid of samples."""
     source = run.data.test
     count = min(run.config.run.sample_frames, len(source))
     chosen = np.linspace(0, len(source) - 1, count).round().astype(int)

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from configs import nyu_cpu, sweeps
-from mtl_sparse.report import published, study, study_tables
+from mtl_sparse.report import published, schema, study, study_tables
 from mtl_sparse.sparsity import control
 from mtl_sparse.training import folder as folder_lib
 
@@ -85,17 +85,17 @@ def test_every_table_follows_from_the_results(names, make):
 def test_the_results_are_those_of_the_sweep(tmp_path):
     """Each under its trial's name, with its trial's settings, on the published split."""
     trials = sweeps.trials("evidence:cpu")
-    listed = json.loads((RESULTS / "evidence" / "sweep.json").read_text())["trials"]
+    listed = schema.Sweep.read(RESULTS / "evidence" / "sweep.json").trials
     assert [acting(settings) for settings in listed.values()] == [acting(settings) for settings in trials]
     runs = {folder.name: folder for folder in (RESULTS / "evidence").iterdir() if folder.is_dir()}
     assert runs.keys() <= listed.keys()
     for name, folder in runs.items():
         config = nyu_cpu.get_config()
         config.update_from_flattened_dict(AS_RECORDED | listed[name])
-        results = json.loads((folder / "results.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(results["config"]))
+        results = schema.Results.read(folder / "results.json")
+        (tmp_path / "config.json").write_text(json.dumps(results.config))
         folder_lib.check_settings(tmp_path, config)
-        assert results["frames"] == {"train": 715, "validation": 80, "test": 654}
+        assert results.frames == {"train": 715, "validation": 80, "test": 654}
 
 
 def test_what_the_text_says_of_target_07():
@@ -106,7 +106,7 @@ def test_what_the_text_says_of_target_07():
     assert f"that {NUMBERS[gain.n]} seeds could show" in TEXT and f"any of {NUMBERS[gain.n]} seeds" in TEXT
     zero = t70.sparsity("group")
     assert f"{100 * zero.mean:.1f} % of the backbone's groups zero" in TEXT
-    assert all(abs(run["sparsity"]["group"] - 0.7) < 0.01 for run in t70.runs.values())
+    assert all(abs(run.sparsity.group - 0.7) < 0.01 for run in t70.runs.values())
     for run in t70.runs.values():
         left = {stage: 1 - share(run, stage) for stage in ("stem", "layer1", "layer4")}
         assert left["stem"] == 1 and left["layer1"] > 0.97 and round(100 * left["layer4"]) in (6, 7, 8)
@@ -151,7 +151,7 @@ def test_what_the_text_says_of_l1():
     l1, t70 = row(found, penalty="l1"), row(found, **T70)
     assert f"With {100 * l1.sparsity('parameter').mean:.0f} % of the weights zero" in TEXT
     assert abs(l1.sparsity("parameter").mean - t70.sparsity("parameter").mean) < 0.01, "as many as there"
-    assert all(run["sparsity"]["group"] == 0 for run in l1.runs.values()), "not one group"
+    assert all(run.sparsity.group == 0 for run in l1.runs.values()), "not one group"
     assert f"its Δm over dense is {said(study.compare_gain(l1, row(found, **DENSE)))}" in TEXT
 
 
@@ -168,8 +168,8 @@ def test_what_the_text_says_of_lambda_as_published():
 
 def share(run, stage):
     """Fraction of a stage's groups that are zero."""
-    layers = [layer for layer in run["sparsity"]["layers"] if layer["path"].startswith(f"backbone/{stage}_")]
-    return sum(layer["zero_groups"] for layer in layers) / sum(layer["groups"] for layer in layers)
+    layers = [layer for layer in run.sparsity.layers if layer.path.startswith(f"backbone/{stage}_")]
+    return sum(layer.zero_groups for layer in layers) / sum(layer.groups for layer in layers)
 
 
 def test_what_the_text_says_of_the_compact_models():
@@ -177,9 +177,9 @@ def test_what_the_text_says_of_the_compact_models():
     for one in found.rows:
         for seed, folder in one.folders.items():
             if (folder / "compact").exists():
-                compact = json.loads((folder / "compact" / "results.json").read_text())["test"]
-                assert compact.keys() == one.runs[seed]["test"].keys()
-                differences.append(max(abs(compact[name] - value) for name, value in one.runs[seed]["test"].items()))
+                compact = schema.Results.read(folder / "compact" / "results.json").test
+                assert compact.keys() == one.runs[seed].test.keys()
+                differences.append(max(abs(compact[name] - value) for name, value in one.runs[seed].test.items()))
     assert len(differences) == 12 and "test metrics of these twelve differ by at most 8.5e-06" in TEXT
     assert 8.4e-6 < max(differences) < 8.5e-6
     cells = {batch: speedup for _, changes, batch, _, speedup, *_ in study_tables.speed(found)[1:] if "0.7" in changes}
@@ -201,9 +201,9 @@ def test_what_the_text_says_of_both_dense_models_and_of_the_paper():
     rows = [published.TABLES["nyud_mt", frozenset(tasks), "group_lasso", lambda_] for lambda_ in (0.0, 1e-6, 1e-5)]
     for lambda_, one in zip(("0", "1e-6", "1e-5"), rows, strict=True):
         signs = {"segmentation": 1, "depth": -1, "normals": 1}
-        better = [signs[task] * (one["tasks"][task][0] / rows[0]["tasks"][task][0] - 1) for task in tasks]
-        cells = [f"{one['tasks'][task][0]:.4f}" for task in tasks]
-        cells += [f"{100 * one['group']:.2f}", f"{100 * sum(better) / 3:+.1f}" if any(better) else ""]
+        better = [signs[task] * (one.tasks[task][0] / rows[0].tasks[task][0] - 1) for task in tasks]
+        cells = [f"{one.tasks[task][0]:.4f}" for task in tasks]
+        cells += [f"{100 * one.group:.2f}", f"{100 * sum(better) / 3:+.1f}" if any(better) else ""]
         assert f"| paper, λ = {lambda_} | {' | '.join(cells)} |".replace("|  |", "| |") in TEXT
 
 
@@ -211,7 +211,7 @@ def test_what_the_text_says_of_when_the_penalty_starts():
     late, soon = row(read("evidence"), **T70), row(early(), **T70)
     gain = study.compare_gain(late, soon)
     assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})" in TEXT
-    config = next(iter(soon.runs.values()))["config"]
+    config = soon.config
     schedule = control.Target(0.7, 20 * (715 // config["train"]["batch_size"]), config["sparsity"]["target_ramp"])
     asked = 100 * float(schedule.scheduled(schedule.total_steps * 4 / 20))
     assert config["train"]["epochs"] == 20 and f"{asked:.0f} % of the groups are asked to be zero after four of" in TEXT
@@ -224,7 +224,7 @@ def test_what_the_text_says_of_when_the_penalty_starts():
     assert f"{behind.mean:+.1f} % ({behind.low:+.1f} to {behind.high:+.1f})" in TEXT
     for seed, theirs in soon.runs.items():
         ours = late.runs[seed]
-        assert ours["config"]["sparsity"].items() - theirs["config"]["sparsity"].items() == {
+        assert ours.config["sparsity"].items() - theirs.config["sparsity"].items() == {
             ("start_step", 534),
             ("target_ramp", 0.45),
         }

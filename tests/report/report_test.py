@@ -1,12 +1,13 @@
+import dataclasses
 import json
 
 import numpy as np
-import pytest
 
 from input_pipeline.labels import VOID
 from mtl_sparse.report import plots, records, tables
+from mtl_sparse.report.schema import Results
 from mtl_sparse.runtime import files
-from mtl_sparse.runtime.errors import UserError
+from tests.conftest import raises
 
 RESULTS = {
     "test": {"depth/loss": 0.1, "depth/mae_normalized": 0.0625},
@@ -29,31 +30,42 @@ RESULTS = {
         ],
     },
     "step": 7,
+    "seed": 0,
+    "frames": {"train": 4, "validation": 2, "test": 3},
+    "config": {},
+    "versions": {"jax": "0.10.0"},
+    "device": "1 x cpu",
 }
 
 
-def test_run_table_has_each_metric_beside_the_constant_guess():
-    table = tables.run_table(RESULTS)
+def results(**sparsity):
+    """The results above, with other values of their sparsity."""
+    found = Results.from_json(RESULTS)
+    return dataclasses.replace(found, sparsity=dataclasses.replace(found.sparsity, **sparsity))
+
+
+def test_run_table_has_each_metric_beside_the_constant_baseline():
+    table = tables.run_table(results())
     row = next(line for line in table.splitlines() if "mae_normalized" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["depth", "**mae_normalized**", "0.0625", "0.2000"]
     assert "loss" not in table
     assert table.endswith(
-        "50.0 % of groups zero, 75.0 % of the penalised weights in them, lambda 0.00015; 4 conv layers, dead layers: "
+        "50.0 % of groups zero, 75.0 % of the penalized weights in them, lambda 0.00015; 4 conv layers, dead layers: "
         "stem_conv1; best validation at step 7"
     )
 
 
 def test_a_target_is_named_beside_what_was_reached():
-    asked = RESULTS["sparsity"] | {"target": 0.52, "dead_blocks": ["backbone/layer1_0"]}
+    asked = results(target=0.52, dead_blocks=("backbone/layer1_0",)).sparsity
     sentence = tables.sparsity_sentences(asked)
     assert "50.0 % of groups zero (target 52.0 %), 75.0 %" in sentence
     assert sentence.endswith("dead blocks: layer1_0")
-    of_weights = tables.sparsity_sentences(asked | {"penalty": "l1"})
+    of_weights = tables.sparsity_sentences(dataclasses.replace(asked, penalty="l1"))
     assert of_weights.startswith("80.0 % of weights zero (target 52.0 %); 50.0 % of groups zero, 75.0 %")
 
 
 def test_groups_per_layer_are_drawn_in_network_order():
-    axis = plots.groups_per_layer(RESULTS).axes[0]
+    axis = plots.groups_per_layer(results()).axes[0]
     names = [label.get_text() for label in axis.get_xticklabels()]
     assert names == ["stem_conv1", "layer1_0/conv1", "layer1_0/conv2", "layer1_10/conv1"]
     heights = [bar.get_height() for bar in axis.patches]
@@ -66,8 +78,7 @@ def test_sparsity_is_drawn_with_its_target_and_lambda():
         "train": {"lambda": (steps, np.array([0.0, 1e-4]))},
         "validation": {name: (steps, np.array([0.0, 0.5])) for name in ("sparsity/group", "sparsity/parameter")},
     }
-    results = RESULTS | {"sparsity": RESULTS["sparsity"] | {"target": 0.52}}
-    above, below = plots.sparsity_over_steps(metrics, results).axes
+    above, below = plots.sparsity_over_steps(metrics, results(target=0.52)).axes
     lines = {line.get_label(): line.get_ydata() for line in above.lines}
     np.testing.assert_allclose(lines["groups"], [0, 50])
     np.testing.assert_allclose(lines["target for groups"], [52, 52])
@@ -116,11 +127,11 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wall", "floor", "class 2"]
 
 
-def test_a_torn_file_of_samples_is_told(tmp_path):
+def test_a_torn_file_of_samples_is_named(tmp_path):
     records.write_samples(tmp_path, images=np.zeros((1, 2, 2, 3), np.uint8), names=["0001"], labels={}, predictions={})
     whole = (tmp_path / "samples.npz").read_bytes()
     (tmp_path / "samples.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="samples.npz is damaged .*run --job=evaluate on .* again"):
+    with raises("FILE_DAMAGED", naming=str(tmp_path / "samples.npz")):
         records.read_samples(tmp_path)
 
 
@@ -180,8 +191,10 @@ def test_class_colors_can_be_told_apart():
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match="results.json is missing"):
+    with raises("FILE_MISSING", naming=str(tmp_path / "results.json")):
         plots.draw(tmp_path)
     (tmp_path / "results.json").write_text('{"test": ')
-    with pytest.raises(UserError, match="results.json is damaged"):
+    with raises("FILE_DAMAGED", naming=str(tmp_path / "results.json")):
+        plots.draw(tmp_path)
+    with raises("FILE_DAMAGED", naming=str(tmp_path / "results.json")):
         files.read_json(tmp_path / "results.json")

@@ -10,8 +10,8 @@ from scipy import stats
 
 from configs import nyu, sweeps
 from mtl_sparse.report import page, plots, published, study, study_plots, study_tables
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import folder as folder_lib
+from tests.conftest import raises
 
 LAYERS = [
     {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 1, "group_size": 9},
@@ -27,11 +27,19 @@ def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", **valu
     names["mae"] = "depth/mae_normalized_stride8"
     results = {
         "test": {names[key]: value for key, value in values.items()},
+        "constant": {},
         "headlines": {task: {"metric": f"{task}/x", "higher_is_better": True} for task in tasks},
         "sparsity": {"group": group, "parameter": group + 0.1, "layers": LAYERS, "penalty": "group_lasso"},
         "config": json.loads(config.to_json()),
-        "size": {"compact": {"parameters": (1 + seed) * 10**6, "macs": (2 + seed) * 10**7}},
+        "size": {
+            "trained": {"parameters": 9 * 10**6, "macs": 9 * 10**7},
+            "compact": {"parameters": (1 + seed) * 10**6, "macs": (2 + seed) * 10**7},
+        },
+        "step": 2,
         "seed": seed,
+        "frames": {"train": 4, "validation": 2, "test": 3},
+        "versions": {"jax": "0.10.0"},
+        "device": "1 x cpu",
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json())
@@ -103,7 +111,7 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     ]
     assert hollow == [[[0, pytest.approx(0.33)]]], "the dense row"
     zero, iou, mae = study_plots.ablation(found).axes
-    assert [label.get_text() for label in zero.get_yticklabels()][0] == "(the first row)"
+    assert zero.get_yticklabels()[0].get_text() == "(the first row)"
     assert [bar.lines[0].get_xdata()[0] for bar in iou.containers] == pytest.approx([0.305, 0.33])
     sparse = write_run(tmp_path / "sparse", BOTH, 1e-5, 0, iou=0.3, mae=0.13)
     results = json.loads((made[1] / "results.json").read_text())
@@ -233,8 +241,10 @@ def test_latency_against_sparsity_is_that_of_the_timed_runs(folders):
     for folder in folders:
         if folder.name in timed:
             zero, milliseconds, speedup = timed[folder.name]
+            other = {"parameters": 1, "p90_ms": 30.0, "images_per_second": 1.0, "gmacs_per_second": 1.0}
+            other |= {"memory_mib": 1.0, "batch": 4}
             rows = [
-                {"part": part, "model": model, "batch": 4, "median_ms": time, "speedup": ratio, "macs": 8 // ratio}
+                {"part": part, "model": model, "median_ms": time, "speedup": ratio, "macs": int(8 // ratio), **other}
                 for part in ("backbone", "model")
                 for model, time, ratio in (
                     ("dense", 24.0, 1.0),
@@ -271,10 +281,10 @@ def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders)
     folder_lib.check_settings(folders[0], config)
     config.model.attach = ("layer4_0", "layer4_0")
     config.train.bn_frames = 8
-    with pytest.raises(UserError, match="train.bn_frames=None there, 8 now"):
+    with raises("RUN_DIFFERS", naming="train.bn_frames=None there, 8 now"):
         folder_lib.check_settings(folders[0], config)
     config.train.bn_frames = 0
-    with pytest.raises(UserError, match=r"model.attach=None there, \['layer4_0', 'layer4_0'\] now"):
+    with raises("RUN_DIFFERS", naming="model.attach=None there, ['layer4_0', 'layer4_0'] now"):
         folder_lib.check_settings(folders[0], config)
 
 
@@ -389,17 +399,17 @@ def test_every_published_figure_is_the_papers():
     assert len(rows) == len(published.TABLES) == 21 + 12 + 3
     for (name, tasks, penalty, lambda_), (*figures, group, parameter) in rows:
         found = published.TABLES[name, frozenset(tasks), penalty, lambda_]
-        assert [number for task in tasks for number in found["tasks"][task]] == figures, (tasks, lambda_)
-        assert found["tasks"].keys() == set(tasks)
-        assert (found["group"], found["parameter"]) == pytest.approx((group / 100, parameter / 100)), (tasks, lambda_)
+        assert [number for task in tasks for number in found.tasks[task]] == figures, (tasks, lambda_)
+        assert found.tasks.keys() == set(tasks)
+        assert (found.group, found.parameter) == pytest.approx((group / 100, parameter / 100)), (tasks, lambda_)
 
 
 def test_published_figures_are_for_runs_of_the_papers_settings():
     """On the real data, of its size and backbone, at a fixed lambda."""
     config = json.loads(nyu.get_config().to_json())
     found = published.lookup(config)
-    assert found["tasks"] == {"segmentation": (0.3394, 0.0107), "normals": (0.7857, 0.0076), "depth": (0.1336, 0.0029)}
-    assert (found["group"], found["parameter"]) == pytest.approx((0.6972, 0.7672))
+    assert found.tasks == {"segmentation": (0.3394, 0.0107), "normals": (0.7857, 0.0076), "depth": (0.1336, 0.0029)}
+    assert (found.group, found.parameter) == pytest.approx((0.6972, 0.7672))
     changes = (
         ("sparsity", {"target": 0.7}),
         ("data", {"size": [96, 128]}),
@@ -410,23 +420,23 @@ def test_published_figures_are_for_runs_of_the_papers_settings():
     for part, change in changes:
         assert published.lookup(config | {part: config[part] | change}) is None
     smile = published.TABLES["celebamask_hq", frozenset(["attribute:Smiling"]), "group_lasso", 1e-5]
-    assert smile["tasks"] == {"attribute:Smiling": (0.5238, 0.0004)} and smile["group"] == 1.0
+    assert smile.tasks == {"attribute:Smiling": (0.5238, 0.0004)} and smile.group == 1.0
 
 
 def test_bad_folders_are_named(folders, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds neither a run nor a sweep"):
+    with raises("FOLDER_NOT_A_RUN", naming=str(tmp_path / "empty")):
         study.read([*folders, tmp_path / "empty"])
     (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="empty holds a run that has not finished"):
+    with raises("RUN_NOT_FINISHED", naming=str(tmp_path / "empty")):
         study.read([*folders, tmp_path / "empty"])
-    with pytest.raises(UserError, match="sparse0 are the same run twice"):
-        twice = write_run(tmp_path / "again", BOTH, 1e-5, 0, iou=0.3, mae=0.1)
+    twice = write_run(tmp_path / "again", BOTH, 1e-5, 0, iou=0.3, mae=0.1)
+    with raises("STUDY_RUN_TWICE", naming=f"{twice} and {tmp_path / 'sparse0'}"):
         study.read([*folders, twice])
-    with pytest.raises(UserError, match=r"several data sets \(celebamask_hq, nyud_mt\)"):
+    with raises("STUDY_SEVERAL_DATA_SETS", naming="celebamask_hq, nyud_mt"):
         study.read([*folders, write_run(tmp_path / "faces", BOTH, 0.0, 0, iou=0.3, mae=0.1, name="celebamask_hq")])
     (folders[0] / "results.json").write_text('{"test":')
-    with pytest.raises(UserError, match="results.json is damaged"):
+    with raises("FILE_DAMAGED", naming=str(folders[0] / "results.json")):
         study.read(folders)
 
 
@@ -437,7 +447,7 @@ def test_a_sweep_leaves_out_what_has_not_finished(folders, tmp_path):
     assert found.unfinished == ("sparse9",) and len(found.rows) == 4
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "sweep.json").write_text(json.dumps({"trials": {"a": {}, "b": {}}}))
-    with pytest.raises(UserError, match="none of the 2 runs has finished"):
+    with raises("RUN_NOT_FINISHED", naming="none of the 2 runs"):
         study.read([tmp_path / "none"])
 
 
@@ -456,7 +466,7 @@ def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
         np.savez(folder / "samples.npz", **samples)
     axes = np.reshape(study_plots.predictions(study.read(folders)).axes, (3, 4))
     assert [axis.get_title() for axis in axes[0]] == [
-        f"{task}, frame {frame}" for task in BOTH for frame in ("b", "c")
+        f"{task}, image {frame}" for task in BOTH for frame in ("b", "c")
     ], "frames that all rows have"
     assert [axis.get_ylabel().replace("\n", " ") for axis in axes[:, 0]] == [
         "segmentation + depth, lambda 1e-05",
@@ -476,12 +486,12 @@ def test_what_does_nothing_without_a_penalty_tells_no_dense_run_from_another(fol
     for lambda_, folder in ((1e-5, folders[0]), (0.0, folders[1])):
         config.sparsity.update(lambda_=lambda_, start_step=30)
         if lambda_:
-            with pytest.raises(UserError, match="sparsity.start_step=0 there, 30 now"):
+            with raises("RUN_DIFFERS", naming="sparsity.start_step=0 there, 30 now"):
                 folder_lib.check_settings(folder, config)
         else:
             folder_lib.check_settings(folder, config)
     config.sparsity.target = 0.5
-    with pytest.raises(UserError, match="sparsity.start_step=0 there, 30 now; sparsity.target=0.0 there, 0.5 now"):
+    with raises("RUN_DIFFERS", naming="sparsity.start_step=0 there, 30 now; sparsity.target=0.0 there, 0.5 now"):
         folder_lib.check_settings(folders[1], config)
     for folder in (folders[2], *folders[7::2]):  # a sparse seed, and depth alone
         results = json.loads((folder / "results.json").read_text())

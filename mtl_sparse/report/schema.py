@@ -1,0 +1,418 @@
+"""Typed schemas of the JSON files in the folders of runs and sweeps.
+
+A class for each kind of file: `Results` (results.json), `Timing` (benchmark.json), `Sweep` (sweep.json), `Choices`
+(lomt.json), and `CompactLayer`, of which compact.json is a list. Each file has the integer key "version". Files without
+it are of version 0, and `migrate` brings them to the newest version. Names of fields are those of the keys, without a
+trailing underscore.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from mtl_sparse.runtime import files
+from mtl_sparse.runtime.errors import UserError
+
+VERSION = 1  # of every kind of file; when a key changes, raise it and extend `migrate`
+# Options that are on by default, and what runs did that were made before these options existed.
+_EARLIER_OPTIONS = {"sparsity": {"keep_connected": False}}
+
+
+class Schema:
+    """Base of the dataclasses below: conversion from and to JSON values.
+
+    Attributes:
+      kind: stem of the file's name; "" for objects inside a file, which have no version.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object of the newest version, without the fields that are None."""
+        fields = dataclasses.fields(typing.cast(Any, self))
+        values = {_key(field): _encode(getattr(self, field.name)) for field in fields}
+        version = {"version": VERSION} if self.kind else {}
+        return version | {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the dataclass of a JSON object of this or an earlier version; ignore keys that it does not know.
+
+        Raises:
+          UserError: SCHEMA_TOO_NEW for a later version, FILE_DAMAGED for a missing key or a value of another type.
+        """
+        return _decode(cls, migrate(cls.kind, value) if cls.kind else value, cls.kind)
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Self:
+        """Return the dataclass of a JSON file.
+
+        Raises:
+          UserError: FILE_MISSING, or as `from_json`.
+        """
+        value = files.read_json(path)
+        try:
+            return cls.from_json(value)
+        except UserError as error:
+            raise UserError(error.code, f"{path}: {error}") from error
+
+    def write(self, path: pathlib.Path) -> None:
+        """Write a JSON file atomically."""
+        files.write_json(path, self.to_json())
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline(Schema):
+    """The main metric of a task.
+
+    Attributes:
+      metric: its name in `Results.test`, such as "depth/mae_normalized".
+      higher_is_better: whether a larger value is better.
+    """
+
+    metric: str
+    higher_is_better: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity(Schema):
+    """Sparsity of one conv kernel.
+
+    Attributes:
+      path: "/"-joined path in the parameter tree.
+      groups: number of groups (input channels).
+      zero_groups: number of groups that are exactly zero.
+      group_size: number of weights in one group.
+      zero_weights: number of weights that are exactly zero; None in files of the first runs.
+    """
+
+    path: str
+    groups: int
+    zero_groups: int
+    group_size: int
+    zero_weights: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSparsity(Schema):
+    """Sparsity of a run's penalized conv kernels.
+
+    Attributes:
+      group: fraction of groups that are exactly zero.
+      parameter: fraction of weights in zero groups.
+      weight: fraction of weights that are exactly zero; None in files of the first runs.
+      lambda_: strength of the penalty at the end of training.
+      target: target sparsity, 0 for a fixed lambda.
+      penalty: name of the penalty; "l1" acts on single weights.
+      dead_layers: paths of the kernels without a non-zero group.
+      dead_blocks: paths of the residual blocks with a dead layer on their branch.
+      layers: an entry for each kernel.
+    """
+
+    group: float
+    parameter: float
+    weight: float | None
+    lambda_: float
+    target: float
+    penalty: str
+    dead_layers: tuple[str, ...]
+    dead_blocks: tuple[str, ...]
+    layers: tuple[LayerSparsity, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize(Schema):
+    """Parameters of a model, and its multiply-accumulate operations per image."""
+
+    parameters: int
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Size(Schema):
+    """Sizes of a run's model: as trained, and after exact compaction."""
+
+    trained: ModelSize
+    compact: ModelSize
+
+
+@dataclasses.dataclass(frozen=True)
+class Results(Schema):
+    """results.json: the best checkpoint of a finished run.
+
+    Attributes:
+      test: test metrics by name, "<task>/<metric>".
+      constant: the same metrics of the constant baseline.
+      headlines: task -> its main metric.
+      sparsity: of the best checkpoint.
+      size: of the model; None in files of early runs.
+      step: step of the best checkpoint.
+      seed: seed of the run.
+      frames: split -> number of images.
+      config: the run's config.json.
+      versions: package -> version.
+      device: number and kind of the devices.
+    """
+
+    kind: ClassVar[str] = "results"
+
+    test: dict[str, float]
+    constant: dict[str, float]
+    headlines: dict[str, Headline]
+    sparsity: RunSparsity
+    size: Size | None
+    step: int
+    seed: int
+    frames: dict[str, int]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingRow(Schema):
+    """Latency, throughput and memory of one model at one batch size, see `compaction.speed.compare`.
+
+    Attributes:
+      part: "backbone" or "model".
+      model: "dense", "sparse" or "compact".
+      batch: images per call.
+      parameters: number of trainable parameters.
+      macs: multiply-accumulate operations per image.
+      median_ms: median latency of a call, in milliseconds.
+      p90_ms: 90th percentile of the latency, in milliseconds.
+      speedup: median over the rounds of the first model's latency over this one's.
+      images_per_second: throughput.
+      gmacs_per_second: throughput in 10^9 multiply-accumulate operations.
+      memory_mib: memory of the compiled program, in MiB.
+    """
+
+    part: str
+    model: str
+    batch: int
+    parameters: int
+    macs: int
+    median_ms: float
+    p90_ms: float
+    speedup: float
+    images_per_second: float
+    gmacs_per_second: float
+    memory_mib: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing(Schema):
+    """benchmark.json: a run's model timed dense, with its zeros, and compact.
+
+    Attributes:
+      device: what the model was timed on.
+      size: (height, width) of the images; () if unknown.
+      rounds: calls of each model; 0 if unknown.
+      compact: options of the compaction; {} if unknown.
+      group_sparsity: fraction of groups that are exactly zero.
+      rows: an entry for each batch size, part and model.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+
+    device: str
+    size: tuple[int, ...] = ()
+    rounds: int = 0
+    compact: dict[str, Any] = dataclasses.field(default_factory=dict)
+    group_sparsity: float = dataclasses.field(kw_only=True)
+    rows: tuple[TimingRow, ...] = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(Schema):
+    """sweep.json: name of each trial's folder -> options of the trial, by dotted path."""
+
+    kind: ClassVar[str] = "sweep"
+
+    trials: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Schema):
+    """Where LOMT attaches a task's head.
+
+    Attributes:
+      layer: deepest conv layer that the task keeps, such as "layer3_3/conv1".
+      point: attachment point of the head, one of `resnet.points`: for the last layer of a block and for its shortcut,
+        the output of the block.
+      kept: the conv layers that the task keeps, in the order of the network.
+      active: conv layer -> fraction of its groups that are non-zero, for each run.
+      folders: of the runs.
+    """
+
+    layer: str
+    point: str
+    kept: tuple[str, ...]
+    active: dict[str, tuple[float, ...]]
+    folders: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices(Schema):
+    """lomt.json: where LOMT attaches the heads.
+
+    Attributes:
+      depth: of the ResNet.
+      active: a layer is active in a run if more than this fraction of its groups is non-zero.
+      vote: a layer is kept if it is active in at least this fraction of the runs.
+      tasks: task -> choice.
+    """
+
+    kind: ClassVar[str] = "lomt"
+
+    depth: int
+    active: float
+    vote: float
+    tasks: dict[str, Choice]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactLayer(Schema):
+    """An entry of compact.json: one conv layer before and after compaction, see `compaction.explain.explain`.
+
+    Attributes:
+      layer: path of the layer.
+      groups: number of groups (input channels).
+      zero: number of groups that are exactly zero.
+      groups_after: groups of the compact layer, 0 if it was removed.
+      zero_after: zero groups of the compact layer.
+      parameters: number of weights of the kernel.
+      parameters_after: weights of the compact kernel.
+      macs: multiply-accumulate operations per image.
+      macs_after: operations of the compact layer.
+      why: what was removed, or why zero groups stay.
+    """
+
+    kind: ClassVar[str] = "compact"
+
+    layer: str
+    groups: int
+    zero: int
+    groups_after: int
+    zero_after: int
+    parameters: int
+    parameters_after: int
+    macs: int
+    macs_after: int
+    why: str
+
+
+def migrate(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object in the newest version; the one given stays as it is.
+
+    Args:
+      kind: stem of the file's name: "results", "benchmark", "sweep", "lomt", "compact", or "config", whose version is
+        in the options that it has.
+      value: the object, of any version up to the newest.
+
+    Raises:
+      UserError: SCHEMA_TOO_NEW for a later version, FILE_DAMAGED for a value that is no JSON object.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError("FILE_DAMAGED", f"expected {kind}.json to hold an object, got {value!r:.60}")
+    if kind == "config":
+        return _with_earlier_options(value)
+    version = value.get("version", 0)
+    if not isinstance(version, int):
+        raise UserError("FILE_DAMAGED", f"expected an integer version in {kind}.json, got version={version!r:.60}")
+    if version > VERSION:
+        raise UserError(
+            "SCHEMA_TOO_NEW",
+            f"expected {kind}.json of version {VERSION} or earlier, got version={version}; "
+            "use the release of mtl-sparse that wrote it, or a later one",
+        )
+    if version == 0 and kind == "results":
+        value = _results_of_version_0(value)
+    return {**value, "version": VERSION}
+
+
+def _with_earlier_options(config):
+    """Return a config with the options that it was made before."""
+    return {**config, **{name: options | dict(_object(config, name)) for name, options in _EARLIER_OPTIONS.items()}}
+
+
+def _results_of_version_0(value):
+    """Return results with what the first runs did not write, as their config has it."""
+    found = dict(value)
+    if isinstance(value.get("config"), Mapping):
+        found["config"] = _with_earlier_options(value["config"])
+    if isinstance(value.get("sparsity"), Mapping):
+        options = _object(_object(found, "config"), "sparsity")
+        layers = [layer for layer in value["sparsity"].get("layers") or () if isinstance(layer, Mapping)]
+        found["sparsity"] = {
+            "lambda": options.get("lambda_", 0.0),
+            "target": options.get("target", 0.0),
+            "penalty": options.get("penalty", "group_lasso"),
+            "dead_layers": [layer.get("path") for layer in layers if layer.get("zero_groups") == layer.get("groups")],
+            "dead_blocks": [],
+            **value["sparsity"],
+        }
+    return found
+
+
+def _object(value, name):
+    """Return the JSON object of a name, {} if there is none."""
+    found = value.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _key(field: dataclasses.Field) -> str:
+    return field.name.rstrip("_")
+
+
+def _encode(value):
+    """Return a field's value as a JSON value."""
+    if isinstance(value, Schema):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {key: _encode(part) for key, part in value.items()}
+    return [_encode(part) for part in value] if isinstance(value, tuple | list) else value
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _decode(expected: Any, value: Any, where: str) -> Any:
+    """Return a JSON value as one of the expected type: a schema, X | None, tuple[X, ...], dict[str, X] or a scalar."""
+    if expected is Any:
+        return value
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is types.UnionType:
+        return None if value is None else _decode(arguments[0], value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_decode(arguments[0], part, f"{where}[{i}]") for i, part in enumerate(value))
+    if isinstance(value, Mapping):
+        if origin is dict:
+            return {key: _decode(arguments[1], part, f"{where}/{key}") for key, part in value.items()}
+        if isinstance(expected, type) and issubclass(expected, Schema):
+            return _decode_object(expected, value, where)
+    elif origin is None and isinstance(value, (int, float) if expected is float else expected):
+        return value
+    name = expected.__name__ if isinstance(expected, type) and origin is None else str(expected)
+    raise UserError("FILE_DAMAGED", f"expected {where} to be {name}, got {value!r:.60}")
+
+
+def _decode_object(cls, value, where):
+    given = {}
+    for field in dataclasses.fields(cls):
+        key, expected = _key(field), _hints(cls)[field.name]
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if key in value:
+            given[field.name] = _decode(expected, value[key], f"{where}/{key}")
+        elif typing.get_origin(expected) is types.UnionType:
+            given[field.name] = None
+        elif not has_default:
+            keys = ", ".join(value) or "no key"
+            raise UserError("FILE_DAMAGED", f"expected {where} to have the key {key!r}, got {keys}")
+    return cls(**given)
