@@ -1,8 +1,9 @@
-"""Latency, throughput and memory of a run's model: dense, with its zeros, and compact."""
+"""`--job=benchmark`: latency, throughput and memory of a run's model: dense, with its zeros, and compact."""
 
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,58 +11,73 @@ from absl import logging
 
 from mtl_sparse.compaction import speed
 from mtl_sparse.report import plots, tables
-from mtl_sparse.runtime import environment, files
+from mtl_sparse.report.schema import Timing, TimingRow
+from mtl_sparse.runtime import environment
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import stats
 from mtl_sparse.training import setup as setup_lib
 
 
 def is_done(config, workdir: pathlib.Path) -> bool:
-    """Whether a run was timed with the config's settings on this device."""
+    """Return whether a run was timed with the config's options on this device."""
     path = workdir / "benchmark.json"
-    found = files.read_json(path) if path.exists() else {}
-    done = found.get("device"), found.get("rounds"), {row["batch"] for row in found.get("rows", ())}
-    asked = device(), config.benchmark.rounds, set(config.benchmark.batch_sizes)
-    return done == asked and found.get("compact") == json.loads(config.compact.to_json())
+    if not path.exists():
+        return False
+    found = Timing.read(path)
+    done = found.device, found.rounds, {row.batch for row in found.rows}, found.compact
+    return done == (device(), config.benchmark.rounds, set(config.benchmark.batch_sizes), _compact_options(config))
+
+
+def _compact_options(config) -> dict[str, Any]:
+    return json.loads(config.compact.to_json())
 
 
 def device() -> str:
-    """What is timed on, and with which pages of memory: they change a CPU's figures (docs/benchmarks.md)."""
+    """Return the device, the version of JAX, and whether huge pages are on: all change the timings of a CPU."""
     huge = jax.default_backend() == "cpu" and environment.HUGE_PAGES in os.environ.get("GLIBC_TUNABLES", "")
     return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}{', huge pages' if huge else ''}"
 
 
 def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
-    """`--job=benchmark`: dense, sparse and compact model of a run; writes benchmark.json and plots/latency.png."""
+    """Time the dense, sparse and compact model of a run; write benchmark.json and plots/latency.png.
+
+    Returns:
+      The rows of benchmark.json.
+
+    Raises:
+      UserError: OPTION_OUT_OF_RANGE for benchmark.batch_sizes or benchmark.rounds, or as `setup.load_model`.
+    """
     settings = config.benchmark
     batches = tuple(settings.batch_sizes)
     if not batches or min(batches) < 1 or settings.rounds < 1:
-        raise UserError(f"benchmark.batch_sizes={batches}, benchmark.rounds={settings.rounds}: each must be at least 1")
+        raise UserError(
+            "OPTION_OUT_OF_RANGE",
+            f"expected numbers of at least 1, got benchmark.batch_sizes={batches}, benchmark.rounds={settings.rounds}",
+        )
     workdir = pathlib.Path(workdir).expanduser()
     model, variables = setup_lib.load_model(workdir, config)
     size = tuple(config.data.size)
     dense = model.clone(widths=None)
     fresh = jax.jit(dense.init, compiler_options={"xla_backend_optimization_level": 0})
-    small = setup_lib.compact(config, model, variables)
     models = {
         "dense": (dense, jax.device_get(fresh(jax.random.key(0), jnp.zeros((1, *size, 3))))),
         "sparse": (model, variables),
-        "compact": small,
+        "compact": setup_lib.compact(config, model, variables),
     }
-    rows = []
+    rows: list[TimingRow] = []
     for batch in batches:
         logging.info("Timing batch %d at %dx%d: %d rounds of each model", batch, *size, settings.rounds)
-        rows += speed.compare(models, size, batch, settings.rounds)
-    found = {
-        "device": device(),
-        "size": size,
-        "rounds": settings.rounds,
-        "compact": json.loads(config.compact.to_json()),
-        "group_sparsity": stats.sparsity(variables["params"], config.sparsity.scope).group,
-        "rows": rows,
-    }
-    files.write_json(workdir / "benchmark.json", found)
+        rows += map(TimingRow.from_json, speed.compare(models, size, batch, settings.rounds))
+    timing = Timing(
+        device=device(),
+        size=size,
+        rounds=settings.rounds,
+        compact=_compact_options(config),
+        group_sparsity=stats.sparsity(variables["params"], config.sparsity.scope).group,
+        rows=tuple(rows),
+    )
+    timing.write(workdir / "benchmark.json")
     print(tables.speed_table(rows))
     (workdir / "plots").mkdir(exist_ok=True)
-    print(plots.save(plots.latency(found), workdir / "plots" / "latency.png"))
-    return rows
+    print(plots.save(plots.latency(timing), workdir / "plots" / "latency.png"))
+    return [row.to_json() for row in rows]

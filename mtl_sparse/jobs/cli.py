@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import os
 import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -81,7 +80,7 @@ def split_names(values: Sequence[str]) -> tuple[str, ...]:
 
 
 def existing_folders(parts: Sequence[str]) -> list[str]:
-    """Return the folders of a list that was split at commas: a trial's name has commas of its own."""
+    """Return the folders of a list that was split at commas, which trials of earlier versions have in their names."""
     folders, waiting = [], []
     for part in filter(None, parts):
         waiting.append(part)
@@ -99,7 +98,7 @@ def split_config(value: str) -> tuple[pathlib.Path, str]:
     """
     path, _, argument = value.partition(":")
     if not pathlib.Path(path).is_file():
-        raise UserError("CONFIG_MISSING", f"config file {path} does not exist; configs/ has those of this project")
+        raise UserError("FILE_MISSING", f"config file {path} does not exist; configs/ has those of this project")
     return pathlib.Path(path), argument
 
 
@@ -107,7 +106,7 @@ def default_workdir(job: str, path: pathlib.Path, argument: str) -> str:
     """Return runs/<name of the config>, or FOLDER of configs/run.py:FOLDER."""
     if path.stem == "run":
         return argument
-    named = os.path.join("runs", "_".join(filter(None, (path.stem, *argument.split(":")))))
+    named = str(pathlib.Path("runs") / "_".join(filter(None, (path.stem, *argument.split(":")))))
     return f"{named}_lomt" if job == "lomt" and path.stem != "sweeps" else named
 
 
@@ -118,16 +117,16 @@ def run_file(path: str) -> types.ModuleType:
       UserError: there is no such file.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError("REGISTER_MISSING", f"--register={path}: there is no such file")
+        raise UserError("FILE_MISSING", f"--register={path}: there is no such file")
     spec = importlib.util.spec_from_file_location("registered", path)
     if spec is None or spec.loader is None:
-        raise UserError("REGISTER_MISSING", f"--register={path}: it is not a Python file")
+        raise UserError("FILE_DAMAGED", f"expected a Python file, got --register={path}")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
 
 def parse_error(arguments: Sequence[str], error: Exception) -> str:
-    """Return what is wrong with command line arguments in one sentence; `error` is of absl or ml_collections."""
+    """Return the message, one sentence, for an error of absl or ml_collections about command line arguments."""
     text = str(error.args[0] if error.args else error).strip("'").replace("\\n", " ").replace("\\'", "'")
     _, ours, sentence = text.rpartition("UserError: ")  # raised by a config file, and wrapped in a traceback
     if unknown := _unknown_option(arguments):
@@ -137,8 +136,8 @@ def parse_error(arguments: Sequence[str], error: Exception) -> str:
     return " ".join(sentence.split()) if ours else f"cannot use these options: {' '.join(text.split())}"
 
 
-def _unknown_option(arguments):
-    """Return what to say of the first --config.NAME that the config file does not have, "" if it has all."""
+def _unknown_option(arguments: Sequence[str]) -> str:
+    """Return the message for the first --config.NAME that the config file does not have, "" if it has all."""
     path, _, argument = option(arguments, "--config").partition(":")
     try:
         config = run_file(path).get_config(*[argument] if argument else [])
@@ -151,7 +150,7 @@ def _unknown_option(arguments):
 
 
 def _trials(request: Request, grid: str):
-    """Return (options of each trial, `sweep.Options`) of configs/sweeps.py:NAME or of a grid."""
+    """Return (options of each trial, `sweep.Options`) for configs/sweeps.py:NAME or for a grid."""
     from mtl_sparse.jobs import sweep
 
     if request.config_path.stem == "sweeps":
@@ -159,13 +158,13 @@ def _trials(request: Request, grid: str):
 
         if request.grid:
             raise UserError(
-                "TRIALS_TWICE",
+                "OPTION_CONFLICT",
                 f"configs/sweeps.py:{request.config_argument} lists its trials, and so does --grid; give one of them",
             )
         trials = sweeps.trials(request.config_argument)
     else:
         trials = sweep.parse_grid(grid)
-    own = os.path.abspath(request.config_path) if request.config_path.stem not in ("sweeps", "run") else ""
+    own = str(request.config_path.absolute()) if request.config_path.stem not in ("sweeps", "run") else ""
     return trials, sweep.Options(
         max_parallel=request.sweep["max_parallel"],
         shard=sweep.parse_shard(request.sweep["shard"]),
@@ -174,12 +173,6 @@ def _trials(request: Request, grid: str):
         cluster_settings=sweep.parse_settings(request.sweep["cluster_settings"]),
         register=request.register or own,
     )
-
-
-def _train(request):
-    from mtl_sparse.jobs import train
-
-    train.train(request.config, request.workdir)
 
 
 def _report(request):
@@ -203,8 +196,9 @@ def _sweep(request):
     from mtl_sparse.report import page
 
     out = pathlib.Path(request.workdir) / "report"
+    trials, options = _trials(request, request.grid)
     try:
-        sweep.run_job(request.config, request.workdir, *_trials(request, request.grid))
+        sweep.run_job(request.config, request.workdir, trials, options)
     except sweep.RunsFailed as failed:
         with contextlib.suppress(UserError):  # no run has finished
             page.write([request.workdir], out)
@@ -215,7 +209,8 @@ def _sweep(request):
 def _lomt(request):
     from mtl_sparse.jobs import lomt
 
-    lomt.run_job(request.config, request.workdir, *_trials(request, request.grid or "seed=0,1,2"), request.runs)
+    trials, options = _trials(request, request.grid or "seed=0,1,2")
+    lomt.run_job(request.config, request.workdir, trials, options, request.runs)
 
 
 def _import(request):
@@ -223,14 +218,14 @@ def _import(request):
 
     if not request.checkpoint:
         raise UserError(
-            "CHECKPOINT_MISSING",
+            "OPTION_MISSING",
             "--job=import needs --checkpoint=FILE, a .pt, .safetensors or .npz of the reference implementation",
         )
     import_reference.run_job(request.config, request.workdir, request.checkpoint)
 
 
 def _plain(name: str) -> Callable[[Request], Any]:
-    """Return the call of `mtl_sparse.jobs.<name>.run_job(config, workdir)`; the module is imported late."""
+    """Return a function that imports `mtl_sparse.jobs.<name>` and calls its `run_job(config, workdir)`."""
 
     def run(request):
         return importlib.import_module(f"mtl_sparse.jobs.{name}").run_job(request.config, request.workdir)
@@ -240,7 +235,7 @@ def _plain(name: str) -> Callable[[Request], Any]:
 
 # Job by name: (call, help).
 JOBS: dict[str, tuple[Callable[[Request], Any], str]] = {
-    "train": (_train, "train, evaluate the best checkpoint, write the report; resumes the run in the folder"),
+    "train": (_plain("train"), "train, evaluate the best checkpoint, write the report; resumes the run in the folder"),
     "evaluate": (_plain("evaluate"), "evaluate the best checkpoint of a run and write its report again"),
     "report": (_report, "the table and plots of a run from its records, or those of a sweep, or of --runs"),
     "compact": (_plain("compact"), "remove the zero channels of a run's model: a smaller run in <workdir>/compact"),

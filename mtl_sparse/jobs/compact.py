@@ -12,6 +12,7 @@ from absl import logging
 
 from mtl_sparse.compaction import explain
 from mtl_sparse.report import plots, tables
+from mtl_sparse.report.schema import CompactLayer, Results
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import checkpoints, evaluation, results
@@ -40,28 +41,28 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def _compact(run, workdir):
-    expected = files.read_json(workdir / "results.json")
+    expected = Results.read(workdir / "results.json").test
     with contextlib.closing(checkpoints.Checkpoints(workdir)) as saved:
         best = results.Best.load(run, saved)
     rows, error = best.explain(), best.difference()
-    if not any(row["zero"] for row in rows):
+    layers = [CompactLayer.from_json(row) for row in rows]
+    if not any(layer.zero for layer in layers):
         logging.warning("This run has no zero groups: its compact model has the same channels")
-    if not any(row["groups_after"] for row in rows if row["layer"].startswith("backbone/")):
-        raise UserError(
-            "BACKBONE_DEAD", f"the backbone of {workdir} is dead: no layer of it is left to evaluate or train on"
-        )
+    if not any(layer.groups_after for layer in layers if layer.layer.startswith("backbone/")):
+        raise UserError("BACKBONE_DEAD", f"the backbone of {workdir} is dead: compaction would leave no layer of it")
     if not error < _TOLERANCE:
         raise UserError(
             "COMPACTION_NOT_EXACT",
-            f"the compact model's outputs differ by {error:.1e} of the largest: nothing was written",
+            f"expected the compact model of {workdir} to have the same outputs, got a difference of {error:.1e} of the "
+            "largest; nothing was written",
         )
     folder = workdir / "compact"
     with _replacing(folder):
-        found = _write_run(best, workdir, folder)
-        files.write_json(folder / "compact.json", rows)
-        plots.save(plots.compact_layers(rows), folder / "plots" / "compact.png")
-    print("\n" + tables.compact_table(rows))
-    change = np.nanmax([abs(found["test"][name] - value) for name, value in expected["test"].items()])
+        found = _write_run(best, workdir, folder).test
+        files.write_json(folder / "compact.json", [layer.to_json() for layer in layers])
+        plots.save(plots.compact_layers(layers), folder / "plots" / "compact.png")
+    print("\n" + tables.compact_table(layers))
+    change = np.nanmax([abs(found[name] - value) for name, value in expected.items()])
     sentence = explain.compare_sentence(rows, best.state.variables, best.compact[1])
     print(f"\n{sentence}; outputs equal to {error:.0e} of the largest, test metrics to {change:.0e}")
     print(f"the compact model is a run of its own: --config=configs/run.py:{folder} --job=evaluate")
@@ -69,7 +70,7 @@ def _compact(run, workdir):
 
 
 def _write_run(best, workdir, folder):
-    """Write the compact model into `folder` as a finished run; returns its results."""
+    """Write the compact model into `folder` as a finished run; return its results."""
     model, variables = best.compact
     config = best.run.config.copy_and_resolve_references()
     config.model.widths = model.widths.to_json()
@@ -87,7 +88,8 @@ def _write_run(best, workdir, folder):
         saved.wait()
         if (workdir / "metrics.jsonl").exists():  # an imported run has none
             shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
-        return results.write(small, evaluation.Evaluator(small), folder, results.Best.load(small, saved))
+        found = results.write(small, evaluation.Evaluator(small), folder, results.Best.load(small, saved))
+    return Results.from_json(found)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from typing import Any
 
 from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import UserError
@@ -11,14 +12,14 @@ from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import setup
 
 
-def run_job(config, workdir: str | pathlib.Path) -> dict:
+def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on the test split and write its report again.
 
     Returns:
       The contents of results.json.
 
     Raises:
-      UserError: the run has not ended (results would make it count as finished), or see `folder.check`.
+      UserError: RUN_NOT_FINISHED (results.json would mark it as finished), or as `folder.check`.
     """
     run = setup(config)
     workdir = pathlib.Path(workdir).expanduser()
@@ -31,11 +32,11 @@ def run_job(config, workdir: str | pathlib.Path) -> dict:
         return results.write(run, Evaluator(run), workdir, results.Best.load(run, saved))
 
 
-def _check_ended(run, workdir, saved):
+def _check_ended(run, workdir, saved) -> None:
     _, progress, checkpoint = saved.read("latest")
     if int(checkpoint.name) < run.total_steps and not progress.get("stopped"):
         raise UserError(
             "RUN_NOT_FINISHED",
-            f"the run in {workdir} is at step {checkpoint.name} of {run.total_steps}: give its command again, which "
-            "resumes it and evaluates it at the end (metrics.jsonl has its validation so far)",
+            f"the run in {workdir} is at step {checkpoint.name} of {run.total_steps}; run its command again, which "
+            "resumes and then evaluates it (metrics.jsonl has its validation so far)",
         )

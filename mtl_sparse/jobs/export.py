@@ -1,4 +1,4 @@
-"""A run's model as one file that runs without this package: serialised StableHLO (`jax.export`) or ONNX."""
+"""`--job=export`: a run's model as one file that runs without this package, StableHLO (`jax.export`) or ONNX."""
 
 import pathlib
 
@@ -21,16 +21,23 @@ _TOLERANCE = 1e-4  # of an output's largest value
 
 
 def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
-    """`--job=export`: writes `<workdir>/export/model.stablehlo` or `model.onnx`, and a JSON file on how to feed it.
+    """Write a run's model to `<workdir>/export/model.stablehlo` or `model.onnx`, with a JSON file on how to call it.
 
-    The file takes normalised images float32 [B, H, W, 3], H and W as in config.data.size, any B, and gives the raw
-    predictions of each task. It is read back and checked against the model on the run's sample of test frames.
+    The file takes normalized images, float32 [B, H, W, 3], with H and W as in config.data.size and any B. It returns
+    the raw predictions of each task. The outputs of the written file are compared with the model's before it is kept.
+
+    Returns:
+      The path of the file.
 
     Raises:
-      UserError: an unknown format, the converter is not installed, or the file's outputs differ.
+      UserError: OPTION_UNKNOWN_VALUE for export.format, EXTRA_MISSING if the converter is not installed,
+        EXPORT_NOT_EXACT if the file's outputs differ.
     """
     if config.export.format not in _FORMATS:
-        raise UserError(f"unknown export.format={config.export.format!r}; the formats are {', '.join(_FORMATS)}")
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE",
+            f"expected export.format to be one of {', '.join(_FORMATS)}, got export.format={config.export.format!r}",
+        )
     write, read = _FORMATS[config.export.format]
     workdir = pathlib.Path(workdir).expanduser()
     model, variables = setup_lib.load_model(workdir, config)
@@ -47,7 +54,11 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
         call, expected = read(partial), jax.jit(model.apply)
         error = np.max([exactness.largest_difference(expected(variables, x), call(x)) for x in (images[:1], images)])
         if not error <= _TOLERANCE:
-            raise UserError(f"{path} was not written: its outputs would differ by {error:.1e} of the largest")
+            raise UserError(
+                "EXPORT_NOT_EXACT",
+                f"expected {path} to have the outputs of the run's model, got a difference of {error:.1e} of the "
+                "largest; it was not written",
+            )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -66,11 +77,11 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def _images(workdir, size, unit_range):
-    """Normalised images to check a file on: the run's test frames of samples.npz, or noise at another size."""
+    """Return normalized images to check a file with: test images of samples.npz, or noise if their size differs."""
     if (workdir / "samples.npz").exists():
-        frames = records.read_samples(workdir)["image"]
-        if frames.shape[1:3] == size and len(frames) > 1:
-            return transforms.normalize_image(frames, unit_range)
+        images = records.read_samples(workdir)["image"]
+        if images.shape[1:3] == size and len(images) > 1:
+            return transforms.normalize_image(images, unit_range)
     return np.random.default_rng(0).normal(size=(3, *size, 3)).astype(np.float32)
 
 
@@ -89,7 +100,9 @@ def _write_onnx(model, variables, size, path):
     try:
         from jax2onnx import to_onnx
     except ImportError as error:
-        raise UserError(f"export to ONNX needs the extra: pip install -e '.[onnx]' ({error})") from error
+        raise UserError(
+            "EXTRA_MISSING", f"export.format='onnx' needs jax2onnx; run pip install -e '.[onnx]' ({error})"
+        ) from error
     with atrous.plain_convolutions():
         proto = to_onnx(
             lambda images: tuple(model.apply(variables, images).values()),

@@ -17,22 +17,24 @@ from mtl_sparse.training.state import TrainState
 
 
 def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path) -> pathlib.Path:
-    """`--job=import`: makes a run of a released checkpoint, which can be evaluated, compacted, timed and exported.
+    """Make a run of a reference checkpoint, which can be evaluated, compacted, timed and exported.
 
     Args:
-      config: all that the checkpoint does not say, such as the data; its tasks are those of a single-task checkpoint.
+      config: all that the checkpoint does not contain, such as the data; its one task is that of a single-task
+        checkpoint.
       workdir: the new run's folder.
       checkpoint: file of the weights, see `state_dicts.read`.
 
     Returns:
-      The folder.
+      The run's folder.
 
     Raises:
-      UserError: as `state_dicts.read` and `from_state_dict`, or a folder that holds a run.
+      UserError: FOLDER_IN_USE if the folder holds a run, TASK_HEADS_DIFFER if the checkpoint's heads are not those of
+        the tasks, or as `state_dicts.read` and `reference.from_state_dict`.
     """
     workdir = pathlib.Path(workdir).expanduser()
     if (workdir / "config.json").exists():
-        raise UserError(f"{workdir} holds a run already: give another --workdir")
+        raise UserError("FOLDER_IN_USE", f"{workdir} holds a run already; give another --workdir")
     task = config.tasks[0] if len(config.tasks) == 1 else None
     model, variables = reference.from_state_dict(state_dicts.read(checkpoint), task)
     config = config.copy_and_resolve_references()
@@ -40,23 +42,25 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
     config.model.update(depth=model.depth, width=model.width, head_features=model.head_features)
     config.model.classifier_features = model.classifier_features
     outputs = {name: count for name, _, count in model.heads}
-    config.data.unit_range = True  # what the released code trains on
+    config.data.unit_range = True  # as the reference implementation trains
     config.data.num_classes = outputs.get("segmentation", config.data.num_classes)
     same = multitask.build(config.model, resolve(config))
     if same.heads != model.heads:
-        raise UserError(f"the checkpoint's heads {model.heads} are not those of config.tasks here, {same.heads}")
+        raise UserError(
+            "TASK_HEADS_DIFFER", f"expected a checkpoint with the heads {same.heads} of config.tasks, got {model.heads}"
+        )
     params = {"model": variables["params"], "weighting": weighting.init(config.loss.weighting, config.tasks)}
     opt_state = optimizer.build(config, optimizer.LONG).init(jax.tree.map(jnp.asarray, params))
     state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], opt_state)
     workdir.mkdir(parents=True, exist_ok=True)
     saved = checkpoints.Checkpoints(workdir)
     try:
-        for kind in checkpoints.KINDS:  # a run that has ended: --job=train would only evaluate it
+        for kind in checkpoints.KINDS:  # of a run that has ended: --job=train only evaluates it
             saved.save(kind, 0, jax.device_get(state), {"stopped": True})
         saved.wait()
     finally:
         saved.close()
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
     count = costs.parameter_count(variables)
-    logging.info("%s holds a run of %s now, with %d parameters", workdir, ", ".join(config.tasks), count)
+    logging.info("%s holds a run of %s, with %d parameters", workdir, ", ".join(config.tasks), count)
     return workdir

@@ -4,11 +4,16 @@ import pathlib
 from collections.abc import Sequence
 
 from mtl_sparse.report import page, plots, tables
-from mtl_sparse.runtime import files
+from mtl_sparse.report.schema import Results
 
 
 def run_job(config, workdir: str | pathlib.Path, folders: Sequence[str | pathlib.Path] = ()) -> None:
-    """Write the report of `folders`, or of the sweep or the run in `workdir`.
+    """Write the report of a run, of a sweep, or of several of both.
+
+    Args:
+      config: not used.
+      workdir: of the run or the sweep; gets the report.
+      folders: of runs and sweeps to report instead of `workdir`.
 
     Raises:
       UserError: there is no finished run.
@@ -18,6 +23,6 @@ def run_job(config, workdir: str | pathlib.Path, folders: Sequence[str | pathlib
     if folders or (workdir / "sweep.json").exists():
         page.write(folders or [workdir], workdir / "report")
         return
-    print(tables.run_table(files.read_json(workdir / "results.json")))
+    print(tables.run_table(Results.read(workdir / "results.json")))
     for path in plots.draw(workdir):
         print(path)

@@ -1,4 +1,4 @@
-"""Many runs of one config with other settings each: ordinary run folders below one, side by side and resumable."""
+"""`--job=sweep`: many runs of one config with different options, each an ordinary run in a subfolder; resumable."""
 
 import ast
 import concurrent.futures
@@ -25,6 +25,7 @@ from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.models import multitask
 from mtl_sparse.report import records
+from mtl_sparse.report.schema import Sweep
 from mtl_sparse.runtime import files, text
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.training import config as config_lib
@@ -32,9 +33,10 @@ from mtl_sparse.training import folder as folder_lib
 from mtl_sparse.training import setup as setup_lib
 
 CLUSTERS = ("slurm", "local")  # of submitit
-# Exit codes of a run that was asked to stop: see launch.py, and SIGTERM before it listens to that.
+_SEPARATOR = "__"  # of the options in a trial's name
+# Exit codes of a run that was asked to stop: that of launch.py, and those of a signal before launch.py handles it.
 _STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
-_processes: set[subprocess.Popen] = set()  # of the runs that this sweep is at
+_processes: set[subprocess.Popen] = set()  # of the sweep's runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +45,25 @@ class Trial:
 
     Attributes:
       name: of its folder.
+      settings: the options that the sweep sets, by dotted path, as JSON values.
       config: its whole config.
     """
 
     name: str
+    settings: dict[str, Any]
     config: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a sweep goes.
+    """How a sweep runs.
 
     Attributes:
-      max_parallel: runs at a time.
-      shard: (i, n), every n-th trial from the i-th on, i from 0: one of n jobs of an array.
-      retry_failed: run those again that failed before.
-      cluster: "" runs in processes of this machine; "slurm", or "local" to try it, through submitit.
-      cluster_settings: of submitit's executor, such as {"slurm_partition": "gpu", "timeout_min": 600}.
+      max_parallel: number of runs at a time.
+      shard: (i, n) runs every n-th trial from the i-th on, i from 0: one of n jobs of an array.
+      retry_failed: whether to run the trials again that failed before.
+      cluster: "" for processes on this machine; "slurm", or "local" to try it, for jobs of submitit.
+      cluster_settings: options of submitit's executor, such as {"slurm_partition": "gpu", "timeout_min": 600}.
       register: Python file that the processes of the runs load first, for its data sets and tasks.
     """
 
@@ -72,105 +76,136 @@ class Options:
 
 
 class RunsFailed(UserError):
-    """Runs of a sweep failed; the others are done."""
+    """Some runs of a sweep failed; the others have finished."""
 
 
 def parse_grid(text: str) -> list[dict[str, Any]]:
-    """Settings of each combination of "sparsity.lambda_=0.0,1e-5; seed=0,1"; the last name varies fastest.
+    """Return the options of each combination of "sparsity.lambda_=0.0,1e-5; seed=0,1"; the last name varies fastest.
 
     Raises:
-      UserError: not of that form.
+      UserError: SWEEP_GRID for text of another form.
     """
-    choices = {}
+    choices: dict[str, tuple[Any, ...]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, equals, values = part.partition("=")
         if not equals or not values.strip() or name.strip() in choices:
-            raise UserError(f"--grid: {part!r} is not NAME=VALUE,VALUE,... of a name that stands once")
+            raise UserError(
+                "SWEEP_GRID", f"expected each part of --grid as NAME=VALUE,VALUE, with each name once, got {part!r}"
+            )
         try:
             parsed = ast.literal_eval(f"({values},)")
         except (ValueError, SyntaxError):
             parsed = tuple(value.strip() for value in values.split(","))
         choices[name.strip()] = parsed
     if not choices:
-        raise UserError("--job=sweep needs --config=configs/sweeps.py:NAME, or --grid='NAME=VALUE,VALUE; ...'")
+        raise UserError(
+            "SWEEP_GRID", "--job=sweep needs --config=configs/sweeps.py:NAME, or --grid='NAME=VALUE,VALUE; ...'"
+        )
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n"."""
+    """Return (i, n) for "i/n".
+
+    Raises:
+      UserError: OPTION_OUT_OF_RANGE.
+    """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"--shard={text!r}: i/n, i from 0 to n - 1")
+        raise UserError("OPTION_OUT_OF_RANGE", f"expected i/n with i from 0 to n - 1, got --shard={text!r}")
     return int(index), int(count)
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """{"timeout_min": 600, "slurm_partition": "gpu"} of "timeout_min=600,slurm_partition=gpu"."""
-    found = {}
+    """Return {"timeout_min": 600, "slurm_partition": "gpu"} for "timeout_min=600,slurm_partition=gpu".
+
+    Raises:
+      UserError: OPTION_TYPE for text of another form.
+    """
+    found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
         if not equals:
-            raise UserError(f"--cluster_settings: {part!r} is not NAME=VALUE")
+            raise UserError("OPTION_TYPE", f"expected NAME=VALUE,... in --cluster_settings, got {part!r}")
         found[name] = int(value) if value.isdecimal() else value
     return found
 
 
 def make_trials(config, settings: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """The base config with each of the settings, by their dotted path.
+    """Return the base config with each of the options.
+
+    Args:
+      config: the base.
+      settings: for each trial, options by dotted path.
 
     Raises:
-      UserError: a setting that the config does not have, or a value of another type, or a trial twice.
+      UserError: OPTION_UNKNOWN or OPTION_TYPE for an option or value that the config does not take, SWEEP_TRIAL_TWICE.
     """
-    trials = {}
+    trials: dict[str, Trial] = {}
+    seen = set()
     for values in settings:
         one = config.copy_and_resolve_references()
         for path, value in values.items():
             if unknown := config_lib.unknown_option(config, path):
-                raise UserError(f"a sweep cannot set config.{path}={value!r}: {unknown}")
+                raise UserError("OPTION_UNKNOWN", f"a sweep cannot set config.{path}={value!r}: {unknown}")
             *parents, name = path.split(".")
             try:
                 node = functools.reduce(operator.getitem, parents, one)
                 node[name] = (value,) if path == "tasks" and isinstance(value, str) else value
             except TypeError as error:
-                raise UserError(f"a sweep cannot set config.{path}={value!r}: {error}") from error
-        name = _fitting(",".join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in values.items()))
-        if name in trials:
-            raise UserError(f"the trial {name} stands twice in this sweep")
-        trials[name] = Trial(name, one)
+                raise UserError("OPTION_TYPE", f"a sweep cannot set config.{path}={value!r}: {error}") from error
+        trial = Trial(_name(values), json.loads(json.dumps(dict(values))), one)
+        if trial.name in trials or _key(trial.settings) in seen:
+            raise UserError("SWEEP_TRIAL_TWICE", f"expected different trials, got {trial.name} twice; leave one out")
+        seen.add(_key(trial.settings))
+        trials[trial.name] = trial
     return list(trials.values())
 
 
-def _fitting(name):
-    """A name as one that file systems take: the end of a long one gives way to a number that stands for all of it."""
+def _key(settings: Mapping[str, Any]) -> str:
+    """Return a string that is equal for equal options."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """Return the folder's name of a trial: "lambda_=1e-05__seed=0".
+
+    File systems limit its length: the end of a long name is replaced by a hash of the whole name.
+    """
+    name = _SEPARATOR.join(f"{path.rpartition('.')[2]}={_short(value)}" for path, value in settings.items())
     if len(name.encode()) <= 240:
         return name
     return f"{name.encode()[:230].decode(errors='ignore')}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _short(value):
-    """A value as a part of a folder's name."""
+    """Return a value as a part of a folder's name."""
     text = ("+".join(map(str, value)) or "none") if isinstance(value, tuple | list) else str(value)
-    return text.replace("attribute:", "").replace("/", "_")
+    return text.replace("attribute:", "").replace("/", "_").replace(",", "+")
 
 
 def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str, Any]], options: Options) -> list[str]:
-    """`--job=sweep`: runs the trials that have not finished, each in its folder of `workdir`.
+    """Run the trials that have not finished, each in its subfolder of `workdir`.
+
+    Args:
+      config: the base config.
+      workdir: the sweep's folder; gets sweep.json.
+      settings: for each trial, options by dotted path.
+      options: how the sweep runs.
 
     Returns:
-      Names of the trials of this shard that have finished.
+      Names of the finished trials of this shard.
 
     Raises:
-      UserError: settings that cannot be, or a folder of another sweep.
-      RunsFailed: what it says; the others are done first.
+      UserError: options that are not valid, before any run starts; SWEEP_DIFFERS for the folder of another sweep.
+      RunsFailed: SWEEP_RUNS_FAILED; the other runs have finished.
+      Stopped: a signal asked to stop.
     """
     index, count = options.shard
-    if options.cluster not in ("", *CLUSTERS):
-        raise UserError(f"--cluster={options.cluster!r}: it is empty for this machine, or one of {', '.join(CLUSTERS)}")
-    if options.max_parallel < 1:
-        raise UserError(f"--max_parallel={options.max_parallel}: it must be at least 1")
+    _check_options(options)
     trials = make_trials(config, settings)
     opened = set()
-    for trial in trials:  # bad settings are told, and data prepared, before any run starts
+    for trial in trials:  # check options and prepare data before any run starts
         config_lib.check(trial.config)
         multitask.build(trial.config.model, tasks_lib.resolve(trial.config))
         data = trial.config.data.to_json(), tuple(trial.config.tasks)
@@ -178,12 +213,11 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
             setup_lib.setup(trial.config)
             opened.add(data)
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    _claim(workdir, settings, trials)
-    mine = trials[index::count]
+    mine = _claim(workdir, trials)[index::count]
     waiting, failed = [], []
     for trial in mine:
         folder = workdir / trial.name
-        if (folder / "results.json").exists():
+        if records.is_finished(folder):
             folder_lib.check_settings(folder, trial.config)
         elif (folder / "failed.txt").exists() and not options.retry_failed:
             failed.append(trial.name)
@@ -198,25 +232,45 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
     if failed:
         reasons = [f"{name} ({(workdir / name / 'failed.txt').read_text().strip()})" for name in failed]
         raise RunsFailed(
+            "SWEEP_RUNS_FAILED",
             f"{len(failed)} of {len(mine)} runs failed: {'; '.join(reasons[:3])}{'; ...' if len(failed) > 3 else ''}; "
-            f"each has a log.txt in its folder of {workdir}, and --retry_failed runs them again"
+            f"see log.txt in their folders in {workdir}; --retry_failed runs them again",
         )
     return [trial.name for trial in mine]
 
 
-def _claim(workdir, settings, trials):
-    """Writes sweep.json; raises UserError where the folder holds another sweep."""
+def _check_options(options):
+    if options.cluster not in ("", *CLUSTERS):
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE",
+            f"expected '' for this machine, or one of {', '.join(CLUSTERS)}, got --cluster={options.cluster!r}",
+        )
+    if options.max_parallel < 1:
+        raise UserError("OPTION_OUT_OF_RANGE", f"expected at least 1, got --max_parallel={options.max_parallel}")
+
+
+def _claim(workdir: pathlib.Path, trials: Sequence[Trial]) -> list[Trial]:
+    """Write sweep.json, or read that of the same sweep.
+
+    Returns:
+      The trials by the names in sweep.json: sweeps of earlier versions separated options by commas.
+
+    Raises:
+      UserError: SWEEP_DIFFERS.
+    """
     path = workdir / "sweep.json"
-    value = json.loads(json.dumps({"trials": {t.name: dict(s) for t, s in zip(trials, settings, strict=True)}}))
     if not path.exists():  # other shards write the same
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, value)
-    elif files.read_json(path) != value:
-        raise UserError(f"{workdir} holds another sweep; give another --workdir")
+        Sweep({trial.name: trial.settings for trial in trials}).write(path)
+        return list(trials)
+    names = {_key(settings): name for name, settings in Sweep.read(path).trials.items()}
+    if names.keys() != {_key(trial.settings) for trial in trials}:
+        raise UserError("SWEEP_DIFFERS", f"{workdir} holds a sweep of other trials; give another --workdir")
+    return [dataclasses.replace(trial, name=names[_key(trial.settings)]) for trial in trials]
 
 
-def _run_all(trials, workdir, options) -> list[str]:
-    """Runs the trials; returns the names of those that failed."""
+def _run_all(trials: Sequence[Trial], workdir: pathlib.Path, options: Options) -> list[str]:
+    """Run the trials; return the names of those that failed."""
     progress = _Progress(len(trials))
     for trial in trials:
         folder = workdir / trial.name
@@ -239,14 +293,14 @@ def _run_all(trials, workdir, options) -> list[str]:
 
 @contextlib.contextmanager
 def _passing_on(number):
-    """The signal goes to the runs that the sweep is at, which save where they are, and the sweep ends with them."""
+    """Forward a signal to the processes of the runs, which save their state, and end the sweep."""
 
     def pass_on(number, _):
         for process in tuple(_processes):
             process.send_signal(number)
-        raise Stopped("the sweep was stopped; the same command goes on with it")
+        raise Stopped("the sweep was stopped; the same command resumes it")
 
-    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = signal.signal(number, pass_on)
@@ -258,7 +312,7 @@ def _passing_on(number):
 
 def _submit(folders, workdir, options, progress) -> list[str]:
     if importlib.util.find_spec("submitit") is None:
-        raise UserError("--cluster needs submitit: pip install -e '.[slurm]'")
+        raise UserError("EXTRA_MISSING", "--cluster needs submitit; run pip install -e '.[slurm]'")
     import submitit
 
     settings = dict(options.cluster_settings)
@@ -267,13 +321,15 @@ def _submit(folders, workdir, options, progress) -> list[str]:
     try:
         executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=options.cluster)
         executor.update_parameters(**settings)
-    except (NameError, TypeError, ValueError, RuntimeError) as error:  # an unknown setting is a NameError there
-        raise UserError(f"--cluster_settings: submitit refuses {settings} ({error})") from error
+    except (NameError, TypeError, ValueError, RuntimeError) as error:  # submitit raises NameError for an unknown option
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE", f"submitit does not accept --cluster_settings={settings}: {error}"
+        ) from error
     if options.cluster == "slurm":
         jobs = executor.map_array(functools.partial(run_trial, register=options.register), list(folders.values()))
-        outcomes = map(_outcome, jobs, folders.values())
-        return [name for name, done in zip(folders, outcomes, strict=True) if not _finished(name, done, progress)]
-    # The local executor would start all of them at once.
+        ended = map(_outcome, jobs, folders.values())
+        return [name for name, done in zip(folders, ended, strict=True) if not _finished(name, done, progress)]
+    # The local executor would start all jobs at once.
     start = lambda folder: _outcome(executor.submit(run_trial, folder, options.register), folder)  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
         outcomes = pool.map(start, folders.values())
@@ -281,7 +337,7 @@ def _submit(folders, workdir, options, progress) -> list[str]:
 
 
 def _outcome(job, folder):
-    """What `run_trial` returned in a job of the cluster; one that was lost, by its time limit say, has failed."""
+    """Return what `run_trial` returned in a job of the cluster; a job that was lost, as by a time limit, has failed."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
@@ -293,22 +349,36 @@ def _outcome(job, folder):
 
 
 def _finished(name, finished, progress) -> bool:
-    """What `run_trial` has returned; raises Stopped where the run was stopped, which is no failure of it."""
+    """Return whether a run has finished.
+
+    Args:
+      name: of the trial.
+      finished: the value that `run_trial` returned.
+      progress: to log it in.
+
+    Raises:
+      Stopped: the run was asked to stop, which does not count as a failure.
+    """
     if finished is None:
-        raise Stopped(f"the run {name} was stopped; the same command goes on with it")
-    return progress.tell(name, finished)
+        raise Stopped(f"the run {name} was stopped; the same command resumes the sweep")
+    return progress.add(name, finished)
 
 
-def run_trial(folder: str, register: str = "") -> bool | None:
-    """Trains the run of `folder`, whose config.json is there, in a process of its own.
+def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
+    """Train the run of a folder, which has its config.json, in a process of its own.
 
-    Returns whether it finished, None where it was asked to stop before: it can go on. What it prints goes to log.txt;
-    the reason of a failure to failed.txt. A run that another process is at, such as one left by a sweep that was
-    killed, is waited for.
+    The output of the process goes to log.txt, the reason of a failure to failed.txt. If another process trains the run,
+    such as one that outlived a killed sweep, wait for it.
+
+    Args:
+      folder: of the run.
+      register: Python file that the process loads first.
+
+    Returns:
+      Whether the run has finished, None if it was asked to stop: it can be resumed.
     """
     folder = pathlib.Path(folder)
-    config = importlib.util.find_spec("configs.run").origin
-    command = [sys.executable, importlib.util.find_spec("launch").origin, f"--config={config}:{folder}"]
+    command = [sys.executable, _file_of("launch"), f"--config={_file_of('configs.run')}:{folder}"]
     command += [f"--register={register}"] if register else []
     with files.locked(folder / "lock", wait=True) as lock, (folder / "log.txt").open("a") as log:
         if not lock.held:
@@ -316,7 +386,7 @@ def run_trial(folder: str, register: str = "") -> bool | None:
         if (folder / "results.json").exists():
             return True
         (folder / "failed.txt").unlink(missing_ok=True)
-        # The child holds the lock, too: it stays locked for as long as either lives.
+        # The child inherits the lock: it is held as long as either process lives.
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.file.fileno(),))
         _processes.add(process)
         code = process.wait()
@@ -331,12 +401,25 @@ def run_trial(folder: str, register: str = "") -> bool | None:
     return False
 
 
+def _file_of(module: str) -> str:
+    """Return the path of a module's file."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"expected a file of the module {module}; install the whole repository", name=module)
+    return spec.origin
+
+
 def benchmark_job(config, workdir: str | pathlib.Path) -> None:
-    """`--job=benchmark` of a sweep: times its finished runs by config.benchmark, but for those that have been."""
+    """Time the finished runs of a sweep, except those that were timed with these options on this device.
+
+    Args:
+      config: whose sections `benchmark` and `compact` are used.
+      workdir: the sweep's folder.
+    """
     from configs import run as run_config
 
     workdir = pathlib.Path(workdir).expanduser()
-    names = files.read_json(workdir / "sweep.json")["trials"]
+    names = Sweep.read(workdir / "sweep.json").trials
     folders = [workdir / name for name in names if records.is_finished(workdir / name)]
     for i, folder in enumerate(folders, 1):
         logging.info("Timing run %d of %d: %s", i, len(folders), folder.name)
@@ -349,11 +432,12 @@ def benchmark_job(config, workdir: str | pathlib.Path) -> None:
 class _Progress:
     """Log the runs that are done and the time left, run by run."""
 
-    def __init__(self, total):
+    def __init__(self, total: int) -> None:
         self._total, self._done, self._failed = total, 0, 0
         self._eta, self._lock = text.Eta(total), threading.Lock()
 
-    def tell(self, name, finished) -> bool:
+    def add(self, name: str, finished: bool) -> bool:
+        """Count a run that has ended; return whether it has finished."""
         with self._lock:
             self._done += 1
             self._failed += not finished

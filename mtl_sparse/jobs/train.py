@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+from typing import Any
 
 import jax
 
@@ -15,7 +16,7 @@ from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run, setup
 
 
-def train(config, workdir: str | pathlib.Path) -> dict:
+def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Train, evaluate the best checkpoint on the test split, and write the report.
 
     Resumes from the latest checkpoint in `workdir` if there is one; the result is that of an uninterrupted run. Of
@@ -29,9 +30,9 @@ def train(config, workdir: str | pathlib.Path) -> dict:
       The contents of results.json.
 
     Raises:
-      UserError: an option or data that cannot work; a workdir with another config or data, or in use by another
-        process; a step, or every validation, that is not finite.
-      Stopped: SIGTERM or Ctrl-C asked for it; the step is saved.
+      UserError: an option or data that cannot work; RUN_DIFFERS or DATA_CHANGED for a workdir with another config or
+        other data; FOLDER_IN_USE; NO_BEST_CHECKPOINT, or an error of `loop.fit`, if training diverges.
+      Stopped: SIGTERM or Ctrl-C asked to stop; the step is saved.
     """
     run = setup(config)
     _check_alike(run)
@@ -54,8 +55,13 @@ def train(config, workdir: str | pathlib.Path) -> dict:
         return found
 
 
-def _check_alike(run: Run):
-    """Raise UserError if another process of this run has other options or data than the first."""
+def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Train: `train` by the name that every job has."""
+    return train(config, workdir)
+
+
+def _check_alike(run: Run) -> None:
+    """Raise UserError if another process of this run has other options or data than the first one."""
     ours = records.settings(json.loads(run.config.to_json())) | {
         "run.skip_not_finite": run.config.run.skip_not_finite,
         "the data": run.data.fingerprint,
@@ -67,8 +73,8 @@ def _check_alike(run: Run):
         if json.loads(json.dumps(ours)) != theirs:
             raise UserError(
                 "PROCESSES_DIFFER",
-                f"process {jax.process_index()} has other options or data than process 0 "
-                f"({', '.join(sorted(differing)[:3])}); start all of them with the same",
+                f"expected the options and data of process 0, got others in process {jax.process_index()} "
+                f"({', '.join(sorted(differing)[:3])}); start all processes with the same command",
             )
 
     processes.in_turn(check)
