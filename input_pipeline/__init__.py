@@ -1,1 +1,1 @@
-"""Data: published folders or embedded frames -> TFDS array_record -> Grain batches."""
+"""Input pipeline: published folders or embedded data -> TFDS array_record -> Grain batches."""

@@ -1,4 +1,4 @@
-"""Opens a data set by its config: draws it if it is embedded, prepares it with TFDS if it is new."""
+"""Open a data set by its config: draw embedded data, and prepare a published folder with TFDS."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,15 +22,16 @@ from mtl_sparse.runtime.errors import UserError, as_os_error
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A data set that is open.
+    """An open data set.
 
     Attributes:
-      train, validation, test: random-access sources (`len` and `[index]`) of frames, as `transforms.Transform` takes
-        them.
-      names: of the frames of each split; by default their numbers.
-      fingerprint: changes when the data do; a run is not continued on other data. "" takes the digest of the splits'
-        lengths and of some of their frames: give one yourself where a frame is not the same each time it is read.
-      classes: names of the segmentation's classes, for pictures.
+      train: random-access source (`len` and `[index]`) of training samples, as `transforms.Transform` takes them.
+      validation: source of the validation samples.
+      test: source of the test samples.
+      names: {split: sample names}; by default their indices.
+      fingerprint: a string that changes when the data change; a run does not resume on other data. "" computes a digest
+        of the lengths of the splits and of some samples. Set one if a sample differs each time it is read.
+      classes: names of the segmentation classes, for plots.
     """
 
     train: Sequence[dict]
@@ -41,48 +44,54 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A data set that comes as a folder, and is prepared with TFDS.
+    """A data set that is published as a folder and prepared with TFDS.
 
     Attributes:
-      module: with its `BUILDER`, its `LABELS`, and `classes`, `frames` and `fingerprint`, see `nyud_mt`.
-      draw: (frames, height, width, seed, folder) -> folder of embedded frames in the same layout.
-      train_count: number of embedded frames -> number of training images among them.
+      module: has `BUILDER`, `LABELS`, `classes`, `frames`, `read_splits` and `fingerprint`, see `nyud_mt`.
+      draw: (frames, height, width, seed, folder) -> folder of embedded samples in the same layout.
+      train_count: number of embedded samples -> number of training images among them.
     """
 
-    module: object
+    module: types.ModuleType
     draw: Callable[..., pathlib.Path]
     train_count: Callable[[int], int]
 
-    def __call__(self, config, check: Callable[[int], object] = lambda images: None) -> Data:
+    def __call__(self, config: Any, check: Callable[[int], object] = lambda _: None) -> Data:
+        """Open the data of `config.data`; for `check`, see `load`."""
         return _open_published(self, config, check)
 
 
-# Data set by name: a function (config.data) -> Data. `DATASETS["mine"] = ...` is all that one of your own takes.
+# Data set by name: a function (config.data) -> Data. To add a data set, set `DATASETS["mine"] = ...`.
 DATASETS: dict[str, Callable[..., Data]] = {
     "nyud_mt": Published(nyud_mt, rooms.draw_folder, rooms.train_count),
     "celebamask_hq": Published(celebamask_hq, faces.draw_folder, celebamask_hq.train_count),
 }
 
 
-def load(config, labels: Collection[str] = (), check: Callable[[int], object] = lambda images: None) -> Data:
-    """Opens the data of `config.data`.
+def load(config: Any, labels: Collection[str] = (), check: Callable[[int], object] = lambda _: None) -> Data:
+    """Open the data of `config.data`.
 
-    `config.embedded.frames > 0` draws embedded frames first (see `synthetic/`). A published folder is prepared once
-    into array_record files; they are enough from then on, without the folder and without TensorFlow.
+    `config.embedded.frames > 0` draws embedded data first (see `synthetic/`). A published folder is prepared once
+    into array_record files; after that, neither the folder nor TensorFlow is needed.
 
     Args:
-      labels: keys of the labels that every frame must have.
-      check: called with the number of training images as soon as that is known, before anything is drawn or prepared;
-        what it raises, such as a batch that is too large, ends the call.
+      config: `config.data` of a run.
+      labels: keys of the labels that every sample must have.
+      check: called with the number of training images as soon as it is known, before anything is drawn or prepared. It
+        may raise, for example if a batch is too large.
+
+    Returns:
+      The open data set.
 
     Raises:
-      UserError: an unknown data set or label, embedded frames and a folder at once, a folder that is missing or
-        damaged, or that changed after it was prepared, no TensorFlow to prepare with.
+      UserError: an unknown data set or label; both embedded data and a folder; a folder that is missing or damaged, or
+        that changed after it was prepared; no TensorFlow for the preparation.
     """
     if config.name not in DATASETS:
         known = ", ".join(DATASETS)
         raise UserError(
-            f"unknown data set config.data.name={config.name!r}; known: {known}, and those of --register=FILE"
+            "OPTION_UNKNOWN_VALUE",
+            f"unknown data set config.data.name={config.name!r}; known: {known}, and those of --register=FILE",
         )
     dataset = DATASETS[config.name]
     if isinstance(dataset, Published):  # before anything is prepared
@@ -91,20 +100,25 @@ def load(config, labels: Collection[str] = (), check: Callable[[int], object] = 
         return dataset(config, check)
     data = dataset(config)
     if not isinstance(data, Data):
-        raise UserError(f"DATASETS[{config.name!r}] gives {type(data).__name__}, not a datasets.Data")
+        raise UserError(
+            "DATA_FORMAT",
+            f"DATASETS[{config.name!r}]: expected a function that returns datasets.Data, got {type(data).__name__}",
+        )
     for split in folders.SPLITS:
         frames = getattr(data, split)
         if not len(frames):
-            raise UserError(f"the {split} split of config.data.name={config.name!r} has no frames")
+            raise UserError(
+                "DATA_TOO_FEW_IMAGES", f"the {split} split of config.data.name={config.name!r} has no samples"
+            )
         _check_labels(config, labels, frames[0].keys() - {"image", "name"})
-        _check_frame(config, labels, frames[0], f"the first {split} frame of config.data.name={config.name!r}")
+        _check_frame(config, labels, frames[0], f"the first {split} sample of config.data.name={config.name!r}")
     _check_classes(config, data.classes)
     numbers = {split: [str(i) for i in range(len(getattr(data, split)))] for split in folders.SPLITS}
     return dataclasses.replace(data, names=data.names or numbers, fingerprint=data.fingerprint or _digest(data))
 
 
 def _digest(data: Data, frames: int = 8) -> str:
-    """Digest of the lengths of the splits and of some frames of each, evenly spaced."""
+    """Return a digest of the lengths of the splits and of at most `frames` evenly spaced samples of each."""
     digest = hashlib.sha256()
     for split in folders.SPLITS:
         source = getattr(data, split)
@@ -117,44 +131,52 @@ def _digest(data: Data, frames: int = 8) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_labels(config, labels, known):
+def _check_labels(config: Any, labels: Collection[str], known: Collection[str]) -> None:
     for label in labels:
         if label not in known:
             near = text.nearest(label, known)
             others = f"nearest: {', '.join(near)}" if near else f"its labels: {', '.join(sorted(known)[:6])}"
             others += ", ..." if not near and len(known) > 6 else ""
             raise UserError(
+                "DATA_LABEL_MISSING",
                 f"config.tasks needs the label {label!r}, which config.data.name={config.name!r} does not have; "
-                f"{others}"
+                f"{others}",
             )
 
 
-def _check_frame(config, labels, frame, which):
-    """Raises UserError where an image, or a label that a task is given, has another form than `Transform` takes."""
+def _check_frame(config: Any, labels: Collection[str], frame: dict, which: str) -> None:
+    """Raise UserError if the image or one of the labels has another form than `Transform` takes."""
     image = np.asarray(frame.get("image"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise UserError(f"{which} needs an 'image' of uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        raise UserError(
+            "DATA_IMAGE_FORMAT",
+            f"{which}: expected 'image' of uint8 [H, W, 3], got {image.dtype} {list(image.shape)}",
+        )
     for label in labels:
         value = np.asarray(frame[label])
         form, fits = _form(label, value)
         if not fits:
-            raise UserError(f"{which} has {label!r} of {value.dtype} {list(value.shape)}; it must be {form}")
+            raise UserError(
+                "DATA_LABEL_FORMAT",
+                f"{which}: expected {label!r} of {form}, got {value.dtype} {list(value.shape)}",
+            )
         if value.ndim >= 2 and value.shape[0] * image.shape[1] != value.shape[1] * image.shape[0]:
             raise UserError(
-                f"{which} has {label!r} of {value.shape[0]}x{value.shape[1]}, its image is "
-                f"{image.shape[0]}x{image.shape[1]}: their sides must have the same ratio"
+                "DATA_LABEL_FORMAT",
+                f"{which}: expected {label!r} with the aspect ratio of its image ({image.shape[0]}x{image.shape[1]}), "
+                f"got {value.shape[0]}x{value.shape[1]}",
             )
         if label == "segmentation":
-            transforms.check_segmentation(value, config.num_classes, f"{which} has a segmentation")
+            transforms.check_segmentation(value, config.num_classes, which)
 
 
-def _form(label, value):
-    """(what a label must be, whether this one is); the labels of tasks of one's own may be anything."""
-    one = value.ndim == 2 or value.ndim == 3 and value.shape[-1] == 1
+def _form(label: str, value: np.ndarray) -> tuple[str, bool]:
+    """Return the form that a label must have, and whether `value` has it. Labels of a user's tasks have any form."""
+    one = value.ndim == 2 or (value.ndim == 3 and value.shape[-1] == 1)
     if label == "segmentation":
-        return "whole numbers [H, W] or [H, W, 1]", one and value.dtype.kind in "iu"
+        return "integers [H, W] or [H, W, 1]", one and value.dtype.kind in "iu"
     if label == "depth":
-        return "numbers [H, W] or [H, W, 1], in metres", one and value.dtype.kind in "fiu"
+        return "numbers [H, W] or [H, W, 1], in meters", one and value.dtype.kind in "fiu"
     if label == "edge":
         numeric = one and value.dtype.kind in "fiub"
         return "numbers in [0, 1], [H, W] or [H, W, 1]", numeric and bool(((value >= 0) & (value <= 1)).all())
@@ -165,18 +187,21 @@ def _form(label, value):
     return "", True
 
 
-def _check_classes(config, classes):
+def _check_classes(config: Any, classes: Sequence[str]) -> None:
     if classes and config.num_classes != len(classes):
         raise UserError(
-            f"config.data.num_classes={config.num_classes}: the labels of {config.name} have {len(classes)} classes"
+            "OPTION_CONFLICT",
+            f"config.data.num_classes={config.num_classes}: expected {len(classes)}, the number of classes of "
+            f"{config.name}",
         )
 
 
 @contextlib.contextmanager
-def _alone(folder):
-    """Waits for another process that writes there, such as another shard of a sweep that draws or prepares the same.
+def _alone(folder: pathlib.Path) -> Iterator[bool]:
+    """Lock the folder, and wait for any other process that draws or prepares data in it, such as a shard of a sweep.
 
-    Gives whether no other can be at it: not so on a file system without locks.
+    Yields:
+      Whether the lock is held, which it is not on a file system without locks.
     """
     alone = False
     with contextlib.ExitStack() as stack:
@@ -184,30 +209,36 @@ def _alone(folder):
             folder.mkdir(parents=True, exist_ok=True)
             alone = stack.enter_context(files.locked(folder / "data.lock", wait=False)).held
         except BlockingIOError:
-            logging.info("Another process writes data to %s: waiting for it", folder)
+            logging.info("Another process writes data to %s; waiting for it", folder)
             alone = stack.enter_context(files.locked(folder / "data.lock", wait=True)).held
-        except OSError:  # the folder is read-only: the writer reports what is wrong
+        except OSError:  # a read-only folder; writing to it will report that
             pass
         yield alone
 
 
-def _open_published(dataset: Published, config, check) -> Data:
-    module = dataset.module
+def _folder(dataset: Published, config: Any, check: Callable[[int], object]) -> pathlib.Path | None:
+    """Return the published folder, which is drawn if it is embedded, or None if only prepared data are given."""
     if config.embedded.frames > 0 and config.folder:
         raise UserError(
-            f"this config draws its own data, but config.data.folder={config.folder!r} names data, too; to use those, "
-            "add --config.data.embedded.frames=0"
+            "OPTION_CONFLICT",
+            f"both config.data.folder={config.folder!r} and config.data.embedded.frames={config.embedded.frames} are "
+            "set; to use the folder, add --config.data.embedded.frames=0",
         )
     if config.embedded.frames > 0:
         check(dataset.train_count(config.embedded.frames))
         with _alone(pathlib.Path(config.embedded.folder).expanduser()):
-            folder = dataset.draw(**config.embedded)
-    elif config.folder:
-        folder = pathlib.Path(config.folder).expanduser()
-    elif not config.prepared:
-        raise UserError("config.data.folder is not set; give it the folder of the published data set")
-    else:
-        folder = None
+            return dataset.draw(**config.embedded)
+    if config.folder:
+        return pathlib.Path(config.folder).expanduser()
+    if not config.prepared:
+        raise UserError(
+            "OPTION_MISSING", "config.data.folder is not set; set it to the folder of the published data set"
+        )
+    return None
+
+
+def _open_published(dataset: Published, config: Any, check: Callable[[int], object]) -> Data:
+    module, folder = dataset.module, _folder(dataset, config, check)
     prepared = pathlib.Path(config.prepared or f"{folder}.tfds").expanduser()
     target = prepared / config.name / str(module.BUILDER.VERSION)
 
@@ -215,20 +246,23 @@ def _open_published(dataset: Published, config, check) -> Data:
         if folder is not None:
             check(len(module.read_splits(folder, config.split)["train"]))
         else:
-            raise UserError(f"no prepared data in {target}; set config.data.folder so that it can be prepared")
-        module.fingerprint(folder, config.split)  # what is missing is said before anything is written
+            raise UserError(
+                "DATA_FOLDER_MISSING", f"no prepared data in {target}; set config.data.folder to prepare the data"
+            )
+        module.fingerprint(folder, config.split)  # reports missing files before anything is written
         if importlib.util.find_spec("tensorflow") is None:
             raise UserError(
-                "preparing data needs TensorFlow (training on prepared data does not): pip install "
-                f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here"
+                "EXTRA_MISSING",
+                "preparing data needs TensorFlow (training on prepared data does not); pip install "
+                f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here",
             )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
         with as_os_error(prepared), _alone(prepared) as alone:
             if alone and not target.is_dir():
-                for left in target.parent.glob(f"incomplete.*_{target.name}"):  # by a preparation that was killed
+                for left in target.parent.glob(f"incomplete.*_{target.name}"):  # of a killed preparation
                     shutil.rmtree(left, ignore_errors=True)
             builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
-            builder.download_and_prepare(  # nothing, where another process just has
+            builder.download_and_prepare(  # does nothing if another process has just prepared it
                 download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
             )
     with folders.told_as_damaged(target):
@@ -239,14 +273,25 @@ def _open_published(dataset: Published, config, check) -> Data:
     if folder is not None and folder.is_dir():
         if module.fingerprint(folder, config.split) != fingerprint:
             raise UserError(
+                "DATA_CHANGED",
                 f"{folder}{f' or {config.split}' if config.split else ''} has changed since {prepared} was prepared "
-                f"from it; delete {prepared} to prepare it again, or name another config.data.prepared"
+                f"from it; delete {prepared} to prepare it again, or set another config.data.prepared",
             )
-    elif (
-        bool(config.split) != metadata.get("given_split", False)
-        or (config.split == folders.SCENES) != metadata.get("scenes", False)
-        or (config.split not in ("", folders.SCENES) and folders.read_splits(config.split) != lists)
-    ):
-        raise UserError(f"{prepared} was prepared with other lists than those of config.data.split={config.split!r}")
+    else:
+        _check_split(config.split, metadata, lists, prepared)
     frames = {split: module.frames(source, config) for split, source in stored.items()}
     return Data(**frames, names=lists, fingerprint=fingerprint, classes=tuple(module.classes(config)))
+
+
+def _check_split(split: str, metadata: dict, lists: dict[str, list[str]], prepared: pathlib.Path) -> None:
+    """Raise UserError if data were prepared with another config.data.split than `split`."""
+    if (
+        bool(split) != metadata.get("given_split", False)
+        or (split == folders.SCENES) != metadata.get("scenes", False)
+        or (split not in ("", folders.SCENES) and folders.read_splits(split) != lists)
+    ):
+        raise UserError(
+            "DATA_SPLIT_DIFFERS",
+            f"{prepared} was prepared with another split than config.data.split={split!r}; set that split, or another "
+            "config.data.prepared",
+        )

@@ -1,10 +1,11 @@
-"""What the builders of published folders share: lists of frames by JSON file or by seed, and checked images."""
+"""Shared parts of the builders of published folders: splits from a JSON file or a seed, and checked image files."""
 
 import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -15,34 +16,36 @@ from mtl_sparse.runtime.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 SCENES = "scenes"  # a value of config.data.split, see `nyud_mt`
-MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: a small file can claim any number
+MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: the header of a small file can claim any size
+
+_Name = TypeVar("_Name")
 
 
-class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base of the builders: `manual_dir` is the published folder itself; `split`, see `read_splits`."""
+class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS: untyped
+    """Base class of the builders. `manual_dir` is the published folder; for `split`, see `read_splits`."""
 
-    def __init__(self, *, split: str = "", **settings):
+    def __init__(self, *, split: str = "", **settings: Any) -> None:
         self._split = split
         super().__init__(**settings)
 
     def record(self, lists: dict[str, list[str]], fingerprint: str) -> None:
-        """Keeps in the metadata which frames are in which split, and of which state of the folder."""
+        """Store in the metadata the sample names of each split and the fingerprint of the folder."""
         self.info.metadata.update(
             splits=lists, given_split=bool(self._split), scenes=self._split == SCENES, fingerprint=fingerprint
         )
 
 
 class Stored:
-    """A split as it was prepared: random access to frames, that tells of one which cannot be read."""
+    """A prepared split with random access to its samples. Raises UserError for a sample that cannot be read."""
 
-    def __init__(self, source: Sequence[dict], folder: pathlib.Path):
-        """Args: source, of the builder; folder, that holds it, for messages."""
+    def __init__(self, source: Sequence[dict], folder: pathlib.Path) -> None:
+        """Wrap `source`, which the builder opened; `folder` holds it and is named in messages."""
         self._source, self._folder = source, folder
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
         with told_as_damaged(self._folder):
@@ -50,8 +53,8 @@ class Stored:
 
 
 @contextlib.contextmanager
-def told_as_damaged(folder: pathlib.Path):
-    """Raises what libraries say of files that TFDS has written, and that are no longer what they were, as UserError."""
+def told_as_damaged(folder: pathlib.Path) -> Iterator[None]:
+    """Raise any error of a library that reads the prepared files in `folder` as UserError."""
     try:
         yield
     except UserError:
@@ -59,48 +62,68 @@ def told_as_damaged(folder: pathlib.Path):
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"the prepared data in {folder} cannot be read ({reason}); delete that folder, and with config.data.folder "
-            "set they are prepared again"
+            "DATA_PREPARED_DAMAGED",
+            f"expected readable prepared data in {folder}, got {reason}; delete that folder, and set "
+            "config.data.folder to prepare the data again",
         ) from error
 
 
 def read_splits(path: str, known: Collection[str] | None = None) -> dict[str, list[str]]:
-    """The frame names of a JSON file {"train": [...], "validation": [...], "test": [...]}.
+    """Return the sample names in a JSON file {"train": [...], "validation": [...], "test": [...]}.
 
     Args:
-      path: of the file; frames that it does not name are left out.
-      known: the data set's frames; None checks nothing against them.
+      path: the JSON file. Samples that it does not name are left out.
+      known: names of all samples of the data set; None skips this check.
+
+    Returns:
+      {split: sample names}.
 
     Raises:
-      UserError: no such file, another form, an empty list, a frame twice, a frame that the data set does not have.
+      UserError: the file is missing, is not of that form, has an empty list, or names a sample twice or one that the
+        data set does not have.
     """
     try:
         lists = json.loads(pathlib.Path(path).expanduser().read_text())
     except FileNotFoundError:
-        raise UserError(f"config.data.split={path!r} does not exist") from None
+        raise UserError("FILE_MISSING", f"config.data.split={path!r} does not exist") from None
     except OSError as error:
-        raise UserError(f"config.data.split={path!r} cannot be read ({error.strerror})") from error
+        raise UserError("FILE_DAMAGED", f"config.data.split={path!r} cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"config.data.split={path!r} is not JSON ({error})") from error
+        raise UserError("FILE_DAMAGED", f"config.data.split={path!r} is not a JSON file ({error})") from error
     whole = isinstance(lists, dict) and all(isinstance(lists.get(split), list) for split in SPLITS)
     if not whole or len(lists) != len(SPLITS):
-        raise UserError(f"config.data.split={path!r} must hold the three lists {', '.join(SPLITS)} of frame names")
+        raise UserError(
+            "DATA_SPLIT_INVALID",
+            f"config.data.split={path!r}: expected a JSON object of three lists of sample names, {', '.join(SPLITS)}",
+        )
     lists = {split: [str(name) for name in lists[split]] for split in SPLITS}
     seen = set()
     for split, names in lists.items():
         if not names:
-            raise UserError(f"config.data.split={path!r}: its list {split} is empty")
+            raise UserError("DATA_SPLIT_INVALID", f"config.data.split={path!r}: the list {split} is empty")
         for name in names:
             if name in seen:
-                raise UserError(f"config.data.split={path!r}: frame {name} stands in it twice")
+                raise UserError("DATA_SPLIT_INVALID", f"config.data.split={path!r} names sample {name} more than once")
             if known is not None and name not in known:
-                raise UserError(f"config.data.split={path!r}: {split} names frame {name}, which the data set lacks")
+                raise UserError(
+                    "DATA_SPLIT_INVALID",
+                    f"config.data.split={path!r}: the list {split} names sample {name}, which is not in the data set",
+                )
             seen.add(name)
     return lists
 
 
-def draw_splits(names: Sequence[str], fractions: Sequence[float], seed: int) -> list[list[str]]:
-    """Divides names at random into parts of these fractions of them, rounded; the last part is what is left."""
+def draw_splits(names: Sequence[_Name], fractions: Sequence[float], seed: int) -> list[list[_Name]]:
+    """Divide names at random into parts of these fractions, rounded; the last part takes the remainder.
+
+    Args:
+      names: names to divide.
+      fractions: fraction of each part.
+      seed: seed of the permutation.
+
+    Returns:
+      The parts, each in the order of `names`.
+    """
     order = np.random.default_rng(seed).permutation(len(names))
     ends = np.round(np.cumsum(fractions) * len(names)).astype(int)
     parts = np.split(order, ends[: len(fractions) - 1])
@@ -108,48 +131,76 @@ def draw_splits(names: Sequence[str], fractions: Sequence[float], seed: int) -> 
 
 
 def read_photo(path: pathlib.Path, way_out: str) -> np.ndarray:
-    """An image file whose bytes are stored, as TFDS decodes them: uint8 [H, W] or BGR [H, W, 3], not turned by EXIF.
+    """Return the pixels of an image file whose bytes are stored, decoded as TFDS decodes them.
+
+    Args:
+      path: the image file.
+      way_out: what the user can do other than replace the file, for messages.
+
+    Returns:
+      uint8 [H, W], or BGR [H, W, 3], not rotated by EXIF.
 
     Raises:
-      UserError: as `read_image`; other pixels than 8 bits of grey or RGB; an EXIF orientation.
+      UserError: as `read_image`; pixels other than 8-bit gray or RGB; an EXIF orientation.
     """
     image = read_image(path, way_out, cv2.IMREAD_UNCHANGED)
-    if image.dtype != np.uint8 or image.ndim == 3 and image.shape[-1] != 3:
-        raise UserError(f"image {path} has no 8-bit grey or RGB pixels; save it as such, or {way_out}")
+    if image.dtype != np.uint8 or (image.ndim == 3 and image.shape[-1] != 3):
+        raise UserError(
+            "DATA_IMAGE_FORMAT",
+            f"image {path}: expected 8-bit gray or RGB pixels, got {image.dtype} {list(image.shape)}; convert it, or "
+            f"{way_out}",
+        )
     with Image.open(path) as header:
         turned = header.getexif().get(ExifTags.Base.Orientation, 1)
     if turned != 1:
-        raise UserError(f"image {path} has EXIF orientation {turned}, which training would not see; save it upright")
+        raise UserError(
+            "DATA_IMAGE_FORMAT",
+            f"image {path} has EXIF orientation {turned}, which training ignores; save the image upright",
+        )
     return image
 
 
 def read_image(path: pathlib.Path, way_out: str, flags: int) -> np.ndarray:
-    """An image file as OpenCV decodes it with these flags.
+    """Return an image file as OpenCV decodes it.
+
+    Args:
+      path: the image file.
+      way_out: what the user can do other than replace the file, for messages, which end with "or <way_out>".
+      flags: OpenCV's `cv2.IMREAD_*`.
+
+    Returns:
+      The pixels, [H, W] or [H, W, channels].
 
     Raises:
-      UserError: it does not decode, is a JPEG that was cut short, or has more than `MAX_PIXELS`, which is found before
-        any of them is decoded; the message ends with "or <way_out>".
+      UserError: the file cannot be read or decoded, is a truncated JPEG, or has more than `MAX_PIXELS`, which is
+        checked before any pixel is decoded.
     """
+    pixels: float
     try:
         with Image.open(path) as header:
             pixels = header.width * header.height
             if header.format == "JPEG" and pixels <= MAX_PIXELS:
-                # OpenCV 4.10 fills what a cut JPEG lacks with gray; Pillow raises, here at an eighth of the size.
+                # OpenCV 4.10 fills the missing part of a truncated JPEG with gray. Pillow raises; decode at 1/8 size.
                 header.draft("L", (1, 1))
                 header.load()
     except Image.DecompressionBombError:
         pixels = math.inf
-    except (OSError, ValueError, SyntaxError) as error:  # not an image that Pillow knows, or no file that can be read
-        if getattr(error, "errno", None):
-            raise UserError(f"image {path} cannot be read ({error.strerror}); {way_out}, or put it right") from error
+    except (OSError, ValueError, SyntaxError) as error:  # not an image that Pillow knows, or an unreadable file
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(
+                "DATA_IMAGE_DAMAGED", f"image {path} cannot be read ({error.strerror}); make it readable, or {way_out}"
+            ) from error
         pixels = 0
     if pixels > MAX_PIXELS:
-        raise UserError(f"image {path} has more than {MAX_PIXELS:,} pixels; replace the file, or {way_out}")
+        raise UserError(
+            "DATA_IMAGE_TOO_LARGE",
+            f"image {path} has more than {MAX_PIXELS:,} pixels; replace the file, or {way_out}",
+        )
     data = path.read_bytes() if pixels else b""
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error:
         image = None
     if image is None:
-        raise UserError(f"image {path} cannot be decoded; replace the file, or {way_out}")
+        raise UserError("DATA_IMAGE_DAMAGED", f"image {path} cannot be decoded; replace the file, or {way_out}")
     return image

@@ -1,3 +1,3 @@
-"""Conventions of labels that data sets and tasks share."""
+"""Conventions for labels that data sets and tasks share."""
 
-VOID = 255  # class or attribute label of what is not labeled; counted in no loss and no metric
+VOID = 255  # class or attribute label of what is not labeled; ignored in every loss and metric

@@ -1,9 +1,10 @@
-"""Grain pipelines over a random-access source: training batches by step, evaluation batches to the last frame."""
+"""Grain pipelines over a random-access source: endless training batches, and one pass of evaluation batches."""
 
 import collections
 import itertools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -13,12 +14,13 @@ from absl import flags, logging
 from mtl_sparse.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
-_EPOCHS = 2**32  # without end: Grain's own repetition overflows with batches of one
+_Tree = TypeVar("_Tree")
+_EPOCHS = 2**32  # in effect endless; Grain's infinite repetition overflows with batches of one
 
 
 def train_batches(
     source: Sequence,
-    transform,
+    transform: Callable[[Any, np.random.Generator], Any],
     *,
     batch_size: int,
     seed: int,
@@ -27,21 +29,26 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches, this process's part of each, beginning with the one of step `start_step`.
+    """Yield endless shuffled batches, of which each process gets its part.
 
-    The data are a function of (seed, step) alone: every epoch has its own order, a run that resumes at a step
-    sees what an uninterrupted one sees there, and a global batch holds the same frames in the same places on any
-    number of processes.
+    The data depend only on (seed, step): every epoch has its own order, a run that resumes at a step gets the batches
+    of an uninterrupted run, and a global batch has the same samples in the same order on any number of processes.
 
     Args:
-      source: stored frames, random access.
-      transform: callable (frame, numpy Generator) -> example.
-      batch_size: global; each process gets its equal share.
-      seed: of the order and of the augmentations.
-      num_workers: worker processes; 0 reads in threads of this process.
+      source: stored samples with random access.
+      transform: (sample, NumPy generator) -> example.
+      batch_size: size of the global batch, which is divided equally among the processes.
+      seed: seed of the order and of the augmentations.
+      start_step: step of the first batch.
+      num_workers: number of worker processes; 0 reads in threads of this process.
+      process_index: index of this process.
+      process_count: number of processes.
+
+    Yields:
+      Batches, each array [batch_size / process_count, ...].
 
     Raises:
-      UserError: worker processes were killed, and new ones, too.
+      UserError: worker processes were killed twice at the same step.
     """
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(_EPOCHS).random_map(transform)
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
@@ -56,75 +63,90 @@ def train_batches(
                 raise
             if step == last_loss:
                 raise UserError(
-                    "a data worker was killed twice at the same step, perhaps for its memory; try fewer run.num_workers"
+                    "DATA_WORKER_KILLED",
+                    f"a data worker was killed twice before step {step + 1}, perhaps because memory ran out; decrease "
+                    "run.num_workers",
                 ) from error
             last_loss = step
-            logging.warning("A data worker was killed before step %d; new ones go on from there", step + 1)
+            logging.warning("A data worker was killed before step %d; new workers continue from there", step + 1)
 
 
 def eval_batches(
     source: Sequence,
-    transform,
+    transform: Callable[[Any], Any],
     *,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every frame of this process's share once, in order; the last batch is padded with `mask` 0 examples."""
+    """Return batches with every sample once, in order; the last batch is padded with examples whose `mask` is 0.
+
+    Args:
+      source: stored samples with random access.
+      transform: sample -> example.
+      batch_size: size of the global batch, which is divided equally among the processes.
+      process_index: index of this process.
+      process_count: number of processes.
+
+    Returns:
+      This process's part of the batches, each array [batch_size / process_count, ...].
+    """
     total = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(total).map(_PaddedExample(source, transform))
     dataset = dataset.batch(batch_size // process_count)[process_index::process_count]
-    return iter(_prefetched(dataset, num_workers=0))  # starting processes would take longer than a split
+    return iter(_prefetched(dataset, num_workers=0))  # starting processes takes longer than reading a split
 
 
 class _PaddedExample:
-    """Index -> example; past the end, the last example again with its mask at 0."""
+    """Map an index to its example. An index past the end gives the last example with mask 0."""
 
-    def __init__(self, source, transform):
+    def __init__(self, source: Sequence, transform: Callable[[Any], Any]) -> None:
         self._source, self._transform = source, transform
 
-    def __call__(self, index):
+    def __call__(self, index: int) -> dict:
         example = self._transform(self._source[min(index, len(self._source) - 1)])
         return example if index < len(self._source) else {**example, "mask": np.float32(0)}
 
 
-def _prefetched(dataset, num_workers):
+def _prefetched(dataset: grain.MapDataset, num_workers: int) -> grain.IterDataset:
+    """Return the data set as an iterable one that reads ahead."""
     if num_workers == 0:
         return dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which a notebook never parses
         flags.FLAGS.mark_as_parsed()
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-    return dataset.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
+    return iterable.mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
 
 
-def _ignore_ctrl_c(worker, count):
-    """A terminal sends Ctrl-C to the workers, too, but the run still needs them to end well."""
+def _ignore_ctrl_c(worker: int, count: int) -> None:
+    """Ignore Ctrl-C, which a terminal also sends to the workers; the run needs them until it has stopped."""
     del worker, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def shard(batch: Batch) -> Batch:
-    """[B, ...] -> [local devices, B / local devices, ...], the form that pmap takes."""
+    """Reshape each array [B, ...] to [local devices, B / local devices, ...], as pmap takes it."""
     count = jax.local_device_count()
     return {key: value.reshape(count, -1, *value.shape[1:]) for key, value in batch.items()}
 
 
-def replicate(tree):
-    """The tree on every local device, as pmap takes and returns what is not mapped (`in_axes` and `out_axes` None)."""
+def replicate(tree: _Tree) -> _Tree:
+    """Put a tree on every local device, as pmap takes and returns unmapped trees (`in_axes` and `out_axes` None)."""
     return jax.device_put(tree, _sharding())
 
 
-def _sharding(*axes) -> jax.NamedSharding:
+def _sharding(*axes: str) -> jax.NamedSharding:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("devices",))
     return jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def prefetch_to_device(batches: Iterator[Batch], size: int = 2) -> Iterator[dict[str, jax.Array]]:
-    """Keeps `size` sharded batches on the devices ahead of the one in use."""
-    queue, sharding = collections.deque(), _sharding("devices")
+    """Yield sharded batches, and keep the next `size` of them on the devices."""
+    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+    sharding = _sharding("devices")
 
-    def fill(count):
+    def fill(count: int) -> None:
         for batch in itertools.islice(batches, count):
             queue.append(jax.device_put(shard(batch), sharding))
 

@@ -1,20 +1,21 @@
-"""TFDS builder of NYU-Depth-v2 in its multi-task form, the published `NYUD_MT` folder.
+"""TFDS builder of multi-task NYU-Depth-v2 from the published `NYUD_MT` folder.
 
-    images/<frame>.jpg          uint8 RGB [H, W, 3]
-    segmentation/<frame>.png    uint8 [H, W], 0 = void, 1..40 = class
-    depth/<frame>.npy           float32 [H, W], metres, 0 = no measurement
-    normals/<frame>.npy         float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none
-    edge/<frame>.npy            float32 [H, W] in [0, 1]
-    gt_sets/{train,val[,test]}.txt   one frame name a line
+    images/<name>.jpg          uint8 RGB [H, W, 3]
+    segmentation/<name>.png    uint8 [H, W], 0 = void, 1..40 = class
+    depth/<name>.npy           float32 [H, W], meters, 0 = no measurement
+    normals/<name>.npy         float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none
+    edge/<name>.npy            float32 [H, W] in [0, 1]
+    gt_sets/{train,val[,test]}.txt   one sample name per line
 
-Where there is no test.txt, the frames of val.txt are the ones that papers report on: they become the test split, and
-about a tenth of train.txt is held out by a seed as the validation split. With `split="scenes"` whole scenes are held
-out, so that no scene is in both: the frames of one video are numbered in a row, and the official split gives each
-video to one list, so a run of consecutive numbers in train.txt holds whole scenes.
+Without a test.txt, val.txt, on which papers report, becomes the test split, and a seed chooses about a tenth of
+train.txt as the validation split. `split="scenes"` holds out whole scenes, so that no scene is in both train and
+validation: the samples of one video have consecutive numbers, and the official split puts each video into one list, so
+a run of consecutive numbers in train.txt contains whole scenes.
 """
 
 import hashlib
 import pathlib
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,7 +43,7 @@ _FILES = {
 
 
 class NyudMt(folders.FolderBuilder):
-    """NYU-Depth-v2, multi-task form. `manual_dir` is the `NYUD_MT` folder; `split`, see `folders.read_splits`."""
+    """Builder of multi-task NYU-Depth-v2. `manual_dir` is the `NYUD_MT` folder; for `split`, see `read_splits`."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir is the published NYUD_MT folder (images, ..., gt_sets)."
@@ -81,62 +82,48 @@ class NyudMt(folders.FolderBuilder):
 BUILDER = NyudMt
 
 
-def frames(source, config):
-    """The frames of a stored split, see `transforms.Transform`: as they are stored."""
+def frames(source: folders.Stored, config: Any) -> folders.Stored:
+    """Return the samples of a stored split as `transforms.Transform` takes them: unchanged."""
     del config
     return source
 
 
-def classes(config) -> tuple[str, ...]:
-    """Names of the classes, whatever the config.
+def classes(config: Any) -> tuple[str, ...]:
+    """Return the names of the 40 classes, which no option changes.
 
     Raises:
       UserError: config.data.classes is set.
     """
     if config.classes:
-        raise UserError(f"config.data.classes={config.classes!r}: the classes of nyud_mt are given")
-    return CLASSES
+        raise UserError("OPTION_CONFLICT", f"config.data.classes={config.classes!r}: leave it empty for nyud_mt")
+    return tuple(CLASSES)
 
 
 def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
-    """Frame names of train, validation and test.
+    """Return the sample names of train, validation and test.
 
     Args:
-      folder: an `NYUD_MT` folder, whose lists they come from.
-      split: "" holds out single frames of train.txt for validation where there is no test.txt, "scenes" whole scenes;
-        anything else is a JSON file of lists, see `folders.read_splits`.
+      folder: an `NYUD_MT` folder.
+      split: without a test.txt, "" holds out single samples of train.txt for validation, and "scenes" whole scenes. Any
+        other value is a JSON file of lists, see `folders.read_splits`.
+
+    Returns:
+      {split: sample names}.
 
     Raises:
-      UserError: a missing folder or list, an empty list, a frame in two lists; as `folders.read_splits`.
+      UserError: a missing folder or list, an empty list, a sample in two lists; as `folders.read_splits`.
     """
-    if not folder.is_dir():
-        raise UserError(f"data folder {folder} does not exist; set config.data.folder to the NYUD_MT folder")
-    lists = {}
-    for key in ("train", "val", "test"):
-        path = folder / "gt_sets" / f"{key}.txt"
-        if not path.is_file():
-            if key == "test":
-                continue
-            raise UserError(f"{path} is missing; an NYUD_MT folder lists its frames there, one name a line")
-        lists[key] = path.read_text(errors="replace").replace("\0", " ").split()
-        if not lists[key]:
-            raise UserError(f"{path} is empty; it must name at least one frame")
-    seen = {}
-    for key, names in lists.items():
-        for name in names:
-            if name in seen:
-                raise UserError(
-                    f"frame {name} stands twice, in gt_sets/{seen[name]}.txt and gt_sets/{key}.txt of {folder}; "
-                    "a frame belongs to one split"
-                )
-            seen[name] = key
+    lists = _read_lists(folder)
     if split not in ("", folders.SCENES):
-        return folders.read_splits(split, seen)
+        return folders.read_splits(split, {name for names in lists.values() for name in names})
     if "test" in lists:
         return {"train": lists["train"], "validation": lists["val"], "test": lists["test"]}
     names = lists["train"]
     if held_out(len(names)) >= len(names):
-        raise UserError(f"{folder}/gt_sets/train.txt has {len(names)} frame: too few to hold a tenth out")
+        raise UserError(
+            "DATA_TOO_FEW_IMAGES",
+            f"{folder}/gt_sets/train.txt: expected at least 2 samples, of which a tenth is held out, got {len(names)}",
+        )
     validation = _held_out_scenes(names) if split == folders.SCENES else None
     if validation is None:
         random = np.random.default_rng(SPLIT_SEED)
@@ -148,22 +135,52 @@ def read_splits(folder: pathlib.Path, split: str = "") -> dict[str, list[str]]:
     }
 
 
-def _held_out_scenes(names) -> set[str] | None:
-    """Choose runs of consecutive numbers until a tenth of the frames is reached.
+def _read_lists(folder: pathlib.Path) -> dict[str, list[str]]:
+    """Return the sample names in gt_sets: {"train": [...], "val": [...]}, and "test" if there is a test.txt."""
+    if not folder.is_dir():
+        raise UserError(
+            "DATA_FOLDER_MISSING", f"data folder {folder} does not exist; set config.data.folder to the NYUD_MT folder"
+        )
+    lists = {}
+    for key in ("train", "val", "test"):
+        path = folder / "gt_sets" / f"{key}.txt"
+        if not path.is_file():
+            if key == "test":
+                continue
+            raise UserError(
+                "FILE_MISSING", f"{path} is missing; an NYUD_MT folder lists its samples there, one name per line"
+            )
+        lists[key] = path.read_text(errors="replace").replace("\0", " ").split()
+        if not lists[key]:
+            raise UserError("DATA_SPLIT_INVALID", f"{path} is empty; it must name at least one sample")
+    seen: dict[str, str] = {}
+    for key, names in lists.items():
+        for name in names:
+            if name in seen:
+                raise UserError(
+                    "DATA_SPLIT_INVALID",
+                    f"sample {name} is listed in both gt_sets/{seen[name]}.txt and gt_sets/{key}.txt of {folder}; "
+                    "list each sample once",
+                )
+            seen[name] = key
+    return lists
 
-    Returns None where the names are not numbers, or where one run is longer than a tenth: such names do not show the
-    scenes.
+
+def _held_out_scenes(names: list[str]) -> set[str] | None:
+    """Choose runs of consecutive numbers until a tenth of the samples is reached.
+
+    Returns None if the names are not numbers, or if one run is longer than a tenth: such names do not show the scenes.
     """
     if not all(name.isdecimal() for name in names):
         return None
-    runs = []
+    runs: list[list[str]] = []
     for name in sorted(names, key=int):
         if not runs or int(name) != int(runs[-1][-1]) + 1:
             runs.append([])
         runs[-1].append(name)
     if max(map(len, runs)) > held_out(len(names)):
         return None
-    chosen = set()
+    chosen: set[str] = set()
     for index in np.random.default_rng(SPLIT_SEED).permutation(len(runs)):
         if len(chosen) >= held_out(len(names)):
             break
@@ -172,12 +189,12 @@ def _held_out_scenes(names) -> set[str] | None:
 
 
 def held_out(frames: int) -> int:
-    """Number of the frames of train.txt to hold out for validation, where there is no test.txt."""
+    """Return how many of the `frames` samples in train.txt to hold out for validation, if there is no test.txt."""
     return max(1, round(VALIDATION_FRACTION * frames))
 
 
 def fingerprint(folder: pathlib.Path, split: str = "") -> str:
-    """Digest of the frame lists, and of the size and the last 4 KiB of each listed file."""
+    """Return a digest of the sample lists, and of the size and the last 4 KiB of each listed file."""
     digest = hashlib.sha256()
     for kind, names in read_splits(folder, split).items():
         for name in names:
@@ -191,38 +208,56 @@ def fingerprint(folder: pathlib.Path, split: str = "") -> str:
 
 
 def read_frame(folder: pathlib.Path, name: str) -> dict:
-    """Reads and checks one frame, in the form that the builder's features take.
+    """Read and check one sample, in the form that the builder's features take.
+
+    Args:
+      folder: an `NYUD_MT` folder.
+      name: the sample's name.
+
+    Returns:
+      "name"; "image", the path of a file whose bytes are stored unchanged; the labels "segmentation" [H, W, 1],
+      "depth" and "edge" [H, W], "normals" [H, W, 3].
 
     Raises:
-      UserError: a missing or unreadable file, a label of another size than the image, a class outside 0..40.
+      UserError: a missing or damaged file, a label of another size than the image, a class outside 0..40, an edge
+        outside [0, 1].
     """
     path = _existing(folder, "image", name)
-    image = folders.read_photo(path, f"take {name} out of gt_sets")
+    image = folders.read_photo(path, f"remove {name} from gt_sets")
     path = _existing(folder, "segmentation", name)
-    segmentation = folders.read_image(path, f"take {name} out of gt_sets", cv2.IMREAD_UNCHANGED)
+    segmentation = folders.read_image(path, f"remove {name} from gt_sets", cv2.IMREAD_UNCHANGED)
     frame = {"segmentation": segmentation}
     for key in ("depth", "normals", "edge"):
         path = _existing(folder, key, name)
         try:
             frame[key] = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim any size
-        except Exception as error:  # NumPy reads the header as Python: it may be any error of that
-            raise UserError(f"label {path} is not a readable .npy array ({error}); replace the file") from error
+        except Exception as error:  # NumPy evaluates the header as Python, which may raise anything
+            raise UserError(
+                "DATA_LABEL_DAMAGED", f"label {path} is not a readable .npy array ({error}); replace the file"
+            ) from error
         if frame[key].dtype.kind not in "fiub":
-            raise UserError(f"label {path} holds {frame[key].dtype}, no real numbers; replace the file")
+            raise UserError(
+                "DATA_LABEL_FORMAT", f"label {path}: expected real numbers, got {frame[key].dtype}; replace the file"
+            )
     for key, label in frame.items():
         shape = (*image.shape[:2], 3) if key == "normals" else image.shape[:2]
         if label.shape != shape:
             raise UserError(
-                f"label {folder / _FILES[key].format(name)} has shape {label.shape}, its image wants {shape}"
+                "DATA_LABEL_FORMAT",
+                f"label {folder / _FILES[key].format(name)}: expected shape {shape}, as its image, got {label.shape}",
             )
     if segmentation.max() > len(CLASSES):
         raise UserError(
-            f"label {folder / _FILES['segmentation'].format(name)} has class {segmentation.max()}; the classes "
-            f"are 0 (void) to {len(CLASSES)}"
+            "DATA_LABEL_OUT_OF_RANGE",
+            f"label {folder / _FILES['segmentation'].format(name)}: expected classes 0 (void) to {len(CLASSES)}, got "
+            f"{segmentation.max()}",
         )
     if not ((frame["edge"] >= 0) & (frame["edge"] <= 1)).all():
-        raise UserError(f"label {folder / _FILES['edge'].format(name)} has values outside [0, 1]; replace the file")
-    # What was not measured is stored as zero, whichever way the folder marks it.
+        raise UserError(
+            "DATA_LABEL_OUT_OF_RANGE",
+            f"label {folder / _FILES['edge'].format(name)}: expected values in [0, 1]; replace the file",
+        )
+    # Missing measurements are stored as zero, however the folder marks them.
     depth = np.nan_to_num(frame["depth"].astype(np.float32), nan=0, posinf=0, neginf=0)
     return {
         "name": name,
@@ -234,8 +269,11 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
     }
 
 
-def _existing(folder, key, name):
+def _existing(folder: pathlib.Path, key: str, name: str) -> pathlib.Path:
     path = folder / _FILES[key].format(name)
     if not path.is_file():
-        raise UserError(f"{path} is missing although gt_sets lists frame {name}; restore it or unlist the frame")
+        raise UserError(
+            "FILE_MISSING",
+            f"{path} is missing, but gt_sets lists sample {name}; restore the file, or remove the sample from gt_sets",
+        )
     return path

@@ -1,1 +1,1 @@
-"""Embedded data, drawn here with exact labels and written in the layout of a published data set."""
+"""Embedded data: synthetic images with exact labels, written in the layout of a published data set."""

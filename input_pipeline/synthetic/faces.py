@@ -1,16 +1,17 @@
-"""Drawn faces in CelebAMask-HQ's official layout, with exact masks and attributes.
+"""Drawn faces in the official layout of CelebAMask-HQ, with exact masks and attributes.
 
-A face is made of layers, each a shape in the plane with a colour and, where it is one, a part of `celebamask_hq.PARTS`.
-Coordinates are the head's: origin between the cheeks, x right, y down, the head about 1.2 high. An attribute is true
-where what it names is drawn, though hair or a hat may cover it; those that are not drawn (`Young`, `Attractive`, ...)
-are never true. `Male` stands for a square jaw, with short hair more often and beards only then: a label to learn, and
-nothing more.
+A face consists of layers. A layer is a shape in the plane with a color and usually a part of `celebamask_hq.PARTS`.
+Head coordinates have their origin between the cheeks, x right and y down; the head is about 1.2 high. An attribute is
+true if its feature is drawn, even if hair or a hat covers it; attributes that are never drawn (`Young`, `Attractive`,
+...) are always false. `Male` means a square jaw, more often short hair, and a beard only then; it is merely a label to
+learn.
 """
 
 import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -18,23 +19,28 @@ from absl import logging
 
 from input_pipeline.celebamask_hq import ATTRIBUTE_FILE, ATTRIBUTES, PARTS
 
-_VERSION = 1  # of what is drawn: raise it when the pictures change
+_VERSION = 1  # of the drawn data; increase it when the images or labels change
 _HAIR = {"Black_Hair": (0.1, 0.08, 0.08), "Brown_Hair": (0.36, 0.22, 0.12), "Blond_Hair": (0.85, 0.7, 0.38)}
 _HAIR["Gray_Hair"] = (0.62, 0.62, 0.63)
 
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-    """What is drawn.
+    """The parameters of a drawn face.
 
     Attributes:
-      true: names of its attributes.
-      skin, hair, cloth, backdrop: RGB in [0, 1].
-      jaw: exponent of the face's lower outline; 2 is an ellipse.
-      length: how far down the hair reaches, in head coordinates.
-      smile: how far the corners of the mouth are above its middle.
+      true: names of the attributes that are true.
+      skin: RGB [3] in [0, 1], as the other colors.
+      hair: color of the hair.
+      cloth: color of the clothes; the hat has its channels in reverse order.
+      backdrop: color of the background.
+      jaw: exponent of the lower outline of the head; 2 is an ellipse.
+      length: y of the lower end of the hair, in head coordinates.
+      smile: height of the corners of the mouth above its middle, in head coordinates.
       shape: (eye distance, eye height, nose length, mouth width), each about 1.
-      tilt, scale, shift: of the head in the picture: radians, picture heights, (x, y).
+      tilt: rotation of the head in radians.
+      scale: one unit of head coordinates, in image heights.
+      shift: offset (x, y) of the head from the image center, in units of head coordinates before the rotation.
     """
 
     true: frozenset[str]
@@ -52,16 +58,19 @@ class Face:
 
 
 def draw_folder(frames: int, height: int, width: int, seed: int, folder: str) -> pathlib.Path:
-    """Draws faces into a CelebAMask-HQ folder below `folder`, unless they are there already.
+    """Draw faces into a CelebAMask-HQ folder, unless it exists.
+
+    The folder is written under a temporary name and renamed when it is complete.
 
     Args:
-      frames: faces in all; the data set divides them.
-      height, width: pixels.
-      seed: of everything random.
-      folder: parent; the folder's own name says what is in it.
+      frames: number of faces of all splits together.
+      height: height of the images in pixels.
+      width: width of the images in pixels.
+      seed: random seed.
+      folder: parent folder. The name of the CelebAMask-HQ folder in it contains the other arguments.
 
     Returns:
-      The folder.
+      The CelebAMask-HQ folder.
     """
     target = pathlib.Path(folder).expanduser() / f"faces_v{_VERSION}_{frames}_{height}x{width}_seed{seed}"
     if target.is_dir():
@@ -88,9 +97,9 @@ def draw_folder(frames: int, height: int, width: int, seed: int, folder: str) ->
 
 
 def random_face(rng: np.random.Generator) -> Face:
-    """Draws a face's attributes, and the rest of it to match."""
+    """Draw random attributes, and the other parameters of a face to match."""
 
-    def chance(probability):
+    def chance(probability: float) -> bool:
         return bool(rng.random() < probability)
 
     male = chance(0.5)
@@ -141,9 +150,19 @@ def random_face(rng: np.random.Generator) -> Face:
 
 
 def draw(face: Face, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one face: image uint8 [H, W, 3]; parts uint8 [H, W], 0 or 1 + index in PARTS of what each centre shows."""
+    """Draw one face.
+
+    Args:
+      face: the face.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
+      rng: random generator of the brightness and the image noise.
+
+    Returns:
+      The image uint8 [H, W, 3], and the parts uint8 [H, W]: 1 + index in PARTS of the part at each pixel center, or 0.
+    """
     color, parts = _paint(face, *_head_coordinates(face, height, width))
-    # Three more points a pixel smooth the picture's edges; parts stay those of the centre.
+    # Three more points per pixel smooth the edges of the image. Parts come from the center alone.
     for shift in ((0.3, 0.1), (-0.1, 0.3), (-0.2, -0.3)):
         color = color + _paint(face, *_head_coordinates(face, height, width, shift))[0]
     color = color / 4 * rng.uniform(0.85, 1.1) + rng.normal(0, 0.015, color.shape)
@@ -151,6 +170,7 @@ def draw(face: Face, height: int, width: int, rng: np.random.Generator) -> tuple
 
 
 def _head_coordinates(face, height, width, shift=(0.0, 0.0)):
+    """Return the head coordinates x and y [H, W] of the pixel centers, shifted by a fraction of a pixel."""
     v, u = np.mgrid[0:height, 0:width]
     x = ((u + 0.5 + shift[0]) - width / 2) / (height * face.scale) - face.shift[0]
     y = ((v + 0.5 + shift[1]) - height * 0.5) / (height * face.scale) - face.shift[1]
@@ -159,7 +179,7 @@ def _head_coordinates(face, height, width, shift=(0.0, 0.0)):
 
 
 def _paint(face, x, y):
-    """RGB [H, W, 3] and parts [H, W] at points of the head's plane."""
+    """Return RGB [H, W, 3] and parts [H, W] at points in head coordinates."""
     color = face.backdrop * (0.85 + 0.15 * np.sin(3 * x + 2 * y))[..., None]
     parts = np.zeros(x.shape, np.uint8)
     for inside, part, rgb in _layers(face, x, y):
@@ -174,72 +194,143 @@ def _ellipse(x, y, center, half):
     return ((x - center[0]) / half[0]) ** 2 + ((y - center[1]) / half[1]) ** 2 < 1
 
 
-def _layers(face, x, y):
-    """(where, its part or None: the part below stays, RGB), the farthest first."""
-    has = face.true.__contains__
-    eye_distance, eye_height, nose_length, mouth_width = face.shape
+_Layer = tuple[np.ndarray, str | None, np.ndarray]  # where [H, W], its part (None: keep the part below), RGB
+
+
+@dataclasses.dataclass(frozen=True)
+class _Points:
+    """A face at points [H, W], with the shapes and colors that several layers use."""
+
+    face: Face
+    x: np.ndarray
+    y: np.ndarray
+    side: np.ndarray  # |x|
+    shade: np.ndarray  # [H, W, 1], brightness
+    skin: np.ndarray  # [H, W, 3], RGB
+    dark: np.ndarray  # [3], RGB of brows and beard
+    strands: np.ndarray  # [H, W, 1], brightness of hair
+    waves: np.ndarray | float  # offset of the outline of the hair
+    head: np.ndarray  # whether a point is on the head
+    crown: np.ndarray  # whether a point is on the head or on the hair around it
+
+    def has(self, attribute: str) -> bool:
+        return attribute in self.face.true
+
+
+def _points(face: Face, x: np.ndarray, y: np.ndarray) -> _Points:
     side = np.abs(x)
     shade = (1 - 0.25 * side**2 - 0.1 * y)[..., None]  # the light comes from the front and above
-    skin, dark = face.skin * shade, face.hair * 0.75
-    strands = (1 + 0.15 * np.sin(45 * x + 6 * y))[..., None]
-    waves = 0.03 * np.sin(16 * y) if has("Wavy_Hair") else 0.0
     power = np.where(y > 0, face.jaw, 2.0)
-    head = (side / 0.45) ** power + (np.abs(y) / 0.6) ** power < 1
-    crown = _ellipse(x, y, (0, -0.06), (0.54, 0.66))  # head and hair together
-    if not has("Bald"):
-        behind = (side < 0.52 + waves) & (y > -0.1) & (y < face.length)
-        yield crown & (y < 0) | behind, "hair", face.hair * strands * 0.8
-    yield (side < 0.2) & (y > 0.3) & (y < 0.95), "neck", skin * 0.85
-    if has("Wearing_Necklace"):
+    return _Points(
+        face,
+        x,
+        y,
+        side=side,
+        shade=shade,
+        skin=face.skin * shade,
+        dark=face.hair * 0.75,
+        strands=(1 + 0.15 * np.sin(45 * x + 6 * y))[..., None],
+        waves=0.03 * np.sin(16 * y) if "Wavy_Hair" in face.true else 0.0,
+        head=(side / 0.45) ** power + (np.abs(y) / 0.6) ** power < 1,
+        crown=_ellipse(x, y, (0, -0.06), (0.54, 0.66)),
+    )
+
+
+def _layers(face: Face, x: np.ndarray, y: np.ndarray) -> Iterator[_Layer]:
+    """Yield the layers of a face, from back to front."""
+    at = _points(face, x, y)
+    yield from _body(at)
+    yield from _skin(at)
+    yield from _mouth(at)
+    yield from _nose(at)
+    yield from _eyes(at)
+    yield from _hair(at)
+
+
+def _body(at: _Points) -> Iterator[_Layer]:
+    """Yield the hair behind the head, neck, clothes, ears and jewelry."""
+    face, x, y, side = at.face, at.x, at.y, at.side
+    if not at.has("Bald"):
+        behind = (side < 0.52 + at.waves) & (y > -0.1) & (y < face.length)
+        yield at.crown & (y < 0) | behind, "hair", face.hair * at.strands * 0.8
+    yield (side < 0.2) & (y > 0.3) & (y < 0.95), "neck", at.skin * 0.85
+    if at.has("Wearing_Necklace"):
         yield (np.abs(y - 0.65 + 0.9 * x**2) < 0.02) & (side < 0.2), "neck_l", np.array([0.9, 0.8, 0.3])
-    yield y > 0.78 + 0.25 * np.clip(side - 0.15, 0, None) - 0.1 * (side < 0.15), "cloth", face.cloth * shade
+    yield y > 0.78 + 0.25 * np.clip(side - 0.15, 0, None) - 0.1 * (side < 0.15), "cloth", face.cloth * at.shade
     for name, sign in (("l_ear", -1), ("r_ear", 1)):
-        yield _ellipse(x, y, (sign * 0.46, 0), (0.07, 0.13)), name, skin * 0.9
-        if has("Wearing_Earrings"):
+        yield _ellipse(x, y, (sign * 0.46, 0), (0.07, 0.13)), name, at.skin * 0.9
+        if at.has("Wearing_Earrings"):
             yield _ellipse(x, y, (sign * 0.47, 0.17), (0.03, 0.05)), "ear_r", np.array([0.95, 0.85, 0.35])
-    yield head, "skin", skin
-    if has("Rosy_Cheeks"):
-        yield _ellipse(side, y, (0.26, 0.16), (0.1, 0.08)), None, skin * np.array([1.1, 0.8, 0.8])
-    if has("Goatee"):
-        yield _ellipse(x, y, (0, 0.5), (0.14, 0.16)) & head, None, dark * strands
-    # The mouth's middle line is a parabola whose ends rise with the smile.
-    half_width = 0.25 * mouth_width
-    along = np.clip(side / half_width, 0, 1)
-    offset = y - (0.33 - face.smile * (along**2 - 0.5))
+
+
+def _skin(at: _Points) -> Iterator[_Layer]:
+    """Yield the skin of the head, rosy cheeks and a goatee."""
+    yield at.head, "skin", at.skin
+    if at.has("Rosy_Cheeks"):
+        yield _ellipse(at.side, at.y, (0.26, 0.16), (0.1, 0.08)), None, at.skin * np.array([1.1, 0.8, 0.8])
+    if at.has("Goatee"):
+        yield _ellipse(at.x, at.y, (0, 0.5), (0.14, 0.16)) & at.head, None, at.dark * at.strands
+
+
+def _mouth(at: _Points) -> Iterator[_Layer]:
+    """Yield the mustache, the lips and the inside of the mouth.
+
+    The middle line of the mouth is a parabola whose ends rise with the smile.
+    """
+    face, has = at.face, at.has
+    half_width = 0.25 * face.shape[3]
+    along = np.clip(at.side / half_width, 0, 1)
+    offset = at.y - (0.33 - face.smile * (along**2 - 0.5))
     thick = (0.06 if has("Big_Lips") else 0.04) * (1 - along**2)
     gap = (0.035 if has("Mouth_Slightly_Open") else 0.0) * (1 - along**2)
     lips = np.array([0.8, 0.1, 0.2]) if has("Wearing_Lipstick") else 0.4 * face.skin + np.array([0.3, 0.05, 0.05])
+    within = at.side < half_width
     if has("Mustache"):
-        yield (np.abs(offset + gap + 0.075) < 0.045) & (side < half_width), None, dark * strands
-    within = side < half_width
+        yield (np.abs(offset + gap + 0.075) < 0.045) & within, None, at.dark * at.strands
     yield within & (offset < -gap) & (offset > -gap - thick), "u_lip", lips * 0.9
     yield within & (np.abs(offset) <= gap), "mouth", np.array([0.95, 0.93, 0.9]) if has("Smiling") else lips * 0.35
     yield within & (offset > gap) & (offset < gap + thick), "l_lip", lips
-    nose_half = 0.1 if has("Big_Nose") else 0.06
-    end = 0.18 * nose_length
-    nose = (y > -0.05) & (y < end) & (side < nose_half * (0.35 + 0.65 * (y + 0.05) / (end + 0.05)))
-    yield nose, "nose", skin * 0.93
-    yield _ellipse(side, y, (nose_half * 0.55, end - 0.02), (0.02, 0.012)), "nose", skin * 0.45
-    eye = (0.19 * eye_distance, -0.1)
-    if has("Eyeglasses"):
+
+
+def _nose(at: _Points) -> Iterator[_Layer]:
+    """Yield the nose and its nostrils."""
+    y, side = at.y, at.side
+    half_width = 0.1 if at.has("Big_Nose") else 0.06
+    end = 0.18 * at.face.shape[2]
+    nose = (y > -0.05) & (y < end) & (side < half_width * (0.35 + 0.65 * (y + 0.05) / (end + 0.05)))
+    yield nose, "nose", at.skin * 0.93
+    yield _ellipse(side, y, (half_width * 0.55, end - 0.02), (0.02, 0.012)), "nose", at.skin * 0.45
+
+
+def _eyes(at: _Points) -> Iterator[_Layer]:
+    """Yield the eyeglasses, which lie under the eyes, then eyes and brows."""
+    x, y, side = at.x, at.y, at.side
+    eye = (0.19 * at.face.shape[0], -0.1)
+    if at.has("Eyeglasses"):
         lens = _ellipse(side, y, eye, (0.15, 0.12))
         frame = lens & ~_ellipse(side, y, eye, (0.125, 0.095)) | (np.abs(y + 0.1) < 0.015) & (side < eye[0] - 0.12)
-        yield lens, "eye_g", skin * np.array([0.85, 0.92, 1.0])
+        yield lens, "eye_g", at.skin * np.array([0.85, 0.92, 1.0])
         yield frame, "eye_g", np.array([0.08, 0.08, 0.1])
-    half = (0.075, (0.025 if has("Narrow_Eyes") else 0.045) * eye_height)
-    arch = 0.06 if has("Arched_Eyebrows") else 0.015
-    brow = np.abs(y + 0.24 - arch * ((side - eye[0]) / 0.1) ** 2 * 0.5) < (0.03 if has("Bushy_Eyebrows") else 0.014)
+    half = (0.075, (0.025 if at.has("Narrow_Eyes") else 0.045) * at.face.shape[1])
+    arch = 0.06 if at.has("Arched_Eyebrows") else 0.015
+    thick = 0.03 if at.has("Bushy_Eyebrows") else 0.014
+    brow = np.abs(y + 0.24 - arch * ((side - eye[0]) / 0.1) ** 2 * 0.5) < thick
     for name, there in (("l", x < 0), ("r", x > 0)):
         open_eye = _ellipse(side, y, eye, half) & there
         yield open_eye, f"{name}_eye", np.array([0.95, 0.95, 0.95])
         yield open_eye & _ellipse(side, y, eye, (0.035, 0.04)), f"{name}_eye", np.array([0.15, 0.12, 0.1])
-        yield brow & (np.abs(side - eye[0]) < 0.11) & there, f"{name}_brow", dark
-    if not has("Bald"):
-        line = -0.2 if has("Bangs") else -0.5 if has("Receding_Hairline") else -0.36
-        fringe = line + 0.25 * side**2 + waves
-        beside = ~head & (y < max(face.length, 0.0)) & (y < 0.3)
-        yield crown & ((y < fringe) | beside & (y < 0.15)), "hair", face.hair * strands
-    if has("Wearing_Hat"):
+        yield brow & (np.abs(side - eye[0]) < 0.11) & there, f"{name}_brow", at.dark
+
+
+def _hair(at: _Points) -> Iterator[_Layer]:
+    """Yield the hair in front of the head, and a hat."""
+    face, x, y, side = at.face, at.x, at.y, at.side
+    if not at.has("Bald"):
+        line = -0.2 if at.has("Bangs") else -0.5 if at.has("Receding_Hairline") else -0.36
+        fringe = line + 0.25 * side**2 + at.waves
+        beside = ~at.head & (y < max(face.length, 0.0)) & (y < 0.3)
+        yield at.crown & ((y < fringe) | beside & (y < 0.15)), "hair", face.hair * at.strands
+    if at.has("Wearing_Hat"):
         cap = _ellipse(x, y, (0, -0.3), (0.56, 0.5)) & (y < -0.36)
         brim = (np.abs(y + 0.36) < 0.05) & (side < 0.66)
         yield cap | brim, "hat", face.cloth[::-1] * 0.8 * np.where(brim, 0.7, 1.0)[..., None]

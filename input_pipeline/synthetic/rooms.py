@@ -1,15 +1,16 @@
 """Furnished rooms rendered by ray casting, in the `NYUD_MT` layout, with exact labels.
 
-A room is the inside of a box; furniture is made of boxes that may be turned about the vertical. Coordinates
-are metres in a world with x right, y down and z forward; the camera is at the origin, turned by yaw and
-pitch. Labels come from the geometry at the pixel's centre ray, so segmentation, depth (along the optical
-axis) and normals (camera frame, towards the camera) are exact.
+A room is the inside of a box. Furniture consists of boxes that may be rotated about the vertical axis. World
+coordinates are in meters, x right, y down and z forward. The camera is at the origin, rotated by yaw and pitch. Labels
+come from the geometry at the center ray of each pixel, so segmentation, depth (along the optical axis) and normals
+(camera coordinates, towards the camera) are exact.
 """
 
 import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ from absl import logging
 
 from input_pipeline import nyud_mt
 
-_VERSION = 1  # of what is rendered: raise it when the pictures change
+_VERSION = 1  # of the rendered data; increase it when the images or labels change
 _CEILING = 22
 # Class ids of the NYU 40-class mapping (see nyud_mt.CLASSES; 1 = wall).
 _WALL, _FLOOR, _CABINET, _BED, _CHAIR, _SOFA, _TABLE, _DOOR, _WINDOW, _SHELF, _PICTURE = range(1, 12)
@@ -26,11 +27,11 @@ _TELEVISION = 25
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A solid box: centre [3] and half sizes [3] in metres, turned by `yaw` radians about the vertical."""
+    """A solid box that is rotated about the vertical axis."""
 
-    center: np.ndarray
-    half: np.ndarray
-    yaw: float
+    center: np.ndarray  # [3], meters
+    half: np.ndarray  # half sizes [3], meters
+    yaw: float  # radians
     label: int
     color: np.ndarray  # RGB in [0, 1]
     texture: str = "plain"
@@ -38,41 +39,44 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """A room, its furniture, its lamp and the camera's pose and focal length (in image heights)."""
+    """A room with furniture, a lamp and a camera."""
 
-    low: np.ndarray  # corner [3] of the smallest coordinates; y is the ceiling
-    high: np.ndarray
+    low: np.ndarray  # corner [3] with the smallest coordinates; its y is the ceiling
+    high: np.ndarray  # opposite corner [3]; its y is the floor
     boxes: tuple[Box, ...]
     colors: np.ndarray  # [3, 3] RGB of wall, floor and ceiling
-    light: np.ndarray
-    yaw: float
+    light: np.ndarray  # position [3] of the lamp
+    yaw: float  # of the camera, radians
     pitch: float
-    focal: float
+    focal: float  # focal length, in image heights
 
 
-def draw_folder(frames: int, **settings) -> pathlib.Path:
-    """`render_folder` of `frames` rooms in all, of which a sixth is for testing."""
+def draw_folder(frames: int, **settings: Any) -> pathlib.Path:
+    """Render `frames` rooms, of which a sixth are test samples; for `settings`, see `render_folder`."""
     return render_folder(frames - frames // 6, frames // 6, **settings)
 
 
 def train_count(frames: int) -> int:
-    """Number of training images among `frames` rooms of `draw_folder`."""
+    """Return the number of training images among `frames` rooms of `draw_folder`."""
     rooms = frames - frames // 6
     return rooms - nyud_mt.held_out(rooms)
 
 
 def render_folder(frames: int, test_frames: int, height: int, width: int, seed: int, folder: str) -> pathlib.Path:
-    """Renders train and test rooms into an `NYUD_MT` folder below `folder`, unless they are there already.
+    """Render training and test rooms into an `NYUD_MT` folder, unless it exists.
+
+    The folder is written under a temporary name and renamed when it is complete.
 
     Args:
-      frames: training frames, of which a tenth becomes the validation split.
-      test_frames: frames of gt_sets/val.txt, which is the test split.
-      height, width: pixels.
-      seed: of everything random.
-      folder: parent; the folder's own name says what is in it.
+      frames: number of samples in gt_sets/train.txt, of which a tenth becomes the validation split.
+      test_frames: number of samples in gt_sets/val.txt, which is the test split.
+      height: height of the images in pixels.
+      width: width of the images in pixels.
+      seed: random seed.
+      folder: parent folder. The name of the `NYUD_MT` folder in it contains the other arguments.
 
     Returns:
-      The folder.
+      The `NYUD_MT` folder.
     """
     name = f"rooms_v{_VERSION}_{frames}+{test_frames}_{height}x{width}_seed{seed}"
     target = pathlib.Path(folder).expanduser() / name
@@ -101,7 +105,7 @@ def render_folder(frames: int, test_frames: int, height: int, width: int, seed: 
 
 
 def random_room(rng: np.random.Generator) -> Room:
-    """Draws a room with furniture along its walls and a camera that looks across it."""
+    """Draw a random room with furniture along its walls and a camera that looks across it."""
     size_x, size_z, room_height = rng.uniform(3.2, 6), rng.uniform(3.5, 6.5), rng.uniform(2.4, 3.0)
     camera_height = rng.uniform(1.2, 1.7)
     camera = np.array([rng.uniform(0.3, 0.7) * size_x, rng.uniform(0.25, 0.6)])  # from the corner
@@ -115,7 +119,8 @@ def random_room(rng: np.random.Generator) -> Room:
             np.full(3, rng.uniform(0.85, 0.97)),
         ]
     )
-    boxes, taken = [], []
+    boxes: list[Box] = []
+    taken: list[tuple] = []
     for _ in range(rng.integers(5, 10)):
         make = _FURNITURE[rng.integers(len(_FURNITURE))]
         side = rng.integers(3)  # against the far, the left or the right wall
@@ -130,7 +135,7 @@ def random_room(rng: np.random.Generator) -> Room:
             x = low[0] + half_depth if side == 1 else high[0] - half_depth
             center, foot = (x, low[2] + place), (half_depth, half_width)
             yaw = -np.pi / 2 if side == 1 else np.pi / 2
-        flat = half_depth < 0.06  # on the wall: may hang above a low piece
+        flat = half_depth < 0.06  # hangs on the wall and may overlap with low furniture
         area = (center[0] - foot[0], center[0] + foot[0], center[1] - foot[1], center[1] + foot[1], flat)
         if any(_overlap(area, other) for other in taken) or _overlap(area, (-0.6, 0.6, -0.6, 0.6, False)):
             continue
@@ -148,17 +153,23 @@ def random_room(rng: np.random.Generator) -> Room:
 
 
 def render(room: Room, height: int, width: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Renders one frame.
+    """Render one sample.
+
+    Args:
+      room: the room.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
+      rng: random generator of the image noise.
 
     Returns:
-      image uint8 [H, W, 3]; segmentation uint8 [H, W]; depth float32 [H, W] in metres; normals float32
-      [H, W, 3], unit; edge float32 [H, W], 1 where the surface differs from the left or upper neighbour's;
-      surface int32 [H, W], an id of the plane that is seen (not written to disk).
+      "image" uint8 [H, W, 3]; "segmentation" uint8 [H, W]; "depth" float32 [H, W] in meters; "normals" float32
+      [H, W, 3], unit vectors; "edge" float32 [H, W], 1 where the surface differs from that of the left or upper
+      neighbor; "surface" integers [H, W], an id of the visible plane (not written to disk).
     """
     rays, rotation = _rays(room, height, width)
     hit = _cast(room, np.zeros(3), rays)
     color = _shade(room, hit)
-    # Two more rays a pixel smooth the picture's edges; labels stay those of the centre ray.
+    # Two more rays per pixel smooth the edges of the image. Labels come from the center ray alone.
     for shift in ((0.3, 0.2), (-0.3, -0.2)):
         shifted, _ = _rays(room, height, width, shift)
         color = color + _shade(room, _cast(room, np.zeros(3), shifted))
@@ -178,7 +189,7 @@ def render(room: Room, height: int, width: int, rng: np.random.Generator) -> dic
 
 
 def _rays(room, height, width, shift=(0.0, 0.0)):
-    """World directions [H * W, 3] whose camera z is 1 (so distances are depths), and camera -> world."""
+    """Return ray directions [H * W, 3] with camera z = 1 (so distances are depths), and the camera rotation [3, 3]."""
     v, u = np.mgrid[0:height, 0:width]
     focal = room.focal * height
     x = (u + 0.5 + shift[0] - width / 2) / focal
@@ -191,13 +202,13 @@ def _rays(room, height, width, shift=(0.0, 0.0)):
 
 
 def _turn(yaw):
-    """Rotation about the vertical, object -> world."""
+    """Return the object-to-world rotation [3, 3] about the vertical axis."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
 
 
 def _slabs(origin, direction, low, high):
-    """Entry and exit distances [N] of rays through an axis-aligned box, and the entry and exit axes."""
+    """Return the entry and exit distances [N] of rays through an axis-aligned box, and the entry and exit axes."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (low - origin) / direction, (high - origin) / direction
     near, far = np.minimum(a, b), np.maximum(a, b)
@@ -205,7 +216,7 @@ def _slabs(origin, direction, low, high):
 
 
 def _cast(room, origin, rays):
-    """First hit of each ray with the room or its furniture: distance, normal, label, color, texture point."""
+    """Return the first hit of each ray with the room or its furniture: {"distance": [N], "normal": [N, 3], ...}."""
     count = len(rays)
     index = np.arange(count)
     _, distance, _, axis = _slabs(origin, rays, room.low, room.high)
@@ -247,7 +258,7 @@ _TEXTURES = ("plain", "planks", "books", "stripes")
 
 
 def _shade(room, hit):
-    """Lambertian RGB [N, 3] of hits under one lamp with shadows, and ambient light."""
+    """Return Lambertian RGB [N, 3] of hits under one lamp with shadows, and ambient light."""
     x, y, z = hit["local"].T
     pattern = np.select(
         [hit["texture"] == 1, hit["texture"] == 2, hit["texture"] == 3],
@@ -271,19 +282,23 @@ def _shade(room, hit):
 
 
 def _overlap(a, b):
+    """Return whether two floor areas (x low, x high, z low, z high, on the wall) overlap, if of the same kind."""
     if a[4] != b[4]:
         return False
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
-# Furniture: rng -> (pieces, half width, half depth). A piece is (offset of its centre: x, height above the
-# floor, z towards the wall; half sizes; class; RGB; texture), in a frame whose +z points at the wall.
+# Furniture: rng -> (pieces, half width, half depth). A piece is (offset of its center: x, height above the
+# floor, z towards the wall; half sizes; class; RGB; texture), in coordinates whose +z points at the wall.
+
+_Piece = tuple[tuple[float, float, float], tuple[float, float, float], int, np.ndarray, str]
+_Furniture = tuple[list[_Piece], float, float]
 
 
-def _bed(rng):
+def _bed(rng: np.random.Generator) -> _Furniture:
     width, length, top = rng.uniform(0.5, 0.8), 1.0, rng.uniform(0.4, 0.55)
     sheet, wood = rng.uniform(0.3, 0.95, 3), np.array([0.4, 0.25, 0.15])
-    pieces = [
+    pieces: list[_Piece] = [
         ((0, top / 2, 0), (width, top / 2, length), _BED, sheet, "stripes"),
         ((0, top + 0.06, length - 0.25), (width * 0.8, 0.06, 0.18), _BED, np.full(3, 0.95), "plain"),
         ((0, 0.5, length - 0.02), (width, 0.5, 0.02), _BED, wood, "plain"),
@@ -291,9 +306,9 @@ def _bed(rng):
     return pieces, width, length
 
 
-def _sofa(rng):
+def _sofa(rng: np.random.Generator) -> _Furniture:
     width, color = rng.uniform(0.7, 1.1), rng.uniform(0.1, 0.6, 3)
-    pieces = [
+    pieces: list[_Piece] = [
         ((0, 0.21, 0), (width, 0.21, 0.42), _SOFA, color, "plain"),
         ((0, 0.42, 0.34), (width, 0.42, 0.08), _SOFA, color * 0.9, "plain"),
         ((width - 0.09, 0.3, 0), (0.09, 0.3, 0.42), _SOFA, color * 0.95, "plain"),
@@ -302,10 +317,10 @@ def _sofa(rng):
     return pieces, width, 0.42
 
 
-def _table(rng):
+def _table(rng: np.random.Generator) -> _Furniture:
     width, depth, top = rng.uniform(0.45, 0.8), rng.uniform(0.3, 0.45), rng.uniform(0.65, 0.78)
     wood = np.array([0.62, 0.43, 0.26]) * rng.uniform(0.7, 1.3)
-    pieces = [((0, top, 0), (width, 0.03, depth), _TABLE, wood, "planks")]
+    pieces: list[_Piece] = [((0, top, 0), (width, 0.03, depth), _TABLE, wood, "planks")]
     for x in (-1, 1):
         for z in (-1, 1):
             leg = (x * (width - 0.04), top / 2, z * (depth - 0.04))
@@ -313,9 +328,9 @@ def _table(rng):
     return pieces, width, depth
 
 
-def _chair(rng):
+def _chair(rng: np.random.Generator) -> _Furniture:
     color = np.array([rng.uniform(0.5, 0.8), rng.uniform(0.1, 0.3), rng.uniform(0.1, 0.3)])
-    pieces = [
+    pieces: list[_Piece] = [
         ((0, 0.44, 0), (0.22, 0.03, 0.22), _CHAIR, color, "plain"),
         ((0, 0.7, 0.2), (0.22, 0.25, 0.025), _CHAIR, color, "stripes"),
     ]
@@ -325,43 +340,43 @@ def _chair(rng):
     return pieces, 0.22, 0.22
 
 
-def _cabinet(rng):
+def _cabinet(rng: np.random.Generator) -> _Furniture:
     width, depth, tall = rng.uniform(0.35, 0.7), rng.uniform(0.2, 0.3), rng.uniform(0.4, 1.0)
     color = np.array([0.7, 0.55, 0.35]) * rng.uniform(0.6, 1.3)
     return [((0, tall, 0), (width, tall, depth), _CABINET, color, "plain")], width, depth
 
 
-def _bookshelf(rng):
+def _bookshelf(rng: np.random.Generator) -> _Furniture:
     width, tall = rng.uniform(0.35, 0.6), rng.uniform(0.8, 1.05)
     color = np.array([rng.uniform(0.5, 0.9), rng.uniform(0.3, 0.6), rng.uniform(0.2, 0.5)])
     return [((0, tall, 0), (width, tall, 0.16), _SHELF, color, "books")], width, 0.16
 
 
-def _door(rng):
+def _door(rng: np.random.Generator) -> _Furniture:
     color = np.array([0.5, 0.33, 0.2]) * rng.uniform(0.8, 1.6)
     return [((0, 1.0, 0), (0.42, 1.0, 0.03), _DOOR, color, "plain")], 0.42, 0.03
 
 
-def _window(rng):
+def _window(rng: np.random.Generator) -> _Furniture:
     width, tall = rng.uniform(0.4, 0.7), rng.uniform(0.4, 0.55)
-    pieces = [
+    pieces: list[_Piece] = [
         ((0, 1.5, 0), (width, tall, 0.02), _WINDOW, np.array([0.75, 0.9, 1.0]) * 1.3, "plain"),
         ((0, 1.5, 0), (0.02, tall, 0.03), _WINDOW, np.full(3, 0.95), "plain"),
     ]
     return pieces, width, 0.03
 
 
-def _picture(rng):
+def _picture(rng: np.random.Generator) -> _Furniture:
     width, tall = rng.uniform(0.2, 0.5), rng.uniform(0.2, 0.35)
-    pieces = [
+    pieces: list[_Piece] = [
         ((0, 1.6, 0.01), (width, tall, 0.02), _PICTURE, np.full(3, 0.15), "plain"),
         ((0, 1.6, -0.01), (width - 0.04, tall - 0.04, 0.02), _PICTURE, rng.uniform(0.1, 0.9, 3), "books"),
     ]
     return pieces, width, 0.03
 
 
-def _television(rng):
-    pieces = [
+def _television(rng: np.random.Generator) -> _Furniture:
+    pieces: list[_Piece] = [
         ((0, 0.25, 0), (0.6, 0.25, 0.2), _CABINET, np.full(3, rng.uniform(0.25, 0.9)), "plain"),
         ((0, 0.85, 0), (0.5, 0.3, 0.03), _TELEVISION, np.full(3, 0.06), "plain"),
     ]

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -9,8 +10,7 @@ from configs import demo_faces
 from input_pipeline import celebamask_hq, datasets, folders
 from input_pipeline.celebamask_hq import ATTRIBUTE_FILE, ATTRIBUTES, PARTS
 from input_pipeline.transforms import Transform
-from mtl_sparse.runtime.errors import UserError
-from tests.conftest import tiny_faces
+from tests.conftest import raises, tiny_faces
 
 PAPER = ("background", "skin", "hair")
 
@@ -23,7 +23,7 @@ def load(folder, labels=("segmentation",), **settings):
 
 @pytest.fixture
 def own_faces(faces, tmp_path):
-    """A copy of the folder that a test may damage, not prepared."""
+    """Return a copy of the folder, not prepared, that a test may damage."""
     return shutil.copytree(faces, tmp_path / "CelebAMask-HQ")
 
 
@@ -31,7 +31,7 @@ def test_the_split_is_60_20_20_and_the_same_every_time(faces):
     data = load(faces)
     assert {split: len(names) for split, names in data.names.items()} == {"train": 12, "validation": 4, "test": 4}
     assert [len(source) for source in (data.train, data.validation, data.test)] == [12, 4, 4]
-    together = sum(data.names.values(), [])
+    together = list(itertools.chain(*data.names.values()))
     assert sorted(together, key=int) == [str(i) for i in range(20)]
     assert data.names["train"] != [str(i) for i in range(12)], "drawn, not cut"
     assert celebamask_hq.read_splits(faces) == data.names
@@ -42,10 +42,10 @@ def test_drawn_splits_have_the_fractions_for_any_number():
         parts = folders.draw_splits([str(i) for i in range(count)], celebamask_hq.FRACTIONS, 0)
         assert [len(part) for part in parts] == [round(0.6 * count), round(0.8 * count) - round(0.6 * count),
                                                  count - round(0.8 * count)]  # fmt: skip
-        assert len(set(sum(parts, []))) == count
+        assert len(set(itertools.chain(*parts))) == count
 
 
-def test_lists_of_ones_own(faces, tmp_path):
+def test_splits_from_a_file(faces, tmp_path):
     path = tmp_path / "lists.json"
     path.write_text(json.dumps({"train": [3, 1, 2], "validation": ["7"], "test": [11, 5]}))
     data = load(faces, split=str(path), prepared=str(tmp_path / "prepared"))
@@ -53,17 +53,17 @@ def test_lists_of_ones_own(faces, tmp_path):
     assert [data.test[i]["image"].shape for i in range(2)] == [(32, 32, 3)] * 2
     row = celebamask_hq.read_attributes(faces)["11"]
     assert [data.test[0][f"attribute:{name}"] for name in ATTRIBUTES] == row.tolist()
-    with pytest.raises(UserError, match="has changed since .*prepared .*another config.data.prepared"):
+    with raises("DATA_CHANGED", naming=str(tmp_path / "prepared")):
         load(faces, prepared=str(tmp_path / "prepared"))
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"train": [3, 1], "validation": ["7"], "test": [11, 5]}))
     for split in ("", str(other)):
-        with pytest.raises(UserError, match=f"prepared with other lists than those of config.data.split='{split}'"):
+        with raises("DATA_SPLIT_DIFFERS", naming=f"config.data.split='{split}'"):
             load("", split=split, prepared=str(tmp_path / "prepared"))
     assert load("", split=str(path), prepared=str(tmp_path / "prepared")).names == data.names
 
 
-def test_faces_are_the_folders(faces):
+def test_stored_faces_equal_the_folder(faces):
     data = load(faces)
     lines = (faces / ATTRIBUTE_FILE).read_text().splitlines()
     header = lines[1].split()
@@ -109,7 +109,7 @@ def test_other_classes_need_no_new_preparation(faces):
 
 
 def test_an_image_may_be_finer_than_its_masks(own_faces):
-    """As published: images 1024x1024, masks 512x512. A zoom takes the same window of both."""
+    """Published images are 1024x1024 and masks 512x512. A zoom crops the same window of both."""
     path = own_faces / "CelebA-HQ-img" / "3.jpg"
     image = np.zeros((64, 64, 3), np.uint8)
     image[16:48, 32:] = 255
@@ -138,57 +138,83 @@ def mask(folder, part="skin"):
 
 
 BAD_FOLDERS = {
-    "no folder": (lambda folder: folder.rename(folder.with_name("gone")), "does not exist.*config.data.folder"),
-    "no attributes": (lambda folder: (folder / ATTRIBUTE_FILE).unlink(), "attribute-anno.txt is missing"),
-    "attribute file cut short": (
-        lambda folder: rewrite(folder, lambda lines: lines[:9]),
-        "rows of 7 faces, its first line says 20",
+    "no folder": (
+        lambda folder: folder.rename(folder.with_name("moved")),
+        "DATA_FOLDER_MISSING",
+        "config.data.folder",
     ),
-    "row cut short": (
+    "no attributes": (lambda folder: (folder / ATTRIBUTE_FILE).unlink(), "FILE_MISSING", ATTRIBUTE_FILE),
+    "truncated attribute file": (
+        lambda folder: rewrite(folder, lambda lines: lines[:9]),
+        "FILE_DAMAGED",
+        ATTRIBUTE_FILE,
+    ),
+    "truncated line": (
         lambda folder: rewrite(folder, lambda lines: [*lines[:-1], lines[-1][:-9]]),
-        r"the row of 19.jpg has \d+ of 40 values",
+        "FILE_DAMAGED",
+        "19.jpg",
     ),
     "no header": (
         lambda folder: rewrite(folder, lambda lines: lines[:1] + lines[2:]),
-        "must begin with the number of faces and a line of the 40 attributes' names",
+        "FILE_DAMAGED",
+        ATTRIBUTE_FILE,
     ),
     "strange value": (
         lambda folder: rewrite(folder, lambda lines: [*lines[:-1], lines[-1].replace("-1", "0", 1)]),
-        "row of 19.jpg has values other than -1 and 1",
+        "FILE_DAMAGED",
+        "19.jpg",
     ),
-    "no row": (
+    "face listed twice": (
+        lambda folder: rewrite(folder, lambda lines: [*lines, lines[-1]]),
+        "FILE_DAMAGED",
+        "'19.jpg'",
+    ),
+    "no line": (
         lambda folder: rewrite(folder, lambda lines: ["19", *lines[1:5], *lines[6:]]),
-        "CelebA-HQ-img/3.jpg has no row",
+        "DATA_LABEL_MISSING",
+        "CelebA-HQ-img/3.jpg",
     ),
-    "no image": (lambda folder: (folder / "CelebA-HQ-img" / "3.jpg").unlink(), "CelebA-HQ-img/3.jpg is missing"),
-    "no masks": (lambda folder: [path.unlink() for path in mask(folder).parent.glob("00003_*")], "no part of face 3"),
-    "image cut short": (
+    "no image": (
+        lambda folder: (folder / "CelebA-HQ-img" / "3.jpg").unlink(),
+        "FILE_MISSING",
+        "CelebA-HQ-img/3.jpg",
+    ),
+    "no masks": (
+        lambda folder: [path.unlink() for path in mask(folder).parent.glob("00003_*")],
+        "DATA_LABEL_MISSING",
+        "face 3",
+    ),
+    "truncated image": (
         lambda folder: (folder / "CelebA-HQ-img" / "3.jpg").write_bytes(
             (folder / "CelebA-HQ-img" / "3.jpg").read_bytes()[:500]
         ),
-        "CelebA-HQ-img/3.jpg cannot be decoded",
+        "DATA_IMAGE_DAMAGED",
+        "CelebA-HQ-img/3.jpg",
     ),
-    "unreadable mask": (lambda folder: mask(folder).write_bytes(b"no png"), "00003_skin.png cannot be decoded"),
+    "unreadable mask": (lambda folder: mask(folder).write_bytes(b"no png"), "DATA_IMAGE_DAMAGED", "00003_skin.png"),
     "mask of ones": (
         lambda folder: cv2.imwrite(str(mask(folder)), np.ones((32, 32), np.uint8)),
-        "00003_skin.png has no value above 1; a part's pixels are 255",
+        "DATA_LABEL_OUT_OF_RANGE",
+        "00003_skin.png",
     ),
     "mask of another size": (
         lambda folder: cv2.imwrite(str(mask(folder, "mouth")), np.zeros((16, 16), np.uint8)),
-        "00003_mouth.png has size 16x16.*other masks",
+        "DATA_LABEL_FORMAT",
+        "00003_mouth.png",
     ),
     "masks that do not divide the image": (
         lambda folder: [cv2.imwrite(str(path), np.zeros((20, 32), np.uint8)) for path in mask(folder).parent.iterdir()],
-        r"size 20x32.*image \(32x32\)",
+        "DATA_LABEL_FORMAT",
+        "20x32",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_bad_folders_are_named(own_faces, case):
-    damage, message = BAD_FOLDERS[case]
+    damage, code, naming = BAD_FOLDERS[case]
     damage(own_faces)
-    with pytest.raises(UserError, match=message) as caught:
+    with raises(code, naming=naming) as caught:
         load(own_faces)
     assert "\n" not in str(caught.value)
     assert not (own_faces.with_name("CelebAMask-HQ.tfds") / "celebamask_hq" / "1.0.0").exists()
@@ -197,53 +223,65 @@ def test_bad_folders_are_named(own_faces, case):
 def test_a_folder_that_changed_since_it_was_prepared_is_refused(own_faces):
     load(own_faces)
     mask(own_faces, "nose").unlink()
-    with pytest.raises(UserError, match="has changed since .*CelebAMask-HQ.tfds.* delete"):
+    with raises("DATA_CHANGED", naming=f"{own_faces}.tfds"):
         load(own_faces)
 
 
 BAD_LISTS = {
-    "does not exist": None,
-    "is not JSON": "train: 1",
-    "cannot be read .Is a directory": "",
-    "three lists train, validation, test": '{"train": [1], "val": [2], "test": [3]}',
-    "list test is empty": '{"train": [1], "validation": [2], "test": []}',
-    "frame 1 stands in it twice": '{"train": [1], "validation": [1], "test": [3]}',
-    "names frame 99, which the data set lacks": '{"train": [1], "validation": [99], "test": [3]}',
+    "missing": (None, "FILE_MISSING", "lists.json"),
+    "no JSON": ("train: 1", "FILE_DAMAGED", "lists.json"),
+    "a folder": ("", "FILE_DAMAGED", "lists.json"),
+    "other keys": ('{"train": [1], "val": [2], "test": [3]}', "DATA_SPLIT_INVALID", "train, validation, test"),
+    "empty list": ('{"train": [1], "validation": [2], "test": []}', "DATA_SPLIT_INVALID", "list test"),
+    "a sample twice": ('{"train": [1], "validation": [1], "test": [3]}', "DATA_SPLIT_INVALID", "sample 1"),
+    "unknown sample": ('{"train": [1], "validation": [99], "test": [3]}', "DATA_SPLIT_INVALID", "sample 99"),
 }
 
 
-@pytest.mark.parametrize("message", BAD_LISTS)
-def test_bad_lists_are_named(faces, tmp_path, message):
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_bad_lists_are_named(faces, tmp_path, case):
+    content, code, naming = BAD_LISTS[case]
     path = tmp_path / "lists.json"
-    if BAD_LISTS[message]:
-        path.write_text(BAD_LISTS[message])
-    elif BAD_LISTS[message] == "":
+    if content:
+        path.write_text(content)
+    elif content == "":
         path.mkdir()
-    with pytest.raises(UserError, match=message):
+    with raises(code, naming=naming) as caught:
         load(faces, split=str(path))
+    assert f"config.data.split={str(path)!r}" in str(caught.value)
 
 
 BAD_CLASSES = {
-    "holds 'skin'; it takes pairs": dict(classes=("skin", "hair")),
-    "unknown part 'nase' of skin": dict(classes=(("rest", ()), ("skin", ("nase",)))),
-    "'nose' stands in skin and in hair": dict(classes=(("rest", ()), ("skin", ("nose",)), ("hair", ("nose",)))),
-    "classes is empty": dict(classes=()),
-    "tells l_eye from r_eye": dict(classes=(("rest", ()), ("left", ("l_eye",))), num_classes=2, flip=True),
-    "num_classes=40.* 3 classes": dict(num_classes=40),
+    "names": (dict(classes=("skin", "hair")), "OPTION_TYPE", "'skin'"),
+    "unknown part": (dict(classes=(("rest", ()), ("skin", ("nase",)))), "OPTION_UNKNOWN_VALUE", "'nase'"),
+    "a part twice": (
+        dict(classes=(("rest", ()), ("skin", ("nose",)), ("hair", ("nose",)))),
+        "OPTION_CONFLICT",
+        "'nose'",
+    ),
+    "none": (dict(classes=()), "OPTION_MISSING", "config.data.classes"),
+    "left and right with mirroring": (
+        dict(classes=(("rest", ()), ("left", ("l_eye",))), num_classes=2, flip=True),
+        "OPTION_CONFLICT",
+        "l_eye",
+    ),
+    "another number": (dict(num_classes=40), "OPTION_CONFLICT", "config.data.num_classes=40"),
 }
 
 
-@pytest.mark.parametrize("message", BAD_CLASSES)
-def test_bad_classes_are_named(faces, message):
-    with pytest.raises(UserError, match=message):
-        load(faces, **BAD_CLASSES[message])
+@pytest.mark.parametrize("case", BAD_CLASSES)
+def test_bad_classes_are_named(faces, case):
+    settings, code, naming = BAD_CLASSES[case]
+    with raises(code, naming=naming):
+        load(faces, **settings)
 
 
 def test_unknown_attributes_are_refused_with_the_nearest_before_anything_is_prepared(own_faces):
     for label, near in (("attribute:Smile", "attribute:Smiling"), ("attribute:Eye_glasses", "attribute:Eyeglasses")):
-        with pytest.raises(UserError, match=f"{label}.*nearest: .*{near}"):
+        with raises("DATA_LABEL_MISSING", naming=f"'{label}'") as caught:
             load(own_faces, ["segmentation", label])
-    with pytest.raises(UserError, match="'depth', which config.data.name='celebamask_hq' does not have"):
+        assert near in str(caught.value)
+    with raises("DATA_LABEL_MISSING", naming="'depth'"):
         load(own_faces, ["depth"])
     assert not own_faces.with_name("CelebAMask-HQ.tfds").exists()
 

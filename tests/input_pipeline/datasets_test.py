@@ -1,4 +1,4 @@
-"""Data sets of one's own: what is opened is checked before anything is trained on it."""
+"""Tests of opening data sets, registered and published: data are checked before training."""
 
 import concurrent.futures
 
@@ -7,8 +7,9 @@ import pytest
 
 from input_pipeline import datasets
 from input_pipeline.datasets import Data
+from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
-from tests.conftest import tiny, tiny_faces
+from tests.conftest import raises, tiny, tiny_faces
 
 
 def frame(**changes):
@@ -18,7 +19,7 @@ def frame(**changes):
 
 @pytest.fixture
 def load(monkeypatch):
-    """load(labels, data, num_classes=2): opens `data`, a list of frames of each split or a Data, as the set "mine"."""
+    """Return load(labels, data, num_classes=2), which opens `data`, a list of samples or a Data, as the set "mine"."""
     monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
 
     def load(labels, data, num_classes=2):
@@ -38,47 +39,64 @@ def test_lists_of_frames_are_sources(load):
 
 
 def test_what_cannot_be_trained_on_is_named(load):
-    with pytest.raises(UserError, match="train split of config.data.name='mine' has no frames"):
+    with raises("DATA_TOO_FEW_IMAGES", naming="train split of config.data.name='mine'"):
         load([], [])
-    with pytest.raises(UserError, match="'depth', which config.data.name='mine' does not have.*attribute:Large, segm"):
+    with raises("DATA_LABEL_MISSING", naming="'depth'") as caught:
         load(["depth"], [frame()])
-    with pytest.raises(UserError, match="'attribute:Larg'.*nearest: attribute:Large"):
+    assert "attribute:Large" in str(caught.value) and "segmentation" in str(caught.value), "lists the labels"
+    with raises("DATA_LABEL_MISSING", naming="'attribute:Larg'") as caught:
         load(["attribute:Larg"], [frame()])
-    with pytest.raises(UserError, match=r"'image' of uint8 \[H, W, 3\], not float32 \[16, 24, 3\]"):
+    assert "attribute:Large" in str(caught.value), "lists near names"
+    with raises("DATA_IMAGE_FORMAT", naming="float32 [16, 24, 3]"):
         load([], [frame(image=np.zeros((16, 24, 3), np.float32))])
-    with pytest.raises(UserError, match=r"'attribute:Large' of uint8 \[1\]; it must be one number"):
+    with raises("DATA_LABEL_FORMAT", naming="'attribute:Large'") as caught:
         load(["attribute:Large"], [frame(**{"attribute:Large": np.ones(1, np.uint8)})])
-    with pytest.raises(UserError, match="'segmentation' of 16x16, its image is 16x24: their sides"):
+    assert "uint8 [1]" in str(caught.value)
+    with raises("DATA_LABEL_FORMAT", naming="'segmentation'") as caught:
         load(["segmentation"], [frame(segmentation=np.ones((16, 16), np.uint8))])
-    with pytest.raises(UserError, match="segmentation of 8 to 8; with config.data.num_classes=2 it is 0 .void. to 2"):
+    assert "16x16" in str(caught.value) and "16x24" in str(caught.value)
+    with raises("DATA_LABEL_OUT_OF_RANGE", naming="config.data.num_classes=2"):
         load(["segmentation"], [frame(segmentation=np.full((16, 24), 8, np.uint8))])
     load(["segmentation"], [frame(segmentation=np.ones((8, 12), np.uint8))])
-    with pytest.raises(UserError, match="num_classes=2.*have 3 classes"):
+    with raises("OPTION_CONFLICT", naming="config.data.num_classes=2"):
         load([], Data([frame()], [frame()], [frame()], classes=("a", "b", "c")))
-    with pytest.raises(UserError, match="unknown data set.*nyud_mt, celebamask_hq, mine"):
-        config = tiny("").data
-        config.name = "yours"
-        load([], [frame()])
+    config = tiny("").data
+    config.name = "yours"
+    with raises("OPTION_UNKNOWN_VALUE", naming="config.data.name='yours'") as caught:
+        datasets.load(config)
+    assert all(name in str(caught.value) for name in ("nyud_mt", "celebamask_hq", "mine"))
+
+
+def test_a_function_that_returns_no_data_is_named(monkeypatch):
+    monkeypatch.setitem(datasets.DATASETS, "mine", lambda config: [frame()])
+    config = tiny("").data
+    config.name = "mine"
+    with raises("DATA_FORMAT", naming="DATASETS['mine']"):
         datasets.load(config)
 
 
 WRONG = {
-    "negative class": ({"segmentation": np.full((16, 24), -1)}, "segmentation of -1 to -1; .* 0 .void. to 2"),
-    "classes in colour": ({"segmentation": np.ones((16, 24, 3), np.uint8)}, r"'segmentation' of uint8 \[16, 24, 3\]"),
-    "classes as floats": ({"segmentation": np.ones((16, 24))}, "'segmentation' of float64.*whole numbers"),
-    "two depths": ({"depth": np.ones((16, 24, 2), np.float32)}, r"'depth' of float32 \[16, 24, 2\].*in metres"),
-    "edges to 255": ({"edge": np.full((16, 24), 255, np.uint8)}, r"'edge' of uint8.*in \[0, 1\]"),
-    "flat normals": ({"normals": np.ones((16, 24), np.float32)}, r"'normals' of float32 \[16, 24\].*\[H, W, 3\]"),
-    "attribute of -1": ({"attribute:Large": np.int8(-1)}, "'attribute:Large' of int8.*1, 0 or 255"),
-    "attribute unknown": ({"attribute:Large": np.float32("nan")}, "'attribute:Large' of float32.*1, 0 or 255"),
+    "colored classes": ({"segmentation": np.ones((16, 24, 3), np.uint8)}, "uint8 [16, 24, 3]"),
+    "classes as floats": ({"segmentation": np.ones((16, 24))}, "float64"),
+    "two depths": ({"depth": np.ones((16, 24, 2), np.float32)}, "float32 [16, 24, 2]"),
+    "edges to 255": ({"edge": np.full((16, 24), 255, np.uint8)}, "uint8"),
+    "flat normals": ({"normals": np.ones((16, 24), np.float32)}, "float32 [16, 24]"),
+    "attribute of -1": ({"attribute:Large": np.int8(-1)}, "int8"),
+    "attribute unknown": ({"attribute:Large": np.float32("nan")}, "float32"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_labels_of_another_form_are_named(load, case):
-    changes, message = WRONG[case]
-    with pytest.raises(UserError, match=message):
+    changes, found = WRONG[case]
+    with raises("DATA_LABEL_FORMAT", naming=repr(next(iter(changes)))) as caught:
         load(list(changes), [frame(**changes)])
+    assert found in str(caught.value)
+
+
+def test_negative_classes_are_named(load):
+    with raises("DATA_LABEL_OUT_OF_RANGE", naming="config.data.num_classes=2"):
+        load(["segmentation"], [frame(segmentation=np.full((16, 24), -1))])
 
 
 def test_one_of_several_draws_and_prepares_what_all_open(tmp_path, caplog):
@@ -94,14 +112,14 @@ def test_one_of_several_draws_and_prepares_what_all_open(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_what_a_killed_preparation_left_goes(tmp_path, monkeypatch, locks):
-    """Where no other can be at work on it."""
+def test_what_a_killed_preparation_left_is_removed(tmp_path, monkeypatch, locks):
+    """Only under a lock, since without one another process may be writing them."""
 
     def flock(*_):
         raise OSError(38, "Function not implemented")
 
     if not locks:
-        monkeypatch.setattr(datasets.fcntl, "flock", flock)
+        monkeypatch.setattr(files.fcntl, "flock", flock)
     config = tiny("").data
     config.embedded.update(frames=12, height=32, width=48, folder=str(tmp_path / "drawn"))
     config.prepared = str(tmp_path / "prepared")
@@ -112,8 +130,8 @@ def test_what_a_killed_preparation_left_goes(tmp_path, monkeypatch, locks):
     assert left.exists() != locks and datasets.load(config).train[0]["image"].ndim == 3
 
 
-def test_a_data_set_without_a_fingerprint_gets_one_of_its_frames(load):
-    """It changes with any frame that it reads, with the number of frames and with their order; a given one stays."""
+def test_a_data_set_without_a_fingerprint_gets_one(load):
+    """It changes with the samples that it reads, with their number and with their order; a given one is kept."""
     frames = [frame(segmentation=np.full((16, 24), 1 + index, np.uint8)) for index in range(5)]
     first = load(["segmentation"], frames, num_classes=9).fingerprint
     assert len(first) == 16 and load(["segmentation"], list(frames), num_classes=9).fingerprint == first
@@ -125,7 +143,7 @@ def test_a_data_set_without_a_fingerprint_gets_one_of_its_frames(load):
 
 
 def embedded(name, frames, folder):
-    """config.data of that many embedded frames of a published data set, below a folder."""
+    """Return the config.data of that many embedded samples of a published data set, below a folder."""
     config = (tiny if name == "nyud_mt" else tiny_faces)("").data
     config.embedded.update(frames=frames, height=32, width=48, folder=str(folder / "data"))
     return config
@@ -139,9 +157,9 @@ def test_a_check_of_the_length_comes_before_anything_is_drawn(name, frames, imag
 
     def check(count):
         assert count == images
-        raise UserError("too short")
+        raise UserError("DATA_TOO_FEW_IMAGES", "too short")
 
-    with pytest.raises(UserError, match="too short"):
+    with raises("DATA_TOO_FEW_IMAGES"):
         datasets.load(config, check=check)
     assert not (tmp_path / "data").exists()
 
@@ -156,8 +174,8 @@ def test_a_check_of_the_length_comes_before_anything_is_prepared(own_rooms):
     config = tiny(own_rooms).data
 
     def check(count):
-        raise UserError(f"{count} are too few")
+        raise UserError("DATA_TOO_FEW_IMAGES", f"{count} are too few")
 
-    with pytest.raises(UserError, match="18 are too few"):
+    with raises("DATA_TOO_FEW_IMAGES", naming="18"):
         datasets.load(config, check=check)
     assert not own_rooms.with_name("NYUD_MT.tfds").exists()

@@ -7,12 +7,11 @@ import pytest
 
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
-from mtl_sparse.runtime.errors import UserError
-from tests.conftest import tiny
+from tests.conftest import raises, tiny
 
 
 class Source:
-    """Ten frames that are their own number."""
+    """Ten samples that contain their own index."""
 
     def __len__(self):
         return 10
@@ -61,7 +60,7 @@ def test_processes_share_the_same_global_batches():
     parts = [take(train(process_index=index, process_count=2), 5) for index in (0, 1)]
     for step in range(5):
         assert len(parts[0][step]["image"]) == 2
-        assert numbers([parts[0][step], parts[1][step]]) == numbers([whole[step]]), "in the same places, too"
+        assert numbers([parts[0][step], parts[1][step]]) == numbers([whole[step]]), "in the same order, too"
 
 
 def test_batches_of_one():
@@ -71,7 +70,7 @@ def test_batches_of_one():
 
 
 def kill_a_worker():
-    """Kills one, where the loss of one before has not ended the others; returns how many."""
+    """Kill one worker, unless the loss of an earlier one has ended the others; return how many were killed."""
     victims = [child for child in multiprocessing.active_children() if child.is_alive()][:1]
     for victim in victims:
         victim.kill()
@@ -80,7 +79,7 @@ def kill_a_worker():
 
 
 def test_a_data_worker_that_is_killed_is_replaced():
-    """The batches are those of an undisturbed run, none left out and none twice."""
+    """The batches equal those of an undisturbed run: none is missing or repeated."""
     batches, seen, killed = train(num_workers=2), [], 0
     for _ in range(3):
         seen += take(batches, 6)
@@ -92,16 +91,16 @@ def test_a_data_worker_that_is_killed_is_replaced():
         np.testing.assert_array_equal(ours["draw"], want["draw"])
 
 
-def test_data_workers_that_keep_dying_are_told(monkeypatch):
+def test_data_workers_that_keep_dying_raise(monkeypatch):
     def dies(dataset, num_workers):
         yield from itertools.islice(dataset, 2)
         raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
 
     prefetched = loader._prefetched
     monkeypatch.setattr(loader, "_prefetched", lambda dataset, workers: dies(prefetched(dataset, 0), workers))
-    assert len(take(train(num_workers=2), 7)) == 7, "as long as there are new batches it goes on"
+    assert len(take(train(num_workers=2), 7)) == 7, "continues as long as there are new batches"
     monkeypatch.setattr(loader, "_prefetched", lambda dataset, workers: dies([], workers))
-    with pytest.raises(UserError, match="killed twice at the same step.*fewer run.num_workers"):
+    with raises("DATA_WORKER_KILLED", naming="run.num_workers"):
         next(train(num_workers=2))
 
 
@@ -113,7 +112,7 @@ def test_worker_processes_give_the_same_batches():
 
 
 def test_worker_processes_read_stored_frames(rooms):
-    """The source of a real run crosses the process border, too."""
+    """The source of a real run can be sent to another process, too."""
     data = datasets.load(tiny(rooms).data)
     settings = {"batch_size": 4, "seed": 0}
     real = Transform((32, 48), flip=True)

@@ -9,8 +9,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from input_pipeline import datasets, nyud_mt
-from mtl_sparse.runtime.errors import UserError
-from tests.conftest import tiny
+from tests.conftest import raises, tiny
 
 
 def load(folder):
@@ -23,7 +22,7 @@ def test_without_test_list_val_is_the_test_split_and_a_tenth_is_held_out(rooms):
     assert data.names["test"] == listed["val"]
     assert len(data.names["validation"]) == 2
     assert sorted(data.names["train"] + data.names["validation"]) == listed["train"]
-    assert nyud_mt.read_splits(rooms) == data.names, "the same frames are held out every time"
+    assert nyud_mt.read_splits(rooms) == data.names, "the same samples are held out every time"
 
 
 def test_with_three_lists_each_is_its_own_split(own_rooms):
@@ -35,7 +34,7 @@ def test_with_three_lists_each_is_its_own_split(own_rooms):
     assert (len(data.train), len(data.validation), len(data.test)) == (16, 9, 4)
 
 
-def test_stored_frames_are_the_folders(rooms):
+def test_stored_samples_equal_the_folder(rooms):
     data = load(rooms)
     for source, name in ((data.train, data.names["train"][3]), (data.test, data.names["test"][8])):
         index = 3 if source is data.train else 8
@@ -82,7 +81,7 @@ def set_class_41(label):
 
 
 def png_that_claims(width, height):
-    """A PNG of a few bytes whose header has this size."""
+    """Return a PNG of a few bytes whose header claims this size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -101,113 +100,141 @@ UPSIDE_DOWN = Image.Exif()
 UPSIDE_DOWN[ExifTags.Base.Orientation] = 3
 
 BAD_FOLDERS = {
-    "no data folder": (lambda folder: folder.rename(folder.with_name("gone")), "does not exist.*config.data.folder"),
-    "no list": (lambda folder: (folder / "gt_sets" / "val.txt").unlink(), "val.txt is missing"),
-    "empty list": (lambda folder: (folder / "gt_sets" / "val.txt").write_text("\n"), "val.txt is empty"),
-    "frame in two lists": (
+    "no data folder": (
+        lambda folder: folder.rename(folder.with_name("moved")),
+        "DATA_FOLDER_MISSING",
+        "config.data.folder",
+    ),
+    "no list": (lambda folder: (folder / "gt_sets" / "val.txt").unlink(), "FILE_MISSING", "gt_sets/val.txt"),
+    "empty list": (
+        lambda folder: (folder / "gt_sets" / "val.txt").write_text("\n"),
+        "DATA_SPLIT_INVALID",
+        "gt_sets/val.txt",
+    ),
+    "sample in two lists": (
         lambda folder: (folder / "gt_sets" / "val.txt").write_text("00003\n"),
-        "frame 00003 stands twice.*train.txt.*val.txt",
+        "DATA_SPLIT_INVALID",
+        "sample 00003",
     ),
-    "missing file": (lambda folder: (folder / "depth" / "00003.npy").unlink(), "depth/00003.npy is missing"),
+    "missing file": (lambda folder: (folder / "depth" / "00003.npy").unlink(), "FILE_MISSING", "depth/00003.npy"),
     "unreadable image": (
-        lambda folder: (folder / "images" / "00003.jpg").write_bytes(b"\xff\xd8 no picture"),
-        "images/00003.jpg cannot be decoded",
+        lambda folder: (folder / "images" / "00003.jpg").write_bytes(b"\xff\xd8 no image"),
+        "DATA_IMAGE_DAMAGED",
+        "images/00003.jpg",
     ),
-    "image cut short": (
+    "truncated image": (
         lambda folder: (folder / "images" / "00003.jpg").write_bytes(
             (folder / "images" / "00003.jpg").read_bytes()[:700]
         ),
-        "images/00003.jpg cannot be decoded",
+        "DATA_IMAGE_DAMAGED",
+        "images/00003.jpg",
     ),
     "edges out of range": (
         lambda folder: np.save(folder / "edge" / "00003.npy", np.full((32, 48), np.nan, np.float32)),
-        r"edge/00003.npy has values outside \[0, 1\]",
+        "DATA_LABEL_OUT_OF_RANGE",
+        "edge/00003.npy",
     ),
     "unreadable label": (
         lambda folder: (folder / "segmentation" / "00003.png").write_bytes(b"no png"),
-        "segmentation/00003.png cannot be decoded",
+        "DATA_IMAGE_DAMAGED",
+        "segmentation/00003.png",
     ),
     "truncated array": (
         lambda folder: (folder / "normals" / "00003.npy").write_bytes(
             (folder / "normals" / "00003.npy").read_bytes()[:200]
         ),
-        "normals/00003.npy is not a readable .npy",
+        "DATA_LABEL_DAMAGED",
+        "normals/00003.npy",
     ),
     "image that claims too many pixels": (
         lambda folder: (folder / "segmentation" / "00003.png").write_bytes(png_that_claims(30_000, 30_000)),
-        "segmentation/00003.png has more than 67,108,864 pixels",
+        "DATA_IMAGE_TOO_LARGE",
+        "segmentation/00003.png",
     ),
     "array that claims a terabyte": (
         lambda folder: claim_shape(folder / "depth" / "00003.npy", (500_000, 500_000)),
-        "depth/00003.npy is not a readable .npy",
+        "DATA_LABEL_DAMAGED",
+        "depth/00003.npy",
     ),
     "array of words": (
         lambda folder: np.save(folder / "edge" / "00003.npy", np.full((32, 48), "edge")),
-        "edge/00003.npy holds <U4, no real numbers",
+        "DATA_LABEL_FORMAT",
+        "edge/00003.npy",
     ),
     "pickled array": (
         lambda folder: np.save(folder / "edge" / "00003.npy", np.array([{}]), allow_pickle=True),
-        "edge/00003.npy is not a readable .npy",
+        "DATA_LABEL_DAMAGED",
+        "edge/00003.npy",
     ),
     "label of another shape": (
         lambda folder: np.save(folder / "depth" / "00003.npy", np.ones((31, 48), np.float32)),
-        r"depth/00003.npy has shape \(31, 48\), its image wants \(32, 48\)",
+        "DATA_LABEL_FORMAT",
+        "depth/00003.npy",
     ),
     "segmentation of another shape": (
         lambda folder: damage_segmentation(folder, lambda label: label[:, 1:]),
-        r"segmentation/00003.png has shape \(32, 47\)",
+        "DATA_LABEL_FORMAT",
+        "segmentation/00003.png",
     ),
     "image with an alpha channel": (
         lambda folder: Image.new("RGBA", (48, 32)).save(folder / "images" / "00003.jpg", "PNG"),
-        "images/00003.jpg has no 8-bit grey or RGB pixels",
+        "DATA_IMAGE_FORMAT",
+        "images/00003.jpg",
     ),
     "image of 16 bits": (
         lambda folder: Image.new("I;16", (48, 32)).save(folder / "images" / "00003.jpg", "PNG"),
-        "images/00003.jpg has no 8-bit grey or RGB pixels",
+        "DATA_IMAGE_FORMAT",
+        "images/00003.jpg",
     ),
-    "image that stands on its head": (
+    "image that EXIF rotates": (
         lambda folder: Image.new("RGB", (48, 32)).save(folder / "images" / "00003.jpg", exif=UPSIDE_DOWN),
-        "images/00003.jpg has EXIF orientation 3, which training would not see",
+        "DATA_IMAGE_FORMAT",
+        "EXIF orientation 3",
     ),
-    "class out of range": (lambda folder: damage_segmentation(folder, set_class_41), "00003.png has class 41.*0.*40"),
+    "class out of range": (
+        lambda folder: damage_segmentation(folder, set_class_41),
+        "DATA_LABEL_OUT_OF_RANGE",
+        "segmentation/00003.png",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_bad_folders_are_named(own_rooms, case):
-    damage, message = BAD_FOLDERS[case]
+    damage, code, naming = BAD_FOLDERS[case]
     damage(own_rooms)
-    with pytest.raises(UserError, match=message):
+    with raises(code, naming=naming):
         load(own_rooms)
     prepared = own_rooms.with_name("NYUD_MT.tfds") / "nyud_mt" / "1.0.0"
-    assert not prepared.exists(), "nothing half-prepared is left to be trained on"
+    assert not prepared.exists(), "no incomplete data are left for training"
 
 
 def test_a_folder_that_changed_since_it_was_prepared_is_refused(own_rooms):
     load(own_rooms)
     depth = np.load(own_rooms / "depth" / "00003.npy")
     np.save(own_rooms / "depth" / "00003.npy", depth + 1)
-    with pytest.raises(UserError, match="has changed since .*NYUD_MT.tfds.* delete"):
+    with raises("DATA_CHANGED", naming=f"{own_rooms}.tfds"):
         load(own_rooms)
     np.save(own_rooms / "depth" / "00003.npy", depth)
     load(own_rooms)
     names = (own_rooms / "gt_sets" / "train.txt").read_text().split()
     (own_rooms / "gt_sets" / "train.txt").write_text("\n".join(names[:-1]))
-    with pytest.raises(UserError, match="has changed since .*NYUD_MT.tfds.* delete"):
+    with raises("DATA_CHANGED", naming=f"{own_rooms}.tfds"):
         load(own_rooms)
 
 
 def test_unknown_data_set_and_no_folder_are_named(rooms):
     config = tiny(rooms)
     config.data.name = "cityscapes"
-    with pytest.raises(UserError, match="cityscapes.*nyud_mt"):
+    with raises("OPTION_UNKNOWN_VALUE", naming="config.data.name='cityscapes'") as caught:
         datasets.load(config.data)
+    assert "nyud_mt" in str(caught.value)
     config = tiny(rooms)
     config.data.embedded.frames = 10
-    with pytest.raises(UserError, match="draws its own data, but config.data.folder.*embedded.frames=0"):
+    with raises("OPTION_CONFLICT", naming="--config.data.embedded.frames=0"):
         datasets.load(config.data)
     config = tiny("")
-    with pytest.raises(UserError, match="config.data.folder is not set"):
+    with raises("OPTION_MISSING", naming="config.data.folder"):
         datasets.load(config.data)
 
 
@@ -218,8 +245,8 @@ def numbered(folder, train, val=("9999",)):
     return folder
 
 
-def test_whole_scenes_are_held_out_where_the_numbers_tell(tmp_path):
-    """Scenes of two to five frames with gaps between them, where the official test frames are."""
+def test_whole_scenes_are_held_out_if_the_numbers_show_them(tmp_path):
+    """Scenes of two to five samples with gaps between them, as the official test samples leave them."""
     rng, numbers, start = np.random.default_rng(0), [], 1
     for _ in range(60):
         length = int(rng.integers(2, 6))
@@ -237,7 +264,7 @@ def test_whole_scenes_are_held_out_where_the_numbers_tell(tmp_path):
 
 
 @pytest.mark.parametrize("names", [[f"{i:04d}" for i in range(1, 41)], [f"room{i}" for i in range(40)]])
-def test_names_that_tell_of_no_scenes_are_held_out_one_by_one(tmp_path, names):
+def test_names_that_show_no_scenes_are_held_out_one_by_one(tmp_path, names):
     folder = numbered(tmp_path / "names", names)
     assert nyud_mt.read_splits(folder, "scenes") == nyud_mt.read_splits(folder)
 
@@ -250,12 +277,12 @@ def test_prepared_data_of_another_split_are_refused_without_their_folder(own_roo
     config.update(folder="", prepared=prepared)
     assert len(datasets.load(config).train) == 18
     config.split = ""
-    with pytest.raises(UserError, match="prepared with other lists than those of config.data.split=''"):
+    with raises("DATA_SPLIT_DIFFERS", naming="config.data.split=''"):
         datasets.load(config)
 
 
-def test_a_jpeg_is_read_with_bytes_behind_its_end_and_refused_when_cut(own_rooms):
-    """Cameras append previews of tens of kilobytes. A cut file has no end, or only that of a preview in its header."""
+def test_a_jpeg_is_read_with_bytes_after_its_end_and_refused_if_truncated(own_rooms):
+    """Cameras append previews. A truncated file has no end marker, or only that of a preview in its header."""
     path = own_rooms / "images" / "00003.jpg"
     whole = path.read_bytes()
     want = nyud_mt.folders.read_photo(path, "")
@@ -266,5 +293,5 @@ def test_a_jpeg_is_read_with_bytes_behind_its_end_and_refused_when_cut(own_rooms
     header = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     for cut in (0.3, 0.6, 0.9, 0.99):
         path.write_bytes(whole[:2] + header + whole[2 : int(cut * len(whole))])
-        with pytest.raises(UserError, match="00003.jpg cannot be decoded"):
+        with raises("DATA_IMAGE_DAMAGED", naming="images/00003.jpg"):
             nyud_mt.folders.read_photo(path, "")

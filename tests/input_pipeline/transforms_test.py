@@ -5,7 +5,7 @@ import pytest
 from input_pipeline import transforms
 from input_pipeline.labels import VOID
 from input_pipeline.transforms import Transform
-from mtl_sparse.runtime.errors import UserError
+from tests.conftest import raises
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_resizing_keeps_label_values(frame):
 
 
 class Always:
-    """A generator whose draws are given."""
+    """A random generator with given results."""
 
     def __init__(self, uniform=1.0, integer=0, random=0.0):
         self.uniform = lambda low, high: uniform
@@ -92,7 +92,7 @@ def test_zoom_crops_jointly_and_divides_depth(frame):
 
 
 def test_zoom_turns_normals_as_the_zoomed_depth_has_them():
-    """A tilted plane before a pinhole camera: three of its zoomed points span a plane with the zoomed normal."""
+    """For a tilted plane and a pinhole camera, three zoomed points span a plane with the zoomed normal."""
     normal, focal = np.array([0.5, 0.3, -0.8]) / np.linalg.norm([0.5, 0.3, -0.8]), 40.0
     v, u = np.mgrid[:32, :32] - 15.5
     rays = np.stack([u / focal, v / focal, np.ones_like(u)], -1)
@@ -110,9 +110,9 @@ def test_zoom_turns_normals_as_the_zoomed_depth_has_them():
     assert np.abs(spanned - normal).max() > 0.05
 
 
-def test_labels_out_of_range_and_measurements_that_are_none(frame):
+def test_labels_out_of_range_and_missing_measurements(frame):
     bad = frame | {"segmentation": np.full((16, 24), 255, np.uint8)}
-    with pytest.raises(UserError, match="segmentation of 255 to 255; with config.data.num_classes=40 it is 0"):
+    with raises("DATA_LABEL_OUT_OF_RANGE", naming="config.data.num_classes=40"):
         Transform((8, 12), num_classes=40)(bad)
     holes = frame["depth"].copy()
     holes[8, 3:6] = np.nan, np.inf, -1
@@ -128,14 +128,14 @@ def test_without_a_generator_nothing_is_augmented(frame):
     np.testing.assert_array_equal(example["depth"], frame["depth"])
 
 
-def test_a_label_of_ones_own_keeps_its_last_axis():
+def test_a_label_of_a_user_keeps_its_last_axis():
     frame = {"image": np.zeros((16, 24, 3), np.uint8), "heat": np.ones((16, 24, 1), np.float32)}
     assert Transform((8, 12), labels=("heat",))(frame)["heat"].shape == (8, 12, 1)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float64])
 def test_edges_of_every_dtype_are_resized_alike(frame, dtype):
-    """An edge one pixel wide keeps its mean when it is resized; as an integer it would be rounded away."""
+    """An edge one pixel wide keeps its mean when it is resized; rounding as an integer would remove it."""
     transform = Transform((8, 12), labels=("edge",))
     want = transform(frame)["edge"]
     assert 0 < want.max() < 1

@@ -1,4 +1,4 @@
-"""What is drawn is what the masks and attributes say."""
+"""The drawn images agree with the masks and attributes."""
 
 import cv2
 import numpy as np
@@ -32,10 +32,10 @@ def has_part(parts, *names):
     "attribute, parts",
     [("Eyeglasses", ["eye_g"]), ("Wearing_Hat", ["hat"]), ("Wearing_Necklace", ["neck_l"]), ("Bald", ["hair"])],
 )
-def test_an_attribute_is_seen_as_its_part(many, attribute, parts):
+def test_an_attribute_shows_as_its_part(many, attribute, parts):
     present = [has_part(found, *parts) == (attribute in one.true) for one, _, found in many]
     if attribute == "Bald":
-        assert not any(present), "hair just where the head is not bald"
+        assert not any(present), "hair exactly if the head is not bald"
     else:
         assert all(present)
     assert 0 < sum(attribute in one.true for one, _, _ in many) < len(many)
@@ -55,7 +55,7 @@ def test_an_open_mouth_shows_its_inside(many):
         assert has_part(parts, "mouth") == ("Mouth_Slightly_Open" in one.true)
 
 
-def test_hair_has_the_colour_that_is_named(many):
+def test_hair_has_the_color_of_its_attribute(many):
     tones = {"Black_Hair": [], "Blond_Hair": [], "Gray_Hair": []}
     for one, image, parts in many:
         for name in tones.keys() & one.true:
@@ -65,8 +65,8 @@ def test_hair_has_the_colour_that_is_named(many):
     assert blond[0] > blond[2] + 50
 
 
-def test_labels_are_those_of_the_pixels_centres():
-    """A picture three times as fine has the same label at the coarse pixels' centres."""
+def test_labels_are_those_of_the_pixel_centers():
+    """An image of three times the resolution has the same labels at the centers of the coarse pixels."""
     one = face(3)
     _, coarse = drawn(one)
     _, fine = faces.draw(one, 3 * SIDE, 3 * SIDE, np.random.default_rng(0))

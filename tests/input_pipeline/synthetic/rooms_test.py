@@ -1,4 +1,4 @@
-"""The rendered labels are exact: they agree with one another and with the picture's geometry."""
+"""The rendered labels are exact: they agree with one another and with the geometry of the image."""
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ def test_depth_and_normals_are_of_the_same_planes(scene):
     same = frame["surface"][:, 1:] == frame["surface"][:, :-1]
     along = np.sum((where[:, 1:] - where[:, :-1]) * frame["normals"][:, 1:], -1)
     assert same.mean() > 0.8
-    assert np.abs(along[same]).max() < 1e-5, "neighbours on one plane lie along it"
+    assert np.abs(along[same]).max() < 1e-5, "neighbors on one plane lie along it"
     assert np.abs(along[~same]).max() > 1e-2, "elsewhere they need not"
 
 
