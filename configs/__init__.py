@@ -1,1 +1,1 @@
-"""Run configurations: each module has a `get_config()`."""
+"""Configs: each module has a `get_config()`."""

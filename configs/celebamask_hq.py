@@ -3,8 +3,11 @@
     python launch.py --config=configs/celebamask_hq.py --config.data.folder=/data/CelebAMask-HQ
     python launch.py --config=configs/celebamask_hq.py:seg+male --config.data.folder=/data/CelebAMask-HQ
 
-The name after the colon is one of the task sets of the paper's Table 2. What stands here differs from configs/nyu.py.
+The name after the colon is a task set of the paper's Table 2. Options that are not set here are those of
+configs/nyu.py.
 """
+
+import ml_collections
 
 from configs import nyu
 from mtl_sparse.runtime.errors import UserError
@@ -17,17 +20,25 @@ TABLE2 = {
     "male+smile": ("attribute:Male", "attribute:Smiling"),
     "seg+male+smile": ("segmentation", "attribute:Male", "attribute:Smiling"),
 }
-# The paper names its three classes and not their parts: here skin is the face with all that is on it, ears included.
+# The paper names three classes, but not their parts. Here, skin is the face with everything on it and the ears.
 CLASSES = (
-    ("background", ()),  # and every part that no class names: neck, cloth, hat, jewellery
+    ("background", ()),  # also every part of no class: neck, cloth, hat, jewelry
     ("skin", tuple("skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip".split())),
     ("hair", ("hair",)),
 )
 
 
-def get_config(tasks: str = "seg+male+smile"):
+def get_config(tasks: str = "seg+male+smile") -> ml_collections.ConfigDict:
+    """Return the config of a task set.
+
+    Args:
+      tasks: a key of `TABLE2`.
+
+    Raises:
+      UserError: an unknown task set.
+    """
     if tasks not in TABLE2:
-        raise UserError(f"unknown task set {tasks!r}; those of Table 2 are {', '.join(TABLE2)}")
+        raise UserError("OPTION_UNKNOWN_VALUE", f"unknown task set {tasks!r}; those of Table 2 are {', '.join(TABLE2)}")
     config = nyu.get_config()
     config.tasks = TABLE2[tasks]
     config.data.update(name="celebamask_hq", num_classes=len(CLASSES), classes=CLASSES, split="")

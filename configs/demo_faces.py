@@ -1,14 +1,17 @@
-"""Pixel-level and image-level tasks together, in minutes on two cores: embedded faces, a small ResNet-18."""
+"""CelebAMask-HQ demo on embedded faces, with pixel-level and image-level tasks, in minutes on two cores."""
+
+import ml_collections
 
 from configs import celebamask_hq
 
 
-def get_config(tasks: str = "seg+male+smile"):
+def get_config(tasks: str = "seg+male+smile") -> ml_collections.ConfigDict:
+    """Return the config of a task set of configs/celebamask_hq.py."""
     config = celebamask_hq.get_config(tasks)
     config.data.embedded.update(frames=2400, height=80, width=80)
     config.data.update(size=(80, 80), flip=True)
     config.model.update(depth=18, width=32, head_features=64, bn_momentum=0.97, classifier_dropout=(0.2, 0.2))
-    # A smile is a few pixels of a face: with an equal say it would be learned long after the rest.
+    # A smile covers few pixels. With equal weights, it is learned long after the other tasks.
     weights = {"segmentation": 1.0, "attribute:Male": 1.0, "attribute:Smiling": 2.0}
     config.loss.update(weighting="fixed", weights=tuple(weights[task] for task in config.tasks))
     config.optimizer.update(learning_rate=5e-4, schedule="cosine", weight_decay=0.0)

@@ -2,9 +2,9 @@
 
     python launch.py --config=configs/nyu.py --config.data.folder=/data/NYUD_MT
 
-Every number that affects a result stands here; the other configs change some of them. They are the paper's, but for
-fixed_norm, anneal_revival, warmup_steps and bias_correction (README, "The method"), and a run stops early as a whole,
-not task by task.
+Every option that affects a result is here; the other configs change some of them. The defaults are the paper's values,
+except for fixed_norm, anneal_revival, warmup_steps and bias_correction (README, "The method"), and except that early
+stopping ends the whole run instead of single tasks.
 """
 
 import ml_collections
@@ -12,50 +12,51 @@ from ml_collections.config_dict import create
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Return the config, locked against unknown options."""
     config = create(
-        seed=0,
-        # Any of these, "edge", and "attribute:NAME" where the data have it, see configs/celebamask_hq.py.
+        seed=0,  # of initial weights, order of the data, augmentations and dropout
+        # "segmentation", "depth", "normals", "edge", and, for data with attributes, "attribute:NAME".
         tasks=("segmentation", "depth", "normals"),
         data=create(
-            name="nyud_mt",  # or "celebamask_hq", or one of your own (README, "A data set of your own")
-            folder="",  # the published NYUD_MT folder
-            prepared="",  # where its array_record form is kept; "" is <folder>.tfds beside it
-            size=(256, 256),  # height, width; plain resize
-            num_classes=40,  # at most 255
-            classes=(),  # of celebamask_hq: pairs (class, its parts)
-            # The split: "scenes" holds out whole scenes for validation, "" single frames (where the folder has no
-            # gt_sets/test.txt); a JSON file with the lists train, validation and test of frame names is your own.
+            name="nyud_mt",  # or "celebamask_hq", or a registered data set (README, "A data set of your own")
+            folder="",  # the published folder, here NYUD_MT
+            prepared="",  # folder of the prepared array_record files; "" is <folder>.tfds
+            size=(256, 256),  # (height, width) of the images after resizing, multiples of 8
+            num_classes=40,  # of the segmentation, without void; 1 to 255
+            classes=(),  # for celebamask_hq: pairs (class, its parts)
+            # Without gt_sets/test.txt, "scenes" holds out whole scenes for validation, and "" single images. Any other
+            # value is the path of a JSON file with the lists "train", "validation" and "test" of sample names.
             split="scenes",
-            depth_target="normalized",  # the paper's; "metres" trains L1 in metres
-            unit_range=False,  # images in [0, 1], as in the released code, not normalised by ImageNet's mean and spread
-            flip=False,  # mirror every second training frame
-            max_scale=1.0,  # random zoom up to this; 1.5 is usual
-            # Embedded frames, drawn as needed, in place of a folder where frames > 0 (see input_pipeline/synthetic/).
+            depth_target="normalized",  # as in the paper; "metres" trains L1 in meters
+            unit_range=False,  # True: images in [0, 1], as in the reference implementation, not ImageNet-normalized
+            flip=False,  # True mirrors training images with probability 1/2
+            max_scale=1.0,  # random zoom between 1 and this factor; 1.5 is common
+            # frames > 0 draws that many embedded images (input_pipeline/synthetic/) instead of reading data.folder.
             embedded=create(frames=0, height=0, width=0, seed=0, folder="runs/data"),
         ),
         model=create(
-            depth=50,  # 10, 18, 50 or 101
+            depth=50,  # of the ResNet: 10, 18, 50 or 101
             width=64,  # channels of the first stage
-            stem="deep",  # "7x7" is torchvision's, "resnet_d" timm's resnet50d
-            # What the training starts from: a run's folder (its best checkpoint), or a file of ImageNet weights for the
-            # backbone, of torchvision's or timm's ResNet (.pth or .safetensors with the extra "torch", or .npz).
+            stem="deep",  # or "7x7", as in torchvision, or "resnet_d", as in timm's resnet50d
+            # Initial weights: a run's folder (its best checkpoint), or a file of ImageNet weights for the backbone from
+            # torchvision's or timm's ResNet (.npz, or .pth and .safetensors with the extra "torch"). "": random.
             init_from="",
-            head_features=256,
-            # Where each task's head reads the backbone, in the order of tasks, such as "layer3_3/conv1"; () is its end.
+            head_features=256,  # channels of a pixel-level head
+            # For each task, the layer whose output its head takes, such as "layer3_3/conv1"; () is the last one.
             attach=(),
-            widths="",  # of every layer, as written by --job=compact; "" is dense, from the three above
-            dropout=0.3,
-            classifier_features=(64, 32),  # of an attribute's head: of its convolution and its dense layer
-            classifier_dropout=(0.6, 0.4),  # before its two dense layers
-            bn_momentum=0.9,  # share of the old running statistics that a step keeps
-            dtype="float32",  # of the computation; "bfloat16" keeps parameters and BatchNorm statistics float32
+            widths="",  # widths of all layers, written by --job=compact; "": dense, from depth, width, head_features
+            dropout=0.3,  # dropout rate of the pixel-level heads
+            classifier_features=(64, 32),  # widths of an attribute head's convolution and first dense layer
+            classifier_dropout=(0.6, 0.4),  # dropout rates before its two dense layers
+            bn_momentum=0.9,  # fraction of the running statistics that a step keeps
+            dtype="float32",  # of the computation; with "bfloat16", parameters and BatchNorm statistics stay float32
         ),
         loss=create(
-            weighting="uncertainty",  # or "equal", "fixed"
-            weights=(1.0, 1.0, 1.0),  # for "fixed", in the order of tasks
+            weighting="uncertainty",  # or "equal", or "fixed"
+            weights=(1.0, 1.0, 1.0),  # task weights for "fixed", in the order of tasks
             label_smoothing=0.1,  # of the segmentation
-            pos_weight=1.0,  # of an attribute: counts an image that has it this many times
-            threshold=0.5,  # probability from which on an image is said to have an attribute
+            pos_weight=1.0,  # loss weight of images that have an attribute, relative to those that do not
+            threshold=0.5,  # probability from which an image is predicted to have an attribute
         ),
         optimizer=create(
             learning_rate=1e-4,
@@ -63,78 +64,85 @@ def get_config() -> ml_collections.ConfigDict:
             b2=0.999,
             eps=1e-8,
             weight_decay=0.1,  # decoupled, on kernels
-            l2=0.0,  # in the gradient, on all of the model, as in the paper's dense baselines (0.01, weight_decay=0)
-            restart_each_epoch=False,  # Adam's moments and step count; True is what the released code does
-            schedule="plateau",  # or "constant", "cosine"
-            plateau_epochs=5,  # stale epochs before the learning rate is multiplied by ...
-            plateau_factor=0.1,
-            min_learning_rate=1e-7,  # of "plateau", and the end of "cosine"
+            # L2 penalty in the gradient, on all parameters of the model; 0.01 (with weight_decay=0) is the paper's
+            # dense baseline.
+            l2=0.0,
+            restart_each_epoch=False,  # True resets Adam's moments and step count, as in the reference implementation
+            schedule="plateau",  # or "constant", or "cosine"
+            plateau_epochs=5,  # epochs without improvement before the learning rate decreases
+            plateau_factor=0.1,  # factor of the decrease
+            min_learning_rate=1e-7,  # lower bound of "plateau", and final value of "cosine"
         ),
         sparsity=create(
-            lambda_=1e-5,  # strength of the penalty; 0 is dense
-            # Fraction of groups (under l1: of weights) to be zero: finds lambda, starting from lambda_. 0 is none.
+            lambda_=1e-5,  # weight of the sparsity penalty; 0 trains a dense model
+            # Target fraction of zero groups (with l1: of zero weights). lambda then starts at lambda_ and is adjusted
+            # to reach the target. 0: lambda is fixed.
             target=0.0,
-            target_ramp=0.4,  # fraction of the run over which the scheduled sparsity rises to the target
-            target_freeze=0.75,  # fraction of the run after which lambda stays; the best checkpoint is a later one
-            # Fraction of the run after which the zero pattern stays and the rest trains without the penalty; the
-            # best checkpoint is a later one. 0 is none.
+            # Both are fractions of the run from the start of the penalty. The scheduled sparsity rises to the target
+            # during target_ramp. From target_freeze on lambda is constant; the best checkpoint is chosen after it.
+            target_ramp=0.4,
+            target_freeze=0.75,
+            # Fraction of the run at which debiasing starts: zero groups stay zero, and the other weights train without
+            # the penalty. The best checkpoint is chosen from this phase. 0: no debiasing.
             debias_at=0.0,
-            penalty="group_lasso",  # or "group_mcp", "l1"
-            gamma=1000.0,  # of group_mcp: a group of root mean square above gamma * lambda is not shrunk
+            penalty="group_lasso",  # or "group_mcp", or "l1"
+            gamma=1000.0,  # of group_mcp: groups of root mean square above gamma * lambda are not shrunk
             group_weights="sqrt_size",  # or "none"
-            # Where the penalty starts: after a fraction of the run (start_at) or a number of steps (start_step).
+            # Start of the penalty: a fraction of the run (start_at) or a step (start_step). Set at most one of them.
             start_at=0.0,
             start_step=0,
-            # How long lambda then grows from 0: a fraction of the run (warmup) or a number of steps (warmup_steps). In
-            # Adam's first steps v, which is the metric, averages a few batches: weights whose gradient happens to be
-            # small there would shrink for it. 0 is published. In a short run the warm-up ends before lambda has to
-            # have its full value.
+            # Linear warm-up of lambda from 0: a fraction of the run (warmup) or a number of steps (warmup_steps). Set
+            # at most one of them. In Adam's first steps, the second moment v, which defines the metric, averages few
+            # batches; without a warm-up, weights with small gradients in these batches would be shrunk too much. The
+            # published method has 0. In short runs, the warm-up is shortened to end before target_freeze, debias_at or
+            # the end of the run.
             warmup=0.0,
             warmup_steps=100,
-            metric="adaptive",  # prox in Adam's metric; "plain" is the closed form
-            bias_correction=True,  # of v in that metric; False is published
-            fixed_norm=True,  # False is the published behavior; see README, "Fixed-norm kernels"
-            # A fixed-norm kernel keeps its initial norm, which voids its weight decay. True: it keeps the norm that
-            # each step has without the penalty, on which weight decay acts as in a dense training.
+            metric="adaptive",  # proximal operator in Adam's metric; "plain" is the closed form in the Euclidean metric
+            bias_correction=True,  # of v in that metric; the published method has False
+            fixed_norm=True,  # keep the norm of kernels; the published method has False (README, "Fixed-norm kernels")
+            # Norm of a fixed-norm kernel. False: its initial norm, which cancels weight decay. True: the norm that
+            # each step gives it without the penalty, so that weight decay acts as in dense training.
             norm_decays=False,
-            # With a target, layers that every path from the images to a head passes keep at least one group.
+            # With a target, keep at least one group in each layer that all paths from the images to a head cross.
             keep_connected=True,
-            anneal_revival=True,  # a falling rate makes it harder to come back; False is published
-            penalty_in_gradient=False,  # besides the prox; True is what the released code does
-            scope="backbone",  # or "all": the heads' kernels, too
+            anneal_revival=True,  # regrowth becomes harder as the learning rate falls; the published method has False
+            penalty_in_gradient=False,  # True also adds the penalty's gradient, as in the reference implementation
+            scope="backbone",  # or "all", which includes the kernels of the heads
         ),
         train=create(
-            batch_size=16,
+            batch_size=16,  # of all devices together
             eval_batch_size=16,
             epochs=1000,
-            early_stop_epochs=25,  # without a better validation score; 0 is never
-            # Training frames, taken as one batch, whose BatchNorm statistics a validation and the best checkpoint have
-            # in place of the running ones, which batches of few frames mislead (docs/results.md). 0: the running ones.
+            early_stop_epochs=25,  # epochs without a better validation score before the run stops; 0: never
+            # Number of training images, in one batch, whose BatchNorm statistics replace the running statistics for
+            # validation and in the best checkpoint; small batches bias the latter (docs/results.md). 0: running ones.
             bn_frames=0,
         ),
-        # --job=compact, and what --job=benchmark and --job=export make compact.
+        # --job=compact, and the compact models of --job=benchmark and --job=export.
         compact=create(
-            multiple=4,  # widths are filled up to it: on a CPU 4 was faster than 1, which is smallest
-            drop_taps=True,  # atrous taps that meet only padding at data.size go, too
+            multiple=4,  # widths are padded to a multiple of it; on a CPU, 4 was faster than 1, the smallest model
+            drop_taps=True,  # also remove kernel taps of atrous convolutions that only meet padding at data.size
         ),
         # --job=lomt: a layer is active in a run if more than the fraction `active` of its groups is non-zero; a task
         # keeps the layers that are active in at least the fraction `vote` of its runs.
         lomt=create(active=0.01, vote=1.0),
-        benchmark=create(batch_sizes=(1, 16), rounds=20),
+        benchmark=create(batch_sizes=(1, 16), rounds=20),  # of --job=benchmark: batch sizes, timings of each
         export=create(
             format="stablehlo",  # or "onnx"
-            compact=True,  # the compact model; False is the run's own
+            compact=True,  # True exports the compact model, False the model as trained
         ),
-        # How the run goes; none of these changes what comes out of it.
+        # Execution of a run; these options do not change its results.
         run=create(
             num_workers=4,  # processes that load data; 0 loads in threads
             log_every_steps=50,
-            checkpoint_every_steps=500,  # besides the end of every epoch
+            checkpoint_every_steps=500,  # in addition to the end of every epoch
             progress_every_secs=30.0,
-            # Steps in a row that may be not finite: they change nothing and are counted. 0: the first ends the run.
+            # Steps whose loss or gradient is not finite are skipped and counted, up to this many in a row; one more
+            # ends the run with an error. 0: the first such step ends it.
             skip_not_finite=0,
-            sample_frames=6,  # test frames on the sheet of pictures
-            summary_rounds=10,  # timings of dense and compact model at the end of a training; 0 is none
+            sample_frames=6,  # test images on the sample grid
+            summary_rounds=10,  # timings of the dense and the compact model after a training; 0: none
         ),
     )
-    return config.lock()  # an unknown field raises
+    return config.lock()  # an unknown option raises

@@ -7,12 +7,12 @@ import pytest
 
 from mtl_sparse import tasks
 from mtl_sparse.models import multitask
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import optimizer
+from tests.conftest import raises
 
 FILES = (pathlib.Path(__file__).parents[2] / "configs").glob("[a-z]*.py")
-CONFIGS = sorted({path.stem for path in FILES} - {"run", "sweeps"})  # they have none of their own
+CONFIGS = sorted({path.stem for path in FILES} - {"run", "sweeps"})  # they need an argument
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -31,7 +31,7 @@ def test_every_config_is_valid_and_initialises(name):
         config.sparsity.lamda = 1.0
 
 
-def test_nyu_has_the_papers_settings():
+def test_nyu_has_the_papers_options():
     config = importlib.import_module("configs.nyu").get_config()
     assert config.tasks == ("segmentation", "depth", "normals")
     assert (config.data.size, config.train.batch_size, config.train.epochs) == ((256, 256), 16, 1000)
@@ -47,7 +47,7 @@ def test_nyu_has_the_papers_settings():
     assert config.loss.label_smoothing == 0.1 and config.loss.weighting == "uncertainty"
 
 
-def test_celebamask_hq_has_the_papers_settings_and_every_task_set_of_table_2():
+def test_celebamask_hq_has_the_papers_options_and_every_task_set_of_table_2():
     from configs import celebamask_hq
 
     config = celebamask_hq.get_config()
@@ -58,8 +58,9 @@ def test_celebamask_hq_has_the_papers_settings_and_every_task_set_of_table_2():
     seg, male, smile = "segmentation", "attribute:Male", "attribute:Smiling"
     assert sets == {frozenset(names) for names in
                     ([seg], [male], [smile], [seg, male], [male, smile], [seg, male, smile])}  # fmt: skip
-    with pytest.raises(UserError, match="'seg\\+smile'; those of Table 2 are seg, male, "):
+    with raises("OPTION_UNKNOWN_VALUE", naming="'seg+smile'") as caught:
         celebamask_hq.get_config("seg+smile")
+    assert all(name in str(caught.value) for name in celebamask_hq.TABLE2)
 
 
 def test_a_run_of_another_version_is_named(tmp_path):
@@ -76,5 +77,22 @@ def test_a_run_of_another_version_is_named(tmp_path):
     for changed in ({"data": {"rooms": {"frames": 3}}}, {"loss": {"weights": {"depth": 1.0}}}, used):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         name = next(iter(next(iter(changed.values()))))
-        with pytest.raises(UserError, match=f"setting '{name}' of another version"):
+        with raises("OPTION_UNKNOWN", naming=f"'{name}'"):
             run.get_config(str(tmp_path))
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    from configs import run
+
+    with raises("FILE_MISSING", naming=str(tmp_path / "config.json")):
+        run.get_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with raises("FILE_DAMAGED", naming=str(tmp_path / "config.json")):
+        run.get_config(str(tmp_path))
+
+
+def test_an_unknown_sweep_is_named():
+    from configs import sweeps
+
+    with raises("OPTION_UNKNOWN_VALUE", naming="'table9'"):
+        sweeps.get_config("table9")
