@@ -205,7 +205,7 @@ def _lookup(name: str) -> tuple[Callable[[bool], list[Options]], Callable[[], ml
     if colon + size not in SWEEPS.get(sweep, (None, {}))[1]:
         names = ", ".join(SWEEPS)
         raise UserError(
-            "OPTION_UNKNOWN_VALUE",
+            "SWEEP_UNKNOWN",
             f"unknown sweep {name!r}; the sweeps are {names}, each also as NAME:demo, and evidence:cpu",
         )
     trials_of, bases = SWEEPS[sweep]

@@ -94,5 +94,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_an_unknown_sweep_is_named():
     from configs import sweeps
 
-    with raises("OPTION_UNKNOWN_VALUE", naming="'table9'"):
+    with raises("SWEEP_UNKNOWN", naming="'table9'"):
         sweeps.get_config("table9")
