@@ -7,13 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtl_sparse.sparsity.schedules import Phases
+
 # lambda stays within this factor of the median over groups of the lambda that keeps a group zero in the step: beyond it
 # a start that is far off only takes longer to correct.
 _REACH = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class TargetSparsity:
     """A sparsity to be reached, and how.
 
     The scheduled sparsity rises from 0 to `sparsity` as 1 - (1 - u)^3 (Zhu & Gupta 2017, arXiv 1710.01878)
@@ -30,6 +32,8 @@ class Target:
       gain: change of log lambda over as many steps as the ramp has, for a gap of 1, at the ramp's end.
       damping: change of log lambda for a change of the gap by 1.
       slew: largest change of log lambda over as many steps as the ramp has.
+      initial: lambda that the search starts from, > 0.
+      phases: when the penalty acts; `total_steps` counts from its start.
 
     Raises:
       ValueError: a value out of its range.
@@ -42,6 +46,8 @@ class Target:
     gain: float = 80.0
     damping: float = 20.0
     slew: float = 20.0
+    initial: float = 1e-5
+    phases: Phases = Phases()
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -50,11 +56,16 @@ class Target:
             raise ValueError(f"a target needs 0 < ramp <= freeze <= 1, got ramp={self.ramp}, freeze={self.freeze}")
         if not self.total_steps > 0:
             raise ValueError(f"a target needs total_steps > 0, got {self.total_steps}")
+        if not self.initial > 0:
+            raise ValueError(f"a target needs an initial lambda_ > 0 to start from, got {self.initial}")
 
     def scheduled(self, step):
         """Sparsity to be had after `step` steps with a penalty."""
         left = 1 - jnp.clip(step / (self.ramp * self.total_steps), 0, 1)
         return self.sparsity * (1 - left**3)
+
+
+Target = TargetSparsity
 
 
 class ControlState(NamedTuple):
@@ -69,7 +80,7 @@ def init(lambda_: float) -> ControlState:
     return ControlState(jnp.asarray(math.log(lambda_), jnp.float32), jnp.zeros([], jnp.float32))
 
 
-def clamp(target: Target, state: ControlState, scale, step) -> ControlState:
+def clamp(target: TargetSparsity, state: ControlState, scale, step) -> ControlState:
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
     This limits what a start that is far too large or too small does in the first penalized step.
@@ -89,7 +100,7 @@ def clamp(target: Target, state: ControlState, scale, step) -> ControlState:
     return state._replace(log_lambda=jnp.where(_adjusts(target, step), log_lambda, state.log_lambda))
 
 
-def update(target: Target, state: ControlState, measured, step) -> ControlState:
+def update(target: TargetSparsity, state: ControlState, measured, step) -> ControlState:
     """Move lambda by the sparsity that was measured after step number `step` with a penalty.
 
     Args:

@@ -26,6 +26,10 @@ class ConvGroups:
     count: int
     size: int
 
+    def other_axes(self, ndim: int) -> tuple[int, ...]:
+        """Return the axes within a group of a kernel with `ndim` dimensions."""
+        return tuple(axis for axis in range(ndim) if axis != self.axis)
+
 
 def path_name(path) -> str:
     """ "/"-joined name of a jax key path, without the `value` of a box that a parameter may lie in (NNX, metadata)."""

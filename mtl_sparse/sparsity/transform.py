@@ -1,319 +1,283 @@
-"""Adam with a proximal step of a sparsity penalty as its last link, as an optax transformation."""
+"""Any optax optimizer followed by the proximal step of a sparsity penalty, and Adam's preset."""
 
-import re
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_sparse.sparsity import control, prox, stats
-from mtl_sparse.sparsity import groups as groups_lib
+from mtl_sparse.sparsity import control, groups, metrics, penalties, projections
+from mtl_sparse.sparsity.control import TargetSparsity
+from mtl_sparse.sparsity.groups import ConvGroups
+from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection
+from mtl_sparse.sparsity.schedules import phased
 
-PENALTIES = ("group_lasso", "group_mcp", "l1")
-METRICS = ("adaptive", "plain")
-GROUP_WEIGHTS = ("sqrt_size", "none")
-NORMS = ("initial", "unpenalized")
+REGROWTH = ("annealed", "free")
 
 
-class ProximalAdamState(NamedTuple):
-    """State of `proximal_adam`."""
+class ProximalState(NamedTuple):
+    """State of `proximal` and `proximal_adam`."""
 
     count: jax.Array  # shape=(), dtype=jnp.int32; steps taken
-    adam: optax.OptState
-    kernel_norms: dict[str, jax.Array]  # path -> shape=(), the Frobenius norm that a kernel is held at
-    lambda_: jax.Array  # shape=(), dtype=jnp.float32; the penalty's strength in the last step
-    peak_rate: jax.Array  # shape=(), dtype=jnp.float32; the highest learning rate so far
+    inner: optax.OptState  # of the inner optimizer
+    norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; initial norms of the kernels that `HoldNorm` holds
+    lambda_: jax.Array  # shape=(), dtype=jnp.float32; lambda of the last step
+    peak_learning_rate: jax.Array  # shape=(), dtype=jnp.float32; the highest learning rate so far
     control: control.ControlState | tuple[()]  # () without a target
+
+
+def proximal(
+    inner: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    lambda_: optax.ScalarOrSchedule | TargetSparsity,
+    penalty: str | penalties.Penalty = "group_lasso",
+    metric: metrics.MetricFn | None = None,
+    regrowth: str = "annealed",
+    projections: Sequence[Projection] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Follow each step of an optimizer by the proximal step of lambda times a sparsity penalty.
+
+    With z the parameters after the inner optimizer's step, the new parameters are argmin_x 1/2 |x - z|^2_D +
+    learning_rate * lambda * penalty(x). After `optax.apply_updates` a pruned group is exactly zero; at `lambda_=0` the
+    update is the inner optimizer's, bit for bit. Pruned groups keep the inner optimizer's state, and regrow when their
+    gradient exceeds the threshold.
+
+    Example:
+      tx = proximal(optax.adamw(1e-3), 1e-3, lambda_=1e-5, metric=AdamMetric(), projections=[HoldNorm()])
+
+    Args:
+      inner: any optax optimizer; its updates include the learning rate. Extra arguments of `update` are passed on to
+        it, with "lambda_" and "step" (steps taken before) added.
+      learning_rate: the inner optimizer's: a number or an optax schedule. It scales the penalty as it scales the step.
+      lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
+        `TargetSparsity`, which finds it while training.
+      penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
+      metric: diagonal metric D; None is the Euclidean one. `metrics.AdamMetric()` for optimizers with Adam's state, or
+        `metrics.from_state(function of the inner state)`.
+      regrowth: "annealed" takes the highest learning rate so far in the threshold of zero groups, so that the zero
+        pattern comes to rest as the learning rate falls; "free" takes the current one.
+      projections: links after the proximal step, in order: `FreezeZeros`, `KeepStrongest`, `HoldNorm`.
+
+    Returns:
+      An optax transformation whose update needs `params`.
+
+    Raises:
+      ValueError: an argument out of its range or unknown; at init, a penalty whose scope matches no kernel, or a metric
+        or projection that does not fit the inner optimizer or the tree.
+    """
+    if regrowth not in REGROWTH:
+        raise ValueError(f"unknown regrowth {regrowth!r}; expected one of {', '.join(REGROWTH)}")
+    if isinstance(lambda_, int | float) and not lambda_ >= 0:
+        raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
+    _check_gamma(penalties.make(penalty), metric, learning_rate)
+    made = _Proximal(
+        optax.with_extra_args_support(inner),
+        learning_rate,
+        lambda_,
+        penalties.make(penalty),
+        metric or metrics.plain,
+        regrowth == "annealed",
+        tuple(projections),
+    )
+    return optax.GradientTransformationExtraArgs(made.init, made.update)
+
+
+def _check_gamma(penalty: penalties.Penalty, metric: Any, learning_rate: Any) -> None:
+    is_plain = metric is None or getattr(metric, "kind", "") == "plain"
+    is_number = isinstance(learning_rate, int | float)
+    if isinstance(penalty, penalties.GroupMCP) and is_plain and is_number and (penalty.gamma or 0) <= learning_rate:
+        raise ValueError(
+            f"gamma={penalty.gamma} is too small for the plain metric: it must exceed the learning rate {learning_rate}"
+        )
+
+
+class _Now(NamedTuple):
+    """Numbers of one step: steps taken before, learning rate, the highest learning rate so far, lambda."""
+
+    count: jax.Array
+    learning_rate: Any
+    peak: jax.Array
+    lambda_: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proximal:
+    """The two functions of `proximal`, and what they share."""
+
+    inner: optax.GradientTransformationExtraArgs
+    learning_rate: optax.ScalarOrSchedule
+    lambda_: optax.ScalarOrSchedule | TargetSparsity
+    penalty: penalties.Penalty
+    metric: metrics.MetricFn
+    annealed: bool
+    projections: tuple[Projection, ...]
+
+    @property
+    def target(self) -> TargetSparsity | None:
+        return self.lambda_ if isinstance(self.lambda_, TargetSparsity) else None
+
+    @property
+    def penalizes(self) -> bool:
+        return not (isinstance(self.lambda_, int | float) and self.lambda_ == 0)
+
+    def init(self, params: optax.Params) -> ProximalState:
+        norms = jnp.zeros([0], jnp.float32)
+        if self.penalizes:
+            norms = projections.initial_norms(self._held(self.penalty.kernels(params), params), params)
+        return ProximalState(
+            jnp.zeros([], jnp.int32),
+            self.inner.init(params),
+            norms,
+            jnp.zeros([], jnp.float32),
+            jnp.zeros([], jnp.float32),
+            control.init(self.target.initial) if self.target else (),
+        )
+
+    def update(
+        self, updates: optax.Updates, state: ProximalState, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, ProximalState]:
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        extra = {**extra, "lambda_": self._lambda(state.count, state.control), "step": state.count}
+        updates, inner = self.inner.update(updates, state.inner, params, **extra)
+        count = optax.safe_increment(state.count)
+        if not self.penalizes:
+            return updates, state._replace(count=count, inner=inner)
+        rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
+        peak = jnp.maximum(state.peak_learning_rate, rate).astype(jnp.float32)
+        kernels = self.penalty.kernels(params)
+        metric = self.metric(inner, updates, rate)
+        controller, penalized = state.control, count
+        if self.target:
+            penalized = count - self.target.phases.start_step
+            controller = control.clamp(self.target, controller, self._typical_lambda(kernels, metric), penalized)
+        now = _Now(state.count, rate, peak, self._lambda(state.count, controller))
+        updates, zeros = self._project(kernels, updates, params, state.norms, metric, now)
+        if self.target:
+            measured = (sum(jnp.sum(part) for part in zeros) / sum(part.size for part in zeros)).astype(jnp.float32)
+            controller = control.update(self.target, controller, measured, penalized)
+        return updates, ProximalState(count, inner, state.norms, now.lambda_, peak, controller)
+
+    def _lambda(self, count: jax.Array, controller: Any) -> jax.Array:
+        """Return lambda of the step after `count` steps."""
+        if self.target:
+            return jnp.exp(controller.log_lambda) * self.target.phases.factor(count)
+        return jnp.asarray(self.lambda_(count) if callable(self.lambda_) else self.lambda_, jnp.float32)
+
+    def _typical_lambda(self, kernels: Sequence[ConvGroups], metric: metrics.Metric) -> jax.Array:
+        """Return the median over the groups of the lambda up to which a zero group stays zero: float32 []."""
+        gradient = groups.by_path(metric.gradient)
+
+        def lambdas(kernel: ConvGroups) -> jax.Array:
+            leaf = gradient[kernel.path]
+            norm = jnp.sqrt(jnp.sum(jnp.square(leaf), kernel.other_axes(leaf.ndim)))
+            return norm / self.penalty.typical_weight(kernel)
+
+        found = jnp.concatenate([lambdas(kernel) for kernel in kernels])
+        return jnp.nanmedian(jnp.where(found > 0, found, jnp.nan)).astype(jnp.float32)
+
+    def _held(self, kernels: Sequence[ConvGroups], params: Any) -> list[str]:
+        return projections.held_paths(self.projections, kernels, params)
+
+    def _project(
+        self,
+        kernels: Sequence[ConvGroups],
+        updates: optax.Updates,
+        params: optax.Params,
+        norms: jax.Array,
+        metric: metrics.Metric,
+        now: _Now,
+    ) -> tuple[optax.Updates, list[jax.Array]]:
+        """Return the updates after the proximal step and the projections, and which parts of each kernel are zero."""
+        by_path = {kernel.path: kernel for kernel in kernels}
+        diagonal = groups.by_path(metric.diagonal) if metric.diagonal is not None else {}
+        held = {path: norms[i] for i, path in enumerate(self._held(kernels, params))}
+        zeros: list[jax.Array] = []
+
+        def project(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+            kernel = by_path.get(groups.path_name(path))
+            if kernel is None:
+                return update
+            z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
+            d = diagonal.get(kernel.path)
+            step = projections.Step(kernel, self.penalty, now.count, param, z, d, held.get(kernel.path))
+            x = self._prox(step, now)
+            for projection in self.projections:
+                x = projection(x, step)
+            zeros.append(self.penalty.zeros(x, kernel))
+            return projections.new_update(update, param, z, x)
+
+        return jax.tree_util.tree_map_with_path(project, updates, params), zeros
+
+    def _prox(self, step: projections.Step, now: _Now) -> jax.Array:
+        dead = self.penalty.zeros(step.param, step.kernel)
+        threshold = jnp.where(dead & self.annealed, now.peak, now.learning_rate) * now.lambda_
+        return self.penalty.prox(step.z, threshold, now.learning_rate, step.metric, step.kernel)
 
 
 def proximal_adam(
     learning_rate: optax.ScalarOrSchedule,
     lambda_: optax.ScalarOrSchedule = 0.0,
     *,
-    penalty: str = "group_lasso",
-    gamma: float | None = None,
-    group_weights: str = "sqrt_size",
-    target: control.Target | None = None,
-    start_step: int = 0,
-    warmup_steps: int = 0,
+    penalty: str | penalties.Penalty = "group_lasso",
+    target: TargetSparsity | None = None,
+    metric: str = "adaptive",
+    fixed_norm: bool | str = True,
     debias_step: int | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    l2: float = 0.0,
-    l2_mask: Any | Callable[[optax.Params], Any] | None = None,
-    metric: str = "adaptive",
-    bias_correction: bool = True,
-    fixed_norm: bool | str = True,
-    norm: str = "initial",
-    keep_one: bool | str | None = None,
-    anneal_revival: bool = True,
-    penalty_in_gradient: bool = False,
-    restart_every: int | None = None,
-    scope: str | None = None,
-    rules: Mapping[str, int | None] = groups_lib.HWIO,
-) -> optax.GradientTransformation:
-    """AdamW followed by the proximal step of lambda * penalty over the groups of the conv kernels.
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW followed by the proximal step of lambda times a penalty over the groups of the conv kernels.
 
-    After `optax.apply_updates` a pruned group is exactly zero. At `lambda_ = 0` the update is AdamW's, bit
-    for bit. A pruned group keeps its Adam moments and comes back when its gradient earns it.
+    The preset of `proximal` for Adam, with annealed regrowth. After `optax.apply_updates` a pruned group is exactly
+    zero. At `lambda_=0` the update is AdamW's, bit for bit.
 
     Args:
-      learning_rate: a number or an optax schedule; it scales the penalty as it scales the step. Of all numbers here it
-        is the one that `optax.inject_hyperparams` may inject; the others go into its `static_args`.
-      lambda_: strength of the penalty, a number >= 0 or an optax schedule of the steps taken. With a target
-        it is the number that the search starts from.
-      penalty: "group_lasso", sum_g c_g |w_g|; "group_mcp", sum_g MCP(|w_g|) of slope lambda c_g at zero and
-        flat beyond |w_g| = gamma lambda c_g; "l1", sum_i |w_i|, which zeroes single weights.
-      gamma: of "group_mcp"; the larger, the nearer to the group lasso. Where gamma * D <= 2 * learning_rate,
-        D is raised to equality: below it the step has no unique solution.
-      group_weights: c_g, "sqrt_size" (the square root of the group's size, as in the paper) or "none" (1).
-      target: finds lambda while training, see `control.Target`.
-      start_step: steps without a penalty before it starts; kernel norms are held from the first step on.
-      warmup_steps: steps over which the penalty then grows linearly from 0.
-      debias_step: from this step on, the zero pattern stays and the rest trains without the penalty, which
-        removes the shrinkage that the lasso leaves on it. None is never.
+      learning_rate: a number or an optax schedule.
+      lambda_: strength of the penalty: a number >= 0 or an optax schedule (see `schedules.phased`). With a target, the
+        number that the search starts from.
+      penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
+      target: finds lambda while training, see `TargetSparsity`. Each kernel then keeps its strongest group.
+      metric: "adaptive" takes the proximal step in Adam's metric, "plain" the closed-form Euclidean one (eq. 5 of "Less
+        is More"); "uncorrected", see `metrics.AdamMetric`.
+      fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none.
+      debias_step: from this step on the zero pattern stays and the rest trains without the penalty, which removes the
+        shrinkage that it leaves; None is never.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: Adam's epsilon, outside the square root.
       weight_decay: decoupled weight decay.
-      weight_decay_mask: as in `optax.adamw`.
-      l2: strength of l2 / 2 |p|^2 in the objective: l2 * p is added to the gradient and goes through Adam's moments, as
-        by PyTorch's `Adam(weight_decay=l2)`, with which the paper trains its dense baselines.
-      l2_mask: which parameters `l2` acts on, as weight_decay_mask; None is all.
-      metric: "adaptive" takes the prox in Adam's metric D = sqrt(v) + eps (Deleu & Bengio 2021); "plain"
-        takes the closed-form Euclidean one (eq. 5 of "Less is More").
-      bias_correction: whether v in D is the bias-corrected one. False is the published form, which prunes
-        harder in the first steps (31 times in the very first, at b2 = 0.999).
-      fixed_norm: scale penalized kernels back to the norm that `norm` names after the prox. True does so for kernels
-        that have no other parameter beside them: a convolution without a bias is one that a normalization layer
-        follows. Its scale is free there, so without this the penalty shrinks the kernel instead of pruning its
-        groups. A regular expression of whole paths names the kernels instead. A wholly zero kernel stays zero until
-        one of its groups regrows, and is then scaled at once; one that is zero at init is free.
-      norm: "initial", the kernel's Frobenius norm at init, which voids its weight decay; or "unpenalized", the norm
-        that the step has without the penalty, so that weight decay and Adam change it as in a dense training.
-      keep_one: kernels that keep their strongest group where the prox would zero the last one, so that a large penalty
-        cannot cut the network in two. True is every penalized kernel, a regular expression of whole paths names some,
-        False is none; None is True with a target and False without.
-      anneal_revival: groups that are zero have the highest learning rate so far, not the current one, in their
-        threshold: one comes back when |m_g| > lambda c_g * highest / current rate. As the rate falls the zero
-        pattern comes to rest as the weights do; otherwise groups near the threshold come and go with the noise
-        of single batches until the end. False is published.
-      penalty_in_gradient: also add a group lasso's subgradient, lambda sqrt(number of groups) w_g / |w_g|, to the
-        gradient, so that it goes through Adam's moments, as the released code of "Less is More" does (its penalty has
-        the number of groups where its prox has their size). The method's is the prox alone.
-      restart_every: steps after which Adam's moments and step count start again from zero, as in the released code,
-        which makes a new optimizer every epoch. None is never.
-      scope: which kernels are penalised, see `groups.find`.
-      rules: their groups, see `groups.find`.
+      weight_decay_mask: `mask` of `optax.adamw`.
+
+    Returns:
+      An optax transformation whose update needs `params`.
 
     Raises:
-      ValueError: an argument out of its range or unknown; at init, a scope that matches no kernel, rules that do not
-        fit, or `fixed_norm=True` for a tree that does not show which kernels have a bias.
+      ValueError: as `proximal`; a target with a lambda_ that is not a number > 0.
     """
-    _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope, norm)
-    for name, value in (("start_step", start_step), ("warmup_steps", warmup_steps), ("debias_step", debias_step or 0)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-    if restart_every is not None and restart_every < 1:
-        raise ValueError(f"restart_every must be >= 1, got {restart_every}")
-    if penalty_in_gradient and penalty != "group_lasso":
-        raise ValueError(f"penalty_in_gradient goes with penalty 'group_lasso', not {penalty!r}")
-    penalizes = target is not None or callable(lambda_) or lambda_ > 0
-    if not l2 >= 0:
-        raise ValueError(f"l2 must be >= 0, got {l2}")
-    adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask)
-    shrink = optax.add_decayed_weights(l2, l2_mask)  # stateless, or with an empty state where it is masked
-
-    def init_fn(params):
-        norms, controller = {}, ()
-        if penalizes:
-            leaves, kernels = groups_lib.by_path(params), groups_lib.find(params, scope, rules)
-            for path in _fixed_norm_kernels(fixed_norm, [kernel.path for kernel in kernels], params):
-                norms[path] = jnp.linalg.norm(leaves[path].astype(jnp.float32))
-        if target is not None:
-            controller = control.init(lambda_)
-        return ProximalAdamState(
-            jnp.zeros([], jnp.int32),
-            adam.init(params),
-            norms,
-            jnp.zeros([], jnp.float32),
-            jnp.zeros([], jnp.float32),
-            controller,
-        )
-
-    def strength_at(count, controller):
-        if target is not None:
-            strength = jnp.exp(controller.log_lambda)
-        else:
-            strength = jnp.asarray(lambda_(count) if callable(lambda_) else lambda_, jnp.float32)
-        if start_step or warmup_steps:
-            strength *= jnp.clip((count + (not warmup_steps) - start_step) / max(warmup_steps, 1), 0, 1)
-        return strength if debias_step is None else jnp.where(count >= debias_step, 0, strength)
-
-    def add_subgradient(updates, params, strength):
-        kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope, rules)}
-
-        def add(path, update, param):
-            kernel = kernels.get(groups_lib.path_name(path))
-            if kernel is None:
-                return update
-            norm = jnp.sqrt(jnp.sum(jnp.square(param), _other_axes(kernel, param.ndim), keepdims=True))
-            weight = strength * kernel.count**0.5
-            return update + (weight * param / jnp.where(norm > 0, norm, 1)).astype(update.dtype)
-
-        return jax.tree_util.tree_map_with_path(add, updates, params)
-
-    def update_fn(updates, state, params=None):
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        if l2:
-            updates, _ = shrink.update(updates, shrink.init(params), params)
-        strength = strength_at(state.count, state.control)
-        if penalizes and penalty_in_gradient:
-            updates = add_subgradient(updates, params, strength)
-        adam_state = state.adam
-        if restart_every:
-            moments = adam_state[0]  # of optax.scale_by_adam, the first link of optax.adamw
-            kept = (state.count % restart_every != 0).astype(jnp.int32)
-            adam_state = (jax.tree.map(lambda leaf: leaf * kept.astype(leaf.dtype), moments), *adam_state[1:])
-        updates, adam_state = adam.update(updates, adam_state, params)
-        count = optax.safe_increment(state.count)
-        if not penalizes:
-            return updates, state._replace(count=count, adam=adam_state)
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        peak_rate = jnp.maximum(state.peak_rate, rate).astype(jnp.float32)
-        kernels = {kernel.path: kernel for kernel in groups_lib.find(params, scope, rules)}
-        moments = adam_state[0]
-        m, v = groups_lib.by_path(moments.mu), groups_lib.by_path(moments.nu)
-        m_correction, v_correction = (1 - b ** moments.count.astype(jnp.float32) for b in (b1, b2))
-        zeros, controller = [], state.control
-
-        def metric_of(kernel):
-            if metric == "plain":
-                return None
-            return jnp.sqrt(v[kernel.path] / (v_correction if bias_correction else 1)) + eps
-
-        def zeroing_lambda(kernel):
-            """Return, for each group, the lambda above which it stays zero: |D times Adam's step| / (rate c_g)."""
-            step, d = m[kernel.path] / m_correction, metric_of(kernel)
-            if metric == "plain" or not bias_correction:
-                step /= jnp.sqrt(v[kernel.path] / v_correction) + eps
-                step *= 1 if d is None else d
-            norm = jnp.sqrt(jnp.sum(jnp.square(step), _other_axes(kernel, step.ndim)))
-            return norm / (kernel.size**0.5 if penalty == "l1" else _group_weight(group_weights, kernel))
-
-        if target is not None:
-            lambdas = jnp.concatenate([zeroing_lambda(kernel) for kernel in kernels.values()])
-            scale = jnp.nanmedian(jnp.where(lambdas > 0, lambdas, jnp.nan)).astype(jnp.float32)
-            controller = control.clamp(target, controller, scale, count - start_step)
-            strength = strength_at(state.count, controller)
-
-        def proximal_update(path, update, param):
-            kernel = kernels.get(groups_lib.path_name(path))
-            if kernel is None:
-                return update
-            z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
-            d = metric_of(kernel)
-            dead = param == 0 if penalty == "l1" else stats.zero_groups(param, kernel.axis)
-            weight = jnp.where(dead & anneal_revival, peak_rate, rate) * strength
-            if penalty != "l1":
-                weight *= _group_weight(group_weights, kernel)
-            x = _prox(penalty, z, weight, gamma, rate, d, kernel.axis)
-            if debias_step is not None:
-                dead = dead if penalty == "l1" else jnp.expand_dims(dead, _other_axes(kernel, param.ndim))
-                x = jnp.where((state.count >= debias_step) & dead, 0, x)
-            if _names(keep_one if keep_one is not None else target is not None, kernel.path):
-                x = _keep_strongest(x, z, d, kernel)
-            if kernel.path in state.kernel_norms:
-                wanted = state.kernel_norms[kernel.path] if norm == "initial" else jnp.linalg.norm(z)
-                length = jnp.linalg.norm(x)
-                x = x * jnp.where((length > 0) & (wanted > 0), wanted / jnp.where(length > 0, length, 1), 1)
-            if target is not None:
-                zeros.append(jnp.ravel(x == 0) if penalty == "l1" else stats.zero_groups(x, kernel.axis))
-            # Not x - param: this form makes zeros exact and is the plain update where x equals z.
-            return jnp.where(x == 0, -param, update + (x - z).astype(update.dtype))
-
-        updates = jax.tree_util.tree_map_with_path(proximal_update, updates, params)
-        if target is not None:
-            measured = (sum(jnp.sum(z) for z in zeros) / sum(z.size for z in zeros)).astype(jnp.float32)
-            controller = control.update(target, controller, measured, count - start_step)
-        return updates, ProximalAdamState(count, adam_state, state.kernel_norms, strength, peak_rate, controller)
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _check(learning_rate, lambda_, penalty, gamma, group_weights, target, metric, scope, norm):
-    if not callable(lambda_) and not lambda_ >= 0:
-        raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
-    if target is not None and (callable(lambda_) or not lambda_ > 0):
-        raise ValueError(f"with a target, lambda_ must be the number > 0 that the search starts from, got {lambda_}")
-    for name, value, known in (
-        ("penalty", penalty, PENALTIES),
-        ("metric", metric, METRICS),
-        ("group_weights", group_weights, GROUP_WEIGHTS),
-        ("scope", scope, (*groups_lib.SCOPES, None)),
-        ("norm", norm, NORMS),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; it is one of {', '.join(map(str, known))}")
-    if penalty == "group_mcp" and not (gamma is not None and gamma > 0):
-        raise ValueError(f"group_mcp needs gamma > 0, got {gamma}")
-    at_most = learning_rate if isinstance(learning_rate, int | float) else 0
-    if penalty == "group_mcp" and metric == "plain" and gamma <= at_most:
-        raise ValueError(f"gamma={gamma} is too small for the plain metric: it must exceed the learning rate {at_most}")
-
-
-def _prox(penalty, z, weight, gamma, rate, d, axis):
-    if penalty == "l1":
-        return prox.l1(z, weight, d)
-    if penalty == "group_lasso":
-        return prox.group_lasso(z, weight, d, group_axis=axis)
-    d = jnp.maximum(jnp.ones_like(z) if d is None else d, 2 * rate / gamma)
-    return prox.group_mcp(z, weight, gamma / rate, d, group_axis=axis)
-
-
-def _group_weight(group_weights, kernel):
-    return kernel.size**0.5 if group_weights == "sqrt_size" else 1.0
-
-
-def _other_axes(kernel, ndim):
-    return tuple(axis for axis in range(ndim) if axis != kernel.axis)
-
-
-def _names(choice, path):
-    """Whether a choice of kernels, all (True), none (False) or a regular expression of whole paths, has `path`."""
-    return re.fullmatch(choice, path) is not None if isinstance(choice, str) else choice
-
-
-def _keep_strongest(x, z, d, kernel):
-    """Return x or, where all of it is zero, the group of z that would be zeroed last."""
-    scores = jnp.sum(jnp.square(z if d is None else d * z), _other_axes(kernel, z.ndim), keepdims=True)
-    strongest = jnp.arange(scores.size).reshape(scores.shape) == jnp.argmax(scores)
-    return jnp.where(jnp.any(x != 0), x, jnp.where(strongest, z, 0))
-
-
-def _fixed_norm_kernels(fixed_norm, paths, params):
-    """Return those of `paths` whose norm is fixed: by name, or because their module has no other parameter.
-
-    Raises:
-      ValueError: with `fixed_norm=True`, a tree of kernels alone: biases that belong to them may have been left out.
-    """
-    if not fixed_norm or isinstance(fixed_norm, str):
-        return [path for path in paths if _names(fixed_norm, path)]
-    # `optax.masked` leaves a node without leaves in the place of a parameter that is another optimizer's.
-    hidden = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=hidden)[0]
-    ndims = {groups_lib.path_name(path): 0 if hidden(leaf) else leaf.ndim for path, leaf in flat}
-    if min(ndims.values()) > 1:
-        raise ValueError(
-            "fixed_norm=True fixes kernels without a bias, but this tree holds no parameter beside its kernels, so "
-            "biases may have been filtered out of it: pass fixed_norm as a regular expression of the kernels that a "
-            "normalization layer follows ('.*' for all), or fixed_norm=False"
-        )
-    modules = {path.rpartition("/")[0] for path, ndim in ndims.items() if ndim < 4}
-    return [path for path in paths if path.rpartition("/")[0] not in modules]
+    links: list[Projection] = [] if debias_step is None else [FreezeZeros(debias_step)]
+    strength: Any = lambda_
+    if target is not None:
+        if callable(lambda_):
+            raise ValueError("with a target, lambda_ must be the number that the search starts from, not a schedule")
+        phases = target.phases if debias_step is None else dataclasses.replace(target.phases, end_step=debias_step)
+        strength = dataclasses.replace(target, initial=lambda_, phases=phases)
+        links.append(KeepStrongest())
+    elif debias_step is not None and not (isinstance(lambda_, int | float) and lambda_ == 0):
+        strength = phased(lambda_, end_step=debias_step)
+    if fixed_norm:
+        links.append(HoldNorm(fixed_norm))
+    return proximal(
+        optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask),
+        learning_rate,
+        lambda_=strength,
+        penalty=penalty,
+        metric=metrics.AdamMetric(b1, b2, eps, metric),
+        projections=links,
+    )

@@ -151,8 +151,8 @@ class Checkpoints:
         )
         leaves, progress = jax.device_get(traverse_util.flatten_dict(restored["state"], sep="/")), restored["progress"]
         if progress.pop("checksum", None) not in (None, _checksum(leaves, progress)):  # None: of an older version
-            raise ValueError("it is not what was saved")
-        return leaves, progress
+            raise ValueError("its checksum differs")
+        return _migrate(leaves), progress
 
     def _put_aside(self, folder):
         """Moves a damaged checkpoint out of the way of those to come; returns where it is."""
@@ -206,6 +206,23 @@ def read_variables(workdir: str | pathlib.Path, shapes: dict[str, tuple[int, ...
 def _flatten(tree) -> dict[str, Any]:
     """Leaves of any tree by "/"-joined path: plain dictionaries are what a checkpoint outlives its classes with."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _migrate(leaves):
+    """Return leaves by path under the names of today's optimizer state; those of today as they are."""
+    old, new = "opt_state/inner_state/", {}
+    if not any(name.startswith(f"{old}adam/") for name in leaves):
+        return leaves
+    norms = {}
+    for name, leaf in leaves.items():
+        if name.startswith(f"{old}kernel_norms/"):
+            norms[name.removeprefix(f"{old}kernel_norms/")] = leaf
+        else:
+            renamed = name.replace(f"{old}adam/", f"{old}inner/", 1).replace("/peak_rate", "/peak_learning_rate")
+            new[renamed] = leaf
+    in_order = jax.tree.leaves(traverse_util.unflatten_dict(norms, sep="/"))  # the order of the parameters
+    new[f"{old}norms"] = np.stack(in_order) if in_order else np.zeros([0], np.float32)
+    return new
 
 
 def _shapes(leaves):

@@ -1,128 +1,180 @@
 """The optimizer of a run, from its config."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from mtl_sparse.models import resnet
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.sparsity import control, groups, transform
+from mtl_sparse.sparsity import groups, metrics, penalties, reference, transform
+from mtl_sparse.sparsity.control import TargetSparsity
+from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection
+from mtl_sparse.sparsity.schedules import Phases, phased
 
 SCHEDULES = ("constant", "cosine", "plateau")
-LONG = 10**9  # steps of a run of unknown length, which leave every phase its room
+LONG = 10**9  # steps of a run of unknown length, which leave room for every phase
 
 
 def check(config) -> None:
-    """Raises UserError for an optimizer or sparsity setting that cannot work."""
-    if config.optimizer.schedule not in SCHEDULES:
+    """Check the options of the optimizer and the penalty.
+
+    Raises:
+      UserError: an option that cannot work.
+    """
+    options, sparsity = config.optimizer, config.sparsity
+    if options.schedule not in SCHEDULES:
         raise UserError(
-            f"unknown optimizer.schedule={config.optimizer.schedule!r}; the schedules are {', '.join(SCHEDULES)}"
+            "OPTION_UNKNOWN_VALUE",
+            f"unknown optimizer.schedule={options.schedule!r}; expected one of {', '.join(SCHEDULES)}",
         )
-    if config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+    if options.min_learning_rate > options.learning_rate:
         raise UserError(
-            f"optimizer.min_learning_rate={config.optimizer.min_learning_rate} is above "
-            f"optimizer.learning_rate={config.optimizer.learning_rate}"
+            "OPTION_CONFLICT",
+            f"optimizer.min_learning_rate={options.min_learning_rate} is above "
+            f"optimizer.learning_rate={options.learning_rate}",
         )
-    if not config.optimizer.learning_rate > 0:
-        raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: it must be > 0")
-    for name in ("target", "target_freeze", "start_at", "warmup", "debias_at"):
-        value = config.sparsity[name]
-        if not 0 <= value < 1:
-            raise UserError(f"sparsity.{name}={value}: expected a fraction, at least 0 and below 1")
+    if not options.learning_rate > 0:
+        raise UserError("OPTION_OUT_OF_RANGE", f"optimizer.learning_rate={options.learning_rate}: expected > 0")
     for fraction, steps in (("start_at", "start_step"), ("warmup", "warmup_steps")):
-        if config.sparsity[fraction] and config.sparsity[steps]:
+        if sparsity[fraction] and sparsity[steps]:
             raise UserError(
-                f"sparsity.{fraction}={config.sparsity[fraction]} and sparsity.{steps}={config.sparsity[steps]} are "
-                "two values for one thing: set one of them to 0"
+                "OPTION_CONFLICT",
+                f"sparsity.{fraction}={sparsity[fraction]} and sparsity.{steps}={sparsity[steps]} are two values for "
+                "one thing: set one of them to 0",
             )
-    if config.sparsity.target > 0 and not config.sparsity.lambda_ > 0:
+    if sparsity.target > 0 and not sparsity.lambda_ > 0:
         raise UserError(
-            f"sparsity.target={config.sparsity.target} needs a sparsity.lambda_ above 0 to start from; "
-            "for a dense run set the target to 0, too"
+            "OPTION_CONFLICT",
+            f"sparsity.target={sparsity.target} needs a sparsity.lambda_ above 0 to start from; for a dense run set "
+            "the target to 0, too",
         )
     build(config, LONG)
 
 
 def build(config, total_steps: int) -> optax.GradientTransformation:
-    """Proximal Adam with the run's schedule.
+    """Build proximal Adam with the run's learning rate schedule.
 
-    The learning rate is a hyperparameter in the state (`state.hyperparams["learning_rate"]`): logs read it
-    there, and the plateau schedule changes it there.
+    The learning rate is a hyperparameter in the state (`state.hyperparams["learning_rate"]`): logs read it there, and
+    the plateau schedule changes it there.
 
     Raises:
-      UserError: a setting that `proximal_adam` refuses.
+      UserError: an option that `proximal` refuses.
     """
     check_steps(config, total_steps)
-    rate = config.optimizer.learning_rate
+    learning_rate = config.optimizer.learning_rate
     if config.optimizer.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, total_steps, alpha=config.optimizer.min_learning_rate / rate)
-    sparsity = config.sparsity
+        alpha = config.optimizer.min_learning_rate / learning_rate
+        learning_rate = optax.cosine_decay_schedule(learning_rate, total_steps, alpha=alpha)
+
+    def make(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+        return links(config, total_steps, learning_rate)
+
     try:
-        settings = {
-            "lambda_": sparsity.lambda_,
-            "penalty": sparsity.penalty,
-            "gamma": sparsity.gamma,
-            "group_weights": sparsity.group_weights,
-            "target": _target(config, total_steps),
-            "start_step": start_step(config, total_steps),
-            "warmup_steps": warmup_steps(config, total_steps),
-            "debias_step": debias_step(config, total_steps),
-            "b1": config.optimizer.b1,
-            "b2": config.optimizer.b2,
-            "eps": config.optimizer.eps,
-            "weight_decay": config.optimizer.weight_decay,
-            "weight_decay_mask": _kernels,
-            "l2": config.optimizer.l2,
-            "l2_mask": _model,
-            "metric": sparsity.metric,
-            "bias_correction": sparsity.bias_correction,
-            "fixed_norm": sparsity.fixed_norm,
-            "norm": "unpenalized" if sparsity.norm_decays else "initial",
-            "keep_one": _keep_one(config),
-            "anneal_revival": sparsity.anneal_revival,
-            "penalty_in_gradient": sparsity.penalty_in_gradient,
-            "restart_every": _restart_every(config, total_steps),
-            "scope": sparsity.scope,
-        }
-        transform.proximal_adam(config.optimizer.learning_rate, **settings)  # inject_hyperparams calls it late
+        make(config.optimizer.learning_rate)  # inject_hyperparams calls it late
     except ValueError as error:
-        raise UserError(f"config.sparsity: {error}") from error
-    return optax.inject_hyperparams(transform.proximal_adam, static_args=tuple(settings))(rate, **settings)
+        raise UserError("OPTION_SPARSITY", f"config.sparsity: {error}") from error
+    return optax.inject_hyperparams(make)(learning_rate=learning_rate)
 
 
-def _restart_every(config, total_steps):
-    return max(1, total_steps // config.train.epochs) if config.optimizer.restart_each_epoch else None
+def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Return Adam, the proximal step and the projections after it, as the config asks for them.
+
+    Raises:
+      ValueError: an argument of one of them is out of its range.
+    """
+    options, sparsity = config.optimizer, config.sparsity
+    penalty = _penalty(sparsity)
+    if sparsity.penalty_in_gradient and sparsity.penalty != "group_lasso":
+        raise ValueError(f"penalty_in_gradient goes with penalty 'group_lasso', not {sparsity.penalty!r}")
+    inner = optax.adamw(
+        learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay, mask=_kernels
+    )
+    restart_every = max(1, total_steps // config.train.epochs) if options.restart_each_epoch else None
+    if options.l2 or sparsity.penalty_in_gradient or restart_every:
+        inner = reference.like_reference(
+            inner,
+            l2=options.l2,
+            l2_mask=_model,
+            penalty_in_gradient=penalty if sparsity.penalty_in_gradient and _penalizes(sparsity) else None,
+            restart_every=restart_every,
+        )
+    return transform.proximal(
+        inner,
+        learning_rate,
+        lambda_=_lambda(config, total_steps),
+        penalty=penalty,
+        metric=metrics.AdamMetric(options.b1, options.b2, options.eps, _metric(sparsity)),
+        regrowth="annealed" if sparsity.anneal_revival else "free",
+        projections=_projections(config, total_steps),
+    )
 
 
-def _target(config, total_steps):
+def _penalizes(sparsity):
+    return sparsity.lambda_ > 0 or sparsity.target > 0
+
+
+def _penalty(sparsity):
+    if sparsity.penalty not in penalties.PENALTIES:
+        known = ", ".join(penalties.PENALTIES)
+        raise ValueError(f"unknown penalty {sparsity.penalty!r}; expected one of {known}")
+    if sparsity.penalty == "l1":
+        return penalties.L1(sparsity.scope)
+    if sparsity.penalty == "group_mcp":
+        return penalties.GroupMCP(sparsity.scope, sparsity.group_weights, sparsity.gamma)
+    return penalties.GroupLasso(sparsity.scope, sparsity.group_weights)
+
+
+def _metric(sparsity):
+    """Return the kind of `AdamMetric`."""
+    is_uncorrected = sparsity.metric == "adaptive" and not sparsity.bias_correction
+    return "uncorrected" if is_uncorrected else sparsity.metric
+
+
+def _lambda(config, total_steps):
+    """Return the penalty's lambda: 0, a schedule, or a target."""
     sparsity = config.sparsity
-    if sparsity.target == 0:
-        return None
-    steps = total_steps - start_step(config, total_steps)
-    return control.Target(sparsity.target, steps, sparsity.target_ramp, sparsity.target_freeze)
+    start, debias = start_step(config, total_steps), debias_step(config, total_steps)
+    phases = Phases(start, warmup_steps(config, total_steps), debias)
+    if sparsity.target > 0:
+        return TargetSparsity(
+            sparsity.target,
+            total_steps - start,
+            sparsity.target_ramp,
+            sparsity.target_freeze,
+            initial=sparsity.lambda_,
+            phases=phases,
+        )
+    if not sparsity.lambda_ > 0:
+        return sparsity.lambda_
+    return phased(sparsity.lambda_, phases.start_step, phases.warmup_steps, phases.end_step)
 
 
-def _keep_one(config):
-    """Regular expression of the kernels that keep at least one group, or False."""
-    if not (config.sparsity.target > 0 and config.sparsity.keep_connected):
-        return False
-    backbone = "|".join(resnet.unavoidable(config.model.attach))
-    return f"model/(backbone/({backbone})|head_.*)/kernel"
+def _projections(config, total_steps):
+    sparsity, debias = config.sparsity, debias_step(config, total_steps)
+    found: list[Projection] = [] if debias is None else [FreezeZeros(debias)]
+    if sparsity.target > 0 and sparsity.keep_connected:
+        backbone = "|".join(resnet.unavoidable(config.model.attach))
+        found.append(KeepStrongest(f"model/(backbone/({backbone})|head_.*)/kernel"))
+    if sparsity.fixed_norm:
+        found.append(HoldNorm(sparsity.fixed_norm, "unpenalized" if sparsity.norm_decays else "initial"))
+    return found
 
 
 def start_step(config, total_steps: int) -> int:
-    """Steps without a penalty before it starts."""
+    """Return the number of steps before the penalty starts."""
     return config.sparsity.start_step or round(config.sparsity.start_at * total_steps)
 
 
 def debias_step(config, total_steps: int) -> int | None:
-    """First step of the phase without a penalty, None where there is none."""
+    """Return the first step of the debiasing phase, None if there is none."""
     sparsity = config.sparsity
-    penalizes = sparsity.lambda_ > 0 or sparsity.target > 0
-    return round(sparsity.debias_at * total_steps) if penalizes and sparsity.debias_at > 0 else None
+    return round(sparsity.debias_at * total_steps) if _penalizes(sparsity) and sparsity.debias_at > 0 else None
 
 
 def warmup_steps(config, total_steps: int) -> int:
-    """Steps of the penalty's warm-up, which ends before lambda has to have its full value.
+    """Return the steps of the penalty's warm-up, which ends before lambda must have its full value.
 
     That is where a target's lambda is frozen, or where the run or its penalized part ends.
     """
@@ -135,16 +187,16 @@ def warmup_steps(config, total_steps: int) -> int:
 
 
 def settled_step(config, total_steps: int) -> int:
-    """Steps after which the sparsity is what the settings ask for, so that a checkpoint may be the best one.
+    """Return the steps after which the sparsity is as the options ask, so that a checkpoint may be the best one.
 
-    A phase that begins late has had a step by then.
+    A phase that begins late has had one step by then.
     """
     debias = debias_step(config, total_steps)
-    return _penalised_step(config, total_steps) if debias is None else min(debias + 1, total_steps)
+    return _penalized_step(config, total_steps) if debias is None else min(debias + 1, total_steps)
 
 
-def _penalised_step(config, total_steps):
-    """`settled_step` before a last phase without a penalty: with a fixed lambda, a step at its full strength."""
+def _penalized_step(config, total_steps):
+    """Return `settled_step` without a debiasing phase: with a fixed lambda, one step at its full value."""
     sparsity = config.sparsity
     if sparsity.target > 0:
         return _freeze_step(config, total_steps)
@@ -153,58 +205,66 @@ def _penalised_step(config, total_steps):
 
 
 def _freeze_step(config, total_steps):
-    """First step with a target's last lambda."""
+    """Return the first step with a target's last lambda."""
     start = start_step(config, total_steps)
     return start + round(config.sparsity.target_freeze * (total_steps - start))
 
 
 def check_steps(config, total_steps: int) -> None:
-    """Raise UserError where the phases of a run of so many steps do not follow one another."""
+    """Check that the phases of a run of that many steps follow one another.
+
+    Raises:
+      UserError: they do not.
+    """
     sparsity, start = config.sparsity, start_step(config, total_steps)
     name = "start_step" if sparsity.start_step else "start_at"
     if sparsity.lambda_ > 0 and start >= total_steps:
         raise UserError(
+            "RUN_TOO_SHORT",
             f"sparsity.{name}={sparsity[name]}: the run has only {total_steps} steps; train longer, or set "
-            "sparsity.start_step=0 and sparsity.start_at to a fraction of the run"
+            "sparsity.start_step=0 and sparsity.start_at to a fraction of the run",
         )
     debias = debias_step(config, total_steps)
     if debias is not None and debias >= total_steps:
-        raise UserError(f"sparsity.debias_at={sparsity.debias_at}: of {total_steps} steps it leaves none")
-    if debias is not None and (debias < _penalised_step(config, total_steps) or debias <= start):
         raise UserError(
+            "RUN_TOO_SHORT", f"sparsity.debias_at={sparsity.debias_at}: no step of {total_steps} is left for it"
+        )
+    if debias is not None and (debias < _penalized_step(config, total_steps) or debias <= start):
+        raise UserError(
+            "OPTION_CONFLICT",
             f"sparsity.debias_at={sparsity.debias_at} lies before "
-            f"sparsity.{'target_freeze' if sparsity.target > 0 else name}: the zero pattern would "
-            "stay before the penalty has made it"
+            f"sparsity.{'target_freeze' if sparsity.target > 0 else name}: the zero pattern would be frozen before the "
+            "penalty has made it",
         )
 
 
 def _kernels(params):
-    """Mask of the parameters that weight decay acts on: kernels, not biases, BatchNorm or loss weights."""
+    """Return a mask of the parameters with weight decay: kernels, not biases, BatchNorm or loss weights."""
     return jax.tree_util.tree_map_with_path(lambda path, _: groups.path_name(path).endswith("kernel"), params)
 
 
 def _model(params):
-    """Mask of the model's parameters, all but the loss weights."""
+    """Return a mask of the model's parameters, all but the loss weights."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not groups.path_name(path).startswith("weighting/"), params)
 
 
-def learning_rate(opt_state):
-    """The learning rate of the last step."""
+def learning_rate(opt_state) -> jax.Array:
+    """Return the learning rate of the last step."""
     return opt_state.hyperparams["learning_rate"]
 
 
-def lambda_(opt_state):
-    """The penalty's strength in the last step."""
+def lambda_(opt_state) -> jax.Array:
+    """Return the penalty's lambda in the last step."""
     return opt_state.inner_state.lambda_
 
 
 def settled_lambda(config, opt_state) -> float:
-    """The penalty's strength that made the zero pattern: what the target found, or the config's."""
+    """Return the lambda that made the zero pattern: what the target found, or the config's."""
     controller = opt_state.inner_state.control
-    return float(jax.numpy.exp(controller.log_lambda)) if controller else config.sparsity.lambda_
+    return float(jnp.exp(controller.log_lambda)) if controller else config.sparsity.lambda_
 
 
-def scale_learning_rate(opt_state, factor: float, minimum: float):
-    """`opt_state` with its learning rate times `factor`, but not below `minimum`."""
-    rate = jax.numpy.maximum(learning_rate(opt_state) * factor, minimum)
-    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": rate})
+def scale_learning_rate(opt_state, factor: float, minimum: float) -> Any:
+    """Return `opt_state` with its learning rate times `factor`, but not below `minimum`."""
+    value = jnp.maximum(learning_rate(opt_state) * factor, minimum)
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, "learning_rate": value})

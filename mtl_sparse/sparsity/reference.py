@@ -1,0 +1,86 @@
+"""What the reference implementation of "Less is More" does around Adam; for the fidelity study alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_sparse.sparsity import groups, metrics
+from mtl_sparse.sparsity.penalties import Penalty
+
+
+def like_reference(
+    adam: optax.GradientTransformation,
+    *,
+    l2: float = 0.0,
+    l2_mask: Any | Callable[[optax.Params], Any] | None = None,
+    penalty_in_gradient: Penalty | None = None,
+    restart_every: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap Adam as the reference implementation does, to be the inner optimizer of `proximal`.
+
+    Args:
+      adam: an optax optimizer with Adam's state, which the wrapper keeps as its own state.
+      l2: strength of l2 / 2 |p|^2 in the objective: l2 * p is added to the gradient and goes through Adam's moments, as
+        in PyTorch's `Adam(weight_decay=l2)`, with which the paper trains its dense baselines.
+      l2_mask: which parameters `l2` acts on; None is all.
+      penalty_in_gradient: also add lambda sqrt(number of groups) w_g / |w_g| to the gradient of this penalty's kernels,
+        a group lasso's subgradient. The published penalty has the number of groups where its prox has their size.
+      restart_every: steps after which Adam's moments and step count start again from zero, as by the new optimizer that
+        the reference implementation makes every epoch; None is never.
+
+    Returns:
+      An optax transformation that takes the extra arguments `lambda_` and `step`, which `proximal` passes on.
+
+    Raises:
+      ValueError: an argument out of its range.
+    """
+    if not l2 >= 0:
+        raise ValueError(f"l2 must be >= 0, got {l2}")
+    if restart_every is not None and restart_every < 1:
+        raise ValueError(f"restart_every must be >= 1, got {restart_every}")
+    shrink = optax.add_decayed_weights(l2, l2_mask)  # stateless, or with an empty state if it is masked
+    inner = optax.with_extra_args_support(adam)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        lambda_: jax.Array,
+        step: jax.Array,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if l2:
+            updates, _ = shrink.update(updates, shrink.init(params), params)
+        if penalty_in_gradient is not None:
+            updates = _add_subgradient(updates, params, lambda_, penalty_in_gradient)
+        if restart_every:
+            state = _restarted(state, step % restart_every != 0)
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _restarted(state: Any, kept: jax.Array) -> Any:
+    """Return the state with Adam's moments and step count times `kept`, which is 0 or 1."""
+    found = metrics.adam_state(state)
+    factor = kept.astype(jnp.int32)
+    new = jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), found)
+    return jax.tree.map(lambda node: new if node is found else node, state, is_leaf=lambda node: node is found)
+
+
+def _add_subgradient(updates: Any, params: Any, lambda_: jax.Array, penalty: Penalty) -> Any:
+    kernels = {kernel.path: kernel for kernel in penalty.kernels(params)}
+
+    def add(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+        kernel = kernels.get(groups.path_name(path))
+        if kernel is None:
+            return update
+        norm = jnp.sqrt(jnp.sum(jnp.square(param), kernel.other_axes(param.ndim), keepdims=True))
+        weight = lambda_ * kernel.count**0.5
+        return update + (weight * param / jnp.where(norm > 0, norm, 1)).astype(update.dtype)
+
+    return jax.tree_util.tree_map_with_path(add, updates, params)
