@@ -4,12 +4,13 @@ import shutil
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import pytest
 
+from mtl_sparse.compaction import speed
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.models import costs, initializers, multitask, resnet
 from mtl_sparse.models.atrous import AtrousConv
-from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.report import schema
+from tests.conftest import raises
 
 
 def test_costs_by_hand():
@@ -35,7 +36,7 @@ def test_the_backbone_is_timed_with_each_map_once():
     heads = (("depth", "deeplab", 1), ("edge", "deeplab", 1), ("normals", "deeplab", 3))
     model = multitask.MultiTaskModel(heads, depth=10, width=4, head_features=4)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    outputs = benchmark.Part.backbone(model, variables).compiled(jnp.zeros((1, 32, 32, 3)))[0]()
+    outputs = speed.Part.backbone(model, variables).compiled(jnp.zeros((1, 32, 32, 3)))[0]()
     assert [x.shape for x in outputs] == [(1, 4, 4, 32)]
 
 
@@ -57,15 +58,18 @@ def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
         assert dense["macs"] == sparse["macs"] > compact["macs"] > 0
         assert dense["parameters"] == sparse["parameters"] > compact["parameters"] > 0
         assert dense["memory_mib"] > compact["memory_mib"] > 0
-    assert json.loads((folder / "benchmark.json").read_text())["rows"] == rows
+    stored = json.loads((folder / "benchmark.json").read_text())
+    assert stored["rows"] == rows and stored["version"] == schema.VERSION and stored["size"] == [32, 48]
+    assert schema.Timing.read(folder / "benchmark.json").to_json() == stored
+    assert benchmark.is_done(config, folder)
     assert (folder / "plots" / "latency.png").stat().st_size > 5_000
     assert "| compact" in capsys.readouterr().out
 
 
 def test_bad_input(sparse_run, tmp_path):
     config = sparse_run[0].copy_and_resolve_references()
-    with pytest.raises(UserError, match="no best checkpoint in"):
+    with raises("CHECKPOINT_MISSING", naming=str(tmp_path)):
         benchmark.run_job(config, tmp_path)
     config.benchmark.batch_sizes = (0,)
-    with pytest.raises(UserError, match="benchmark.batch_sizes=.*at least 1"):
+    with raises("OPTION_OUT_OF_RANGE", naming="benchmark.batch_sizes=(0,)"):
         benchmark.run_job(config, tmp_path)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mtl_sparse.jobs import export
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import setup as setup_lib
+from tests.conftest import raises
 
 DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "export.md").read_text()
 
@@ -72,21 +72,21 @@ def test_a_file_that_differs_is_not_written(run, monkeypatch):
         return lambda images: {task: raw * 1.001 for task, raw in read(path)(images).items()}
 
     monkeypatch.setitem(export._FORMATS, "stablehlo", (write, wrong))
-    with pytest.raises(UserError, match="model.stablehlo was not written: its outputs would differ by 1"):
+    with raises("EXPORT_NOT_EXACT", naming=str(folder / "export" / "model.stablehlo")):
         export.run_job(config, folder)
     assert not list((folder / "export").iterdir())
     nan = lambda path: lambda images: {task: raw * float("nan") for task, raw in read(path)(images).items()}  # noqa: E731
     monkeypatch.setitem(export._FORMATS, "stablehlo", (write, nan))
-    with pytest.raises(UserError, match="would differ by nan"):
+    with raises("EXPORT_NOT_EXACT", naming="a difference of nan"):
         export.run_job(config, folder)
 
 
 def test_bad_input(run, monkeypatch):
     config, folder = run
     config.export.format = "torchscript"
-    with pytest.raises(UserError, match="unknown export.format='torchscript'; the formats are stablehlo, onnx"):
+    with raises("OPTION_UNKNOWN_VALUE", naming="export.format='torchscript'"):
         export.run_job(config, folder)
     config.export.format = "onnx"
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(UserError, match=r"needs the extra: pip install -e '.\[onnx\]'"):
+    with raises("EXTRA_MISSING", naming="jax2onnx"):
         export.run_job(config, folder)

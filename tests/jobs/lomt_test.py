@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import pathlib
 
@@ -8,7 +7,8 @@ from configs import nyu
 from mtl_sparse.jobs import lomt, sweep
 from mtl_sparse.models import resnet
 from mtl_sparse.report import page, plots
-from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.report.schema import Choices
+from tests.conftest import raises
 from tests.report.study_test import write_run
 
 # Layers of a backbone in the order of the network, as a run's results.json has them.
@@ -23,10 +23,11 @@ def write_single(folder, task, seed, depth_of, lambda_=1e-5):
     results = json.loads((folder / "results.json").read_text())
     last = LAYERS.index(depth_of)
     results["sparsity"]["layers"] = [
-        {"path": f"backbone/{layer}/kernel", "groups": 100, "zero_groups": 97 if i <= last else 99}
+        {"path": f"backbone/{layer}/kernel", "groups": 100, "zero_groups": 97 if i <= last else 99, "group_size": 9}
         for i, layer in enumerate(LAYERS)
     ]
-    results["sparsity"]["layers"].append({"path": "head_depth/aspp0/kernel", "groups": 100, "zero_groups": 0})
+    head = {"path": "head_depth/aspp0/kernel", "groups": 100, "zero_groups": 0, "group_size": 9}
+    results["sparsity"]["layers"].append(head)
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -55,7 +56,7 @@ def test_the_rule_by_hand():
     assert lomt.choose(runs, 50, 0.01, 2 / 3)[0] == "layer3_0/conv1"
     assert lomt.choose(runs, 50, 0.3, 1.0)[0] == "stem_conv1"
     assert lomt.choose(runs[:1], 50, 0.01, 1.0)[0] == "layer3_0/conv1"
-    with pytest.raises(UserError, match="no layer has more than 0.9 of its groups left in 100% of 2 runs: .*lambda_"):
+    with raises("LOMT_NO_LAYER", naming="more than 0.9 of its groups left in 100% of 2 runs"):
         lomt.choose([{"layer1_0/conv1": 0.5}] * 2, 50, 0.9, 1.0)
 
 
@@ -107,7 +108,7 @@ def test_the_job_writes_the_choice_and_trains_with_it_and_without(singles, tmp_p
     assert (workdir / "plots" / "attachments.png").stat().st_size > 5_000
     printed = capsys.readouterr().out
     assert "--config.model.attach=layer4_2,layer3_3/conv1,layer1_0" in printed
-    assert "LOMT - plain" in printed and "nothing behind layer4_2 is built" in printed
+    assert "LOMT - plain" in printed and "the backbone ends at layer4_2" in printed
     assert "Heads at their tasks' layers" in page.read_text()
 
 
@@ -131,26 +132,27 @@ def test_the_single_tasks_are_trained_first_where_no_runs_are_given(tmp_path, mo
 
 def test_bad_runs_are_named(singles, tmp_path):
     config = nyu.get_config()
-    with pytest.raises(UserError, match="no single-task sparse run of normals in"):
+    with raises("LOMT_RUNS", naming="sparse runs of normals"):
         lomt.read_choices(config, singles[:4])
     other = write_single(tmp_path / "other", "depth", 0, "layer1_0/conv1", lambda_=1e-4)
     assert lomt.read_choices(config, [*singles, other])["depth"].layer == DEEPEST["depth"], "lambda is 1e-5 here"
     config.sparsity.lambda_ = 1e-3
-    with pytest.raises(UserError, match=r"depth has single-task runs of several settings \(.*lambda_=1e-05"):
+    with raises("LOMT_RUNS", naming="runs of depth") as caught:
         lomt.read_choices(config, [*singles, other])
+    assert "sparsity.lambda_=1e-05" in str(caught.value) and "sparsity.lambda_=0.0001" in str(caught.value)
     config.data.name = "celebamask_hq"
-    with pytest.raises(UserError, match="are of nyud_mt, and data.name is celebamask_hq"):
+    with raises("LOMT_RUNS", naming="data.name=celebamask_hq, got nyud_mt"):
         lomt.read_choices(config, singles)
     config = nyu.get_config()
     config.model.depth = 101
-    with pytest.raises(UserError, match="are of a ResNet-50, and model.depth is 101"):
+    with raises("LOMT_RUNS", naming="model.depth=101, got a ResNet-50"):
         lomt.read_choices(config, singles)
     results = json.loads((singles[0] / "results.json").read_text())
-    for setting, text in (("attach", "cut short"), ("widths", "compact")):
+    for setting, text in (("attach", " with model.attach"), ("widths", ", compact")):
         given = json.loads(json.dumps(results))
         given["config"]["model"][setting] = ["layer4_0"]
         (singles[0] / "results.json").write_text(json.dumps(given))
-        with pytest.raises(UserError, match=f"of a ResNet-50,? {text}"):
+        with raises("LOMT_RUNS", naming=f"a ResNet-50{text}"):
             lomt.read_choices(nyu.get_config(), [singles[0], *singles[2:]])
 
 
@@ -162,7 +164,7 @@ def test_only_unfinished_runs_of_a_single_task_are_waited_for(singles, tmp_path)
     assert lomt.read_choices(config, [*singles, folder]).keys() == set(config.tasks)
     for settings in ({"tasks": ["depth"]}, {"seed": 0}):
         (folder / "sweep.json").write_text(json.dumps({"trials": {**trials, "c": settings}}))
-        with pytest.raises(UserError, match=r"1 single-task runs have not finished \(c\): give the command again"):
+        with raises("RUN_NOT_FINISHED", naming="1 single-task runs have not finished, such as c;"):
             lomt.read_choices(config, [*singles, folder])
 
 
@@ -170,28 +172,29 @@ SEEDS = [{"seed": 0}, {"seed": 1}]
 
 
 @pytest.mark.parametrize(
-    ("settings", "trials", "shard", "message"),
+    ("settings", "trials", "shard", "code", "naming"),
     [
-        ({"model.attach": ("layer4_0",) * 3}, SEEDS, (0, 1), "--job=lomt chooses model.attach"),
-        ({"tasks": ("depth",)}, SEEDS, (0, 1), "needs several tasks, not depth"),
-        ({"sparsity.lambda_": 0.0}, SEEDS, (0, 1), "needs sparse runs: set sparsity.lambda_"),
-        ({"lomt.vote": 0.0}, SEEDS, (0, 1), "lomt.vote=0.0: from 0 to below 1, and from above 0 to 1"),
-        ({"lomt.active": 3.0}, SEEDS, (0, 1), "lomt.active=3.0"),
-        ({"loss.weighting": "fixed", "tasks": ("depth", "edge")}, SEEDS, (0, 1), "loss.weights"),
+        ({"model.attach": ("layer4_0",) * 3}, SEEDS, (0, 1), "OPTION_CONFLICT", "model.attach"),
+        ({"tasks": ("depth",)}, SEEDS, (0, 1), "TASK_MISSING", "depth"),
+        ({"sparsity.lambda_": 0.0}, SEEDS, (0, 1), "OPTION_MISSING", "sparsity.lambda_"),
+        ({"lomt.vote": 0.0}, SEEDS, (0, 1), "OPTION_OUT_OF_RANGE", "lomt.vote=0.0"),
+        ({"lomt.active": 3.0}, SEEDS, (0, 1), "OPTION_OUT_OF_RANGE", "lomt.active=3.0"),
         (
-            {},
-            [{"seed": 0, "optimizer.learning_rate": 1.0}],
+            {"loss.weighting": "fixed", "tasks": ("depth", "edge")},
+            SEEDS,
             (0, 1),
-            "differ in their seed alone, not in seed, optimizer",
+            "OPTION_OUT_OF_RANGE",
+            "loss.weights=(1.0, 1.0, 1.0)",
         ),
-        ({}, SEEDS, (1, 4), "--job=lomt has no --shard"),
+        ({}, [{"seed": 0, "optimizer.learning_rate": 1.0}], (0, 1), "OPTION_CONFLICT", "seed, optimizer.learning_rate"),
+        ({}, SEEDS, (1, 4), "OPTION_CONFLICT", "--shard"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_trained(tmp_path, monkeypatch, settings, trials, shard, message):
+def test_bad_options_are_named_before_anything_is_trained(tmp_path, monkeypatch, settings, trials, shard, code, naming):
     config = nyu.get_config()
     config.update_from_flattened_dict(settings)
     monkeypatch.setattr(sweep, "run_job", lambda *_: pytest.fail("something was run"))
-    with pytest.raises(UserError, match=message):
+    with raises(code, naming=naming):
         lomt.run_job(config, tmp_path / "x", trials, sweep.Options(shard=shard))
 
 
@@ -203,7 +206,7 @@ def test_a_folder_of_another_choice_keeps_it(singles, tmp_path, monkeypatch):
     before = (tmp_path / "x" / "lomt.json").read_text()
     lomt.run_job(config, tmp_path / "x", SEEDS, sweep.Options(), singles)
     config.lomt.vote = 0.5
-    with pytest.raises(UserError, match="lomt.json has another choice, by other runs or lomt"):
+    with raises("RUN_DIFFERS", naming=str(tmp_path / "x" / "lomt.json")):
         lomt.run_job(config, tmp_path / "x", SEEDS, sweep.Options(), singles)
     assert (tmp_path / "x" / "lomt.json").read_text() == before
 
@@ -217,16 +220,16 @@ def test_where_every_task_keeps_the_end_there_is_one_model_to_train(tmp_path, mo
     assert swept == [[{"model.attach": (), **seed} for seed in SEEDS]]
 
 
-def test_the_picture_frames_the_choice_and_crosses_what_is_not_kept(singles):
+def test_the_plot_outlines_the_choice_and_crosses_what_is_not_kept(singles):
     config = nyu.get_config()
-    choices = {task: dataclasses.asdict(choice) for task, choice in lomt.read_choices(config, singles).items()}
-    axis = plots.attachments({"tasks": choices}).axes[0]
+    choices = Choices(50, 0.01, 1.0, lomt.read_choices(config, singles))
+    axis = plots.attachments(choices).axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == list(LAYERS)
     assert [label.get_text() for label in axis.get_yticklabels()][1] == "depth → layer3_3/conv1"
-    framed = {(round(frame.get_y() + 0.46), round(frame.get_x() + 0.5)) for frame in axis.patches}
-    assert framed == {(row, LAYERS.index(DEEPEST[task])) for row, task in enumerate(config.tasks)}
+    outlined = {(round(frame.get_y() + 0.46), round(frame.get_x() + 0.5)) for frame in axis.patches}
+    assert outlined == {(row, LAYERS.index(DEEPEST[task])) for row, task in enumerate(config.tasks)}
     crossed = {(int(y), int(x)) for line in axis.lines for x, y in line.get_xydata()}
-    kept = {(row, LAYERS.index(layer)) for row, task in enumerate(choices.values()) for layer in task["kept"]}
+    kept = {(row, LAYERS.index(layer)) for row, task in enumerate(choices.tasks.values()) for layer in task.kept}
     assert crossed == {(row, i) for row in range(3) for i in range(len(LAYERS))} - kept and crossed
 
 
