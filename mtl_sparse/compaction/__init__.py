@@ -1,1 +1,1 @@
-"""Exact compaction: removal of the channels that zero groups made useless."""
+"""Exact compaction: removal of the channels that zero groups make useless."""

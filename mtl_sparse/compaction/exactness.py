@@ -1,14 +1,26 @@
-"""How far two models' outputs are apart."""
+"""The difference between two models' outputs."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def largest_difference(expected, actual) -> float:
-    """Largest difference of two {task: raw prediction}, over the largest value of each task; NaN if one has any.
+def largest_difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> float:
+    """Return the largest difference of two models' outputs, relative to the largest value of each task.
 
-    An image's few logits count as at least 1: that one of them is near 0 by chance makes its rounding no larger.
+    The largest value of a task with few logits for each image counts as at least 1: a logit near 0 has no smaller
+    rounding error than others.
+
+    Args:
+      expected: {task: raw prediction} of one model.
+      actual: of the other model.
+
+    Returns:
+      The relative difference; NaN if an output has a NaN.
     """
     pairs = [(np.asarray(raw, np.float64), np.asarray(actual[task], np.float64)) for task, raw in expected.items()]
     least = [1.0 if a.ndim < 3 else 1e-30 for a, _ in pairs]
@@ -17,8 +29,25 @@ def largest_difference(expected, actual) -> float:
     )
 
 
-def difference(model, variables, small, small_variables, size) -> float:
-    """`largest_difference` of the two models' outputs on noise of (height, width) `size`, both in float32."""
+def difference(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    small: nn.Module,
+    small_variables: Mapping[str, Any],
+    size: tuple[int, int],
+) -> float:
+    """Return `largest_difference` of two models on images of noise, both in float32.
+
+    Args:
+      model: one model.
+      variables: its variables.
+      small: the other model.
+      small_variables: its variables.
+      size: (height, width) of the images.
+
+    Returns:
+      The relative difference.
+    """
     images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
     with jax.default_matmul_precision("float32"):
         expected, actual = (

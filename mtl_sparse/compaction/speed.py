@@ -1,7 +1,10 @@
-"""Latency, throughput and memory of models beside one another."""
+"""Latency, throughput and memory of several models, compared."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,22 +15,35 @@ from mtl_sparse.runtime.timing import timed
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Something to time: a whole model or its backbone alone, with its variables."""
+    """A module to time, a whole model or only its backbone, with its variables.
 
-    model: object
-    variables: dict
+    Attributes:
+      model: the module.
+      variables: its variables.
+    """
+
+    model: nn.Module
+    variables: Mapping[str, Any]
 
     @classmethod
-    def backbone(cls, model: multitask.MultiTaskModel, variables) -> "Part":
+    def backbone(cls, model: multitask.MultiTaskModel, variables: Mapping[str, Any]) -> "Part":
+        """Return the backbone of a model."""
         layers = model.layers()
-        points = tuple(dict.fromkeys(model.points()))  # each map once, whoever reads it
+        points = tuple(dict.fromkeys(model.points()))  # each map once, even if several heads read it
         alone = resnet.ResNet(
             model.depth, model.width, model.stem, model.dtype, layers=(layers.stem, layers.blocks), points=points
         )
         return cls(alone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
 
-    def compiled(self, images):
-        """(function () -> outputs, bytes that its compiled program needs: arguments, outputs and temporaries)."""
+    def compiled(self, images: jax.Array) -> tuple[Callable[[], Any], int]:
+        """Compile the module for a batch of images.
+
+        Args:
+          images: [B, H, W, 3].
+
+        Returns:
+          (function () -> outputs, bytes that the compiled program needs: arguments, outputs and temporaries).
+        """
         variables = jax.device_put(self.variables)
         program = jax.jit(self.model.apply).lower(variables, images).compile()
         memory = program.memory_analysis()
@@ -35,24 +51,31 @@ class Part:
         return lambda: program(variables, images), sum(getattr(memory, name) for name in sizes)
 
 
-def compare(models: dict, size, batch: int, rounds: int, parts=("backbone", "model")) -> list[dict]:
-    """Times parts of each (model, variables), all of a part in one alternation.
+def compare(
+    models: Mapping[str, tuple[multitask.MultiTaskModel, Mapping[str, Any]]],
+    size: tuple[int, int],
+    batch: int,
+    rounds: int,
+    parts: Sequence[str] = ("backbone", "model"),
+) -> list[dict[str, Any]]:
+    """Time parts of several models, in alternation.
 
     Args:
-      models: name -> (model, variables); the first is what the others are compared with.
+      models: name -> (model, variables); the first model is the baseline of the speedups.
       size: (height, width) of the images.
       batch: images in a call.
+      rounds: how many times each model is timed.
       parts: "backbone", "model" or both.
 
     Returns:
-      A dictionary for each part and model: "part", "model", "batch", "parameters", "macs" (an image),
-      "median_ms", "p90_ms", "speedup" (median over the rounds of the first one's time over its own),
-      "images_per_second", "gmacs_per_second", "memory_mib".
+      A dictionary for each part and model: "part", "model", "batch", "parameters", "macs" (for one image), "median_ms",
+      "p90_ms", "speedup" (median over the rounds of the baseline's time divided by the model's), "images_per_second",
+      "gmacs_per_second", "memory_mib".
     """
     images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *size, 3)), jnp.float32)
     rows = []
     for part in parts:
-        make = Part.backbone if part == "backbone" else Part
+        make: Callable[..., Part] = Part.backbone if part == "backbone" else Part
         timed_parts = {name: make(*model) for name, model in models.items()}
         compiled = {name: one.compiled(images) for name, one in timed_parts.items()}
         seconds = timed({name: function for name, (function, _) in compiled.items()}, rounds)

@@ -1,3 +1,5 @@
+"""Compaction of multi-task models: the outputs stay, and nothing that is not needed is left."""
+
 import functools
 
 import flax.linen as nn
@@ -12,9 +14,9 @@ from hypothesis import strategies as st
 
 from mtl_sparse.compaction.liveness import Costs, choose_ranges
 from mtl_sparse.models import multitask, resnet, widths
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import stats
 from mtl_sparse.sparsity.compact import compact
+from tests.conftest import raises
 
 SIZE = (32, 48)
 HEADS = (("segmentation", "deeplab", 5), ("depth", "deeplab", 1), ("attribute:Male", "classifier", 1))
@@ -44,7 +46,7 @@ def dense(depth, dtype="float32", attach=(), stem="deep"):
 
 
 def with_zeros(depth, seed, share, scope="backbone", dead=(), dtype="float32", attach=(), stem="deep"):
-    """The model with groups of each kernel zero at random: a `share`, or everything where `dead` matches its path."""
+    """The model with random groups zero: a fraction `share` of each kernel, or all where `dead` matches its path."""
     model, params, statistics = dense(depth, dtype, attach, stem)
     rng = np.random.default_rng(seed)
     params = dict(params)
@@ -69,7 +71,7 @@ def assert_same_outputs(model, variables, new_model, new_variables, tolerance, s
     actual = outputs(new_model, new_variables, size, dtype)
     assert {raw.dtype for raw in actual.values()} == {np.dtype(dtype)}
     for task, raw in expected.items():
-        # An image's one logit may be near 0 by chance, which makes the rounding of its sum no smaller.
+        # A single logit may be near 0 by chance; the rounding error of its sum is no smaller for that.
         scale = max(float(np.abs(raw).max()), 1.0 if raw.ndim < 3 else 0.0)
         np.testing.assert_allclose(actual[task], raw, atol=tolerance * scale, rtol=0, err_msg=task)
 
@@ -152,7 +154,7 @@ def test_the_outputs_stay_in_float64(depth, share, scope, dead):
 
 
 def independent_count(depth, params):
-    """Parameters that a pattern without dead layers needs when every layer gathers exactly what it wants."""
+    """Parameters that a pattern without dead layers needs if every layer gathers exactly what it needs."""
     kernels = {path.removesuffix("/kernel"): kernel for path, kernel in params.items() if kernel.ndim == 4}
     wants = {path: np.any(kernel != 0, (0, 1, 3)) for path, kernel in kernels.items()}
     total = sum(leaf.size for path, leaf in params.items() if path.startswith("head_"))
@@ -182,11 +184,11 @@ def independent_count(depth, params):
 
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("share", [0.2, 0.6])
-def test_what_is_left_is_what_an_independent_count_says(depth, share):
+def test_the_remaining_parameters_match_an_independent_count(depth, share):
     model, variables = with_zeros(depth, 7, share)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     assert not stats.sparsity(variables["params"]).dead_layers, "the count below is for patterns without"
-    free = Costs(mac=1.0, copy=0.0, split=0.0)  # gathering costs nothing, so each layer takes only what it wants
+    free = Costs(mac=1.0, copy=0.0, split=0.0)  # gathering costs nothing, so each layer reads only what it needs
     small, small_variables = compact(model, variables, costs=free)
     assert count(small_variables) == independent_count(depth, flat) < count(variables)
     assert stats.sparsity(small_variables["params"], "all").group == 0
@@ -205,8 +207,8 @@ def test_a_dead_network_is_its_constants():
     assert_same_outputs(model, variables, small, small_variables, 1e-6)
 
 
-def test_a_classification_head_takes_only_the_features_that_it_wants():
-    """Of eight features, the pixel heads' kernels ignore some, and the classification head's others."""
+def test_a_classification_head_reads_only_the_features_that_it_needs():
+    """The pixel-level heads ignore some of eight features, and the classification head ignores others."""
     model, params, statistics = dense(18)
     params, features = dict(params), params["head_depth/aspp0/kernel"].shape[2]
     wanted = np.arange(features) < features // 2
@@ -223,7 +225,7 @@ def test_a_classification_head_takes_only_the_features_that_it_wants():
     assert_same_outputs(model, variables, small, small_variables, 1e-5)
 
 
-def test_dead_blocks_and_branches_go():
+def test_dead_blocks_and_branches_are_removed():
     dead = ["layer2_1/conv3", "layer3_2/conv2", "layer4_1/conv1", "layer4_0/downsample"]
     model, variables = with_zeros(50, 1, 0.3, dead=dead)
     small, small_variables = compact(model, variables)
@@ -236,7 +238,7 @@ def test_dead_blocks_and_branches_go():
 
 
 def test_heads_inside_blocks_keep_what_they_read():
-    """Where a block's branch is dead behind a head, at a head, and where only a head reads it."""
+    """The branch of a block is dead after a head, at a head, and only a head reads it."""
     attach = ("layer4_1/conv1", "layer3_2/conv2", "layer2_1")
     dead = ["layer4_1/conv2", "layer3_2/conv1", "layer3_2/conv2"]
     model, variables = with_zeros(50, 1, 0.3, dead=dead, attach=attach)
@@ -250,14 +252,14 @@ def test_heads_inside_blocks_keep_what_they_read():
 
 @pytest.mark.slow
 def test_heads_inside_blocks_that_are_dead_or_read_nothing():
-    # A head on a first convolution without live inputs, which stays for it and reads a map of ones.
+    # A head reads a first convolution without live inputs, which stays for it and reads a map of ones.
     attach, dead = ("layer3_0/conv1", "layer3_2/conv1", "layer3_5"), ["layer3_0/conv1", "layer3_2/conv2"]
     model, variables = with_zeros(50, 2, 0.3, dead=dead, attach=attach)
     small, small_variables = compact(model, variables)
     assert small.widths.blocks[7].reads == () and small.widths.blocks[7].dead == 0
     assert "conv1" in small_variables["params"]["backbone"]["layer3_2"], "its head reads it, though the branch is dead"
     check_outputs_and_idempotence(50, 2, 0.3, "backbone", dead, 1, False, [resnet.points(50).index(p) for p in attach])
-    # Where the deeper heads read nothing, the branch ends at the last head inside it.
+    # If the deeper heads read nothing, the branch ends at the last head inside it.
     attach, dead = ("layer3_0/conv2", "layer4_2", "layer4_2"), ["head_depth", "Male", "layer3_1"]
     model, variables = with_zeros(50, 3, 0.3, "all", dead, attach=attach)
     small, small_variables = compact(model, variables)
@@ -268,8 +270,8 @@ def test_heads_inside_blocks_that_are_dead_or_read_nothing():
     check_outputs_and_idempotence(50, 3, 0.3, "all", dead, 1, False, [resnet.points(50).index(p) for p in attach])
 
 
-def test_nothing_before_a_cut_in_the_stream_is_left():
-    """Where neither branch nor shortcut of a stage's first block reads its input, all in front of it goes."""
+def test_nothing_remains_before_a_cut_in_the_stream():
+    """If neither branch nor shortcut of a stage's first block reads its input, all layers before it are removed."""
     model, variables = with_zeros(18, 1, 0.3, dead=["layer3_0/conv1", "layer3_0/downsample"])
     small, small_variables = compact(model, variables)
     assert not any(name.startswith(("stem", "layer1", "layer2")) for name in small_variables["params"]["backbone"])
@@ -278,19 +280,20 @@ def test_nothing_before_a_cut_in_the_stream_is_left():
     np.testing.assert_array_equal(one, other)
 
 
-def test_taps_that_meet_only_padding_go_and_a_larger_image_is_refused():
+def test_taps_that_meet_only_padding_are_removed_and_a_larger_image_is_refused():
     model, variables = with_zeros(18, 1, 0.3)
     small, small_variables = compact(model, variables, size=(96, 128))  # features of 12x16: rates 12, 24, 36
     head = small.widths.heads[0]
     assert head.taps == ((1, 3), (1, 1), (1, 1))
     assert small_variables["params"]["head_depth"]["aspp1"]["kernel"].shape[:2] == (1, 3)
     assert_same_outputs(model, variables, small, small_variables, 1e-5, (96, 120))
-    with pytest.raises(UserError, match="of rate 12 .* more than 12 rows .* 13x16: compact the original run"):
+    with raises("MODEL_TAPS_MISSING", naming="13x16") as caught:
         outputs(small, small_variables, (104, 128))
+    assert "rate 12" in str(caught.value) and "compact.drop_taps=False" in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_compact_model_trains_on():
+def test_a_compact_model_can_be_trained():
     model, variables = with_zeros(18, 1, 0.6, "all", ["layer3_1/conv1", "layer4_1/conv2"])
     small, small_variables = compact(model, variables, size=SIZE)
     images = jax.random.normal(jax.random.key(0), (2, *SIZE, 3))
@@ -308,7 +311,7 @@ def test_a_compact_model_trains_on():
 
 
 class MeanHead(nn.Module):
-    """A head of another kind: it reads every feature, in the dense order."""
+    """A head of another kind, which reads every feature, in the dense order."""
 
     outputs: int
     features: int
@@ -365,8 +368,8 @@ def test_ranges_are_taken_where_they_cost_least():
     costs = Costs(mac=0.01, copy=0.5, split=4.0)
     wanted = np.zeros(100, bool)
     wanted[10:30] = wanted[32:40] = wanted[80:90] = True
-    assert choose_ranges(wanted, 1000, costs) == ((10, 30), (32, 40), (80, 90)), "much to save: exactly what is wanted"
-    assert choose_ranges(wanted, 100, costs) == ((10, 40), (80, 90)), "a gap of two costs less than a range more"
+    assert choose_ranges(wanted, 1000, costs) == ((10, 30), (32, 40), (80, 90)), "much to save: exactly what is needed"
+    assert choose_ranges(wanted, 100, costs) == ((10, 40), (80, 90)), "a gap of two costs less than one more range"
     assert choose_ranges(wanted, 10, costs) is None, "little to save: all"
     assert choose_ranges(np.ones(100, bool), 1000, costs) is None
     almost = np.arange(100) < 90
@@ -376,11 +379,12 @@ def test_ranges_are_taken_where_they_cost_least():
 def test_bad_input():
     model, variables = with_zeros(18, 1, 0.3)
     _, other = with_zeros(50, 1, 0.3)
-    with pytest.raises(UserError, match="another model: .*backbone/layer1_0.*absent"):
+    with raises("MODEL_DIFFERS", naming="backbone/layer1_0") as caught:
         compact(model, other)
-    with pytest.raises(UserError, match="compact takes a MultiTaskModel, not ResNet"):
+    assert "absent" in str(caught.value)
+    with raises("MODEL_UNSUPPORTED", naming="ResNet"):
         compact(resnet.ResNet(18), variables)
-    with pytest.raises(UserError, match="compact.multiple=0: it must be at least 1"):
+    with raises("OPTION_OUT_OF_RANGE", naming="compact.multiple=0"):
         compact(model, variables, multiple=0)
-    with pytest.raises(ValueError, match="not the widths of a model"):
+    with pytest.raises(ValueError, match="widths"):
         widths.Widths.from_json('{"stem": {}}')
