@@ -1,4 +1,4 @@
-"""Checkpoints of the reference implementation as models; the public name of `mtl_sparse.pretrained.reference`."""
+"""Conversion of the reference implementation's checkpoints; public name of `mtl_sparse.pretrained.reference`."""
 
 from mtl_sparse.pretrained.reference import TASKS, from_state_dict
 

@@ -1,4 +1,4 @@
-"""Features of torchvision's and timm's networks, dilated as the backbones here, for imagenet_test.py.
+"""Features of torchvision's and timm's networks, dilated as the backbones here, for pretrained/imagenet_test.py.
 
     pip install -e '.[test,torch]' torchvision timm && python -m tests.imagenet_reference
 
@@ -39,7 +39,7 @@ NETWORKS = {
 
 @torch.no_grad()
 def outputs() -> dict[str, np.ndarray]:
-    """What the archive holds: "<network>/shapes", and "<network>/<height>x<width>", NHWC, each `EVERY`-th channel."""
+    """Return the archive's "<network>/shapes", and "<network>/<height>x<width>", NHWC, each `EVERY`-th channel."""
     found = {}
     for name, make in NETWORKS.items():
         model = dilated(make()).eval()

@@ -1,4 +1,4 @@
-"""The published model in PyTorch, written from its description alone, and its outputs for import_reference_test.py.
+"""The published model in PyTorch, written only from its description, and its outputs for pretrained/reference_test.py.
 
     pip install -e '.[test,torch]' && python -m tests.torch_reference
 
@@ -22,7 +22,7 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 
 
 
 def conv_bn_relu(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> list[nn.Module]:
-    """Return the three modules convolution, batch normalisation and ReLU."""
+    """Return the three modules convolution, batch normalization and ReLU."""
     return [conv(inputs, outputs, size, stride, dilation), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
@@ -117,7 +117,7 @@ class ClassifierHead(nn.Module):
 
 
 class Model(nn.Module):
-    """Shared backbone with one decoder per task, state_dict keys as in the released checkpoints."""
+    """Shared backbone with one decoder per task, with the state_dict keys of the reference implementation."""
 
     def __init__(self, depth: int, tasks: dict[str, tuple[str, int]], width: int = 64, head_features: int = 256,
                  classifier_padding: int = 1, single: bool = False) -> None:  # fmt: skip
@@ -156,7 +156,7 @@ CASES = {
 
 @torch.no_grad()
 def outputs() -> dict[str, np.ndarray]:
-    """What the archive holds: "<case>/shapes", and "<case>/<height>x<width>/<decoder>", NHWC or [B]."""
+    """Return the archive's "<case>/shapes", and "<case>/<height>x<width>/<decoder>", NHWC or [B]."""
     from tests.pretrained.reference_test import drawn, images
 
     found = {}
@@ -177,7 +177,7 @@ def first_losses() -> dict[str, np.ndarray]:
     """Return "start/shapes", and "start/<decoder>": the loss before each of ten Adam steps on one batch [10].
 
     Weights start as PyTorch's default draws them, without dropout; the objective is the sum of the losses. In float64:
-    in float32 Adam makes 5 % of a rounding within ten steps.
+    in float32, Adam amplifies a rounding error to 5 % within ten steps.
     """
     from tests.pretrained.reference_test import START, drawn_start, labelled_batch
 

@@ -1,1 +1,1 @@
-"""Weights of other projects as models of this package."""
+"""Weights of other projects, converted to models of this package."""

@@ -1,4 +1,4 @@
-"""PyTorch state dictionaries: reading the file, and giving each tensor its place in a Flax model."""
+"""PyTorch state dictionaries: reading a file, and placing each tensor in a Flax model."""
 
 import dataclasses
 import importlib.util
@@ -6,7 +6,9 @@ import pathlib
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 
@@ -15,16 +17,17 @@ from mtl_sparse.runtime.errors import UserError
 
 _SHOWN = 5  # differing keys in an error
 # (pattern of a PyTorch module's name, our name with {} for its groups, kind of layer), see `place`.
-BLOCKS = (
+Rule = tuple[str, str, str]
+BLOCKS: tuple[Rule, ...] = (
     (r"layer(\d+)\.(\d+)\.conv(\d)", "layer{}_{}/conv{}", "conv"),
     (r"layer(\d+)\.(\d+)\.bn(\d)", "layer{}_{}/bn{}", "norm"),
 )
-SHORTCUTS = (
+SHORTCUTS: tuple[Rule, ...] = (
     (r"layer(\d+)\.(\d+)\.downsample\.0", "layer{}_{}/downsample_conv", "conv"),
     (r"layer(\d+)\.(\d+)\.downsample\.1", "layer{}_{}/downsample_bn", "norm"),
 )
-# PyTorch's name of a module's tensor -> (collection, our name, axes in our order); None: not needed in Flax.
-_LEAVES = {
+# Kind of layer -> PyTorch's name of a tensor -> (collection, our name, axes in our order); None: not needed in Flax.
+_LEAVES: dict[str, dict[str, tuple[str, str, tuple[int, ...]] | None]] = {
     "conv": {"weight": ("params", "kernel", (2, 3, 1, 0)), "bias": ("params", "bias", (0,))},
     "dense": {"weight": ("params", "kernel", (1, 0)), "bias": ("params", "bias", (0,))},
     "norm": {
@@ -38,9 +41,9 @@ _LEAVES = {
 
 
 class _Inert:
-    """In place of an object that was saved beside the weights."""
+    """Replaces an object that was saved along with the weights, and ignores its state."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         pass
 
 
@@ -53,8 +56,8 @@ _OPTIMIZERS = (
 )
 
 
-def _no_default(*_):
-    """In place of the defaultdict of an optimizer, which the safe loader cannot fill."""
+def _no_default(*_: Any) -> dict[Any, Any]:
+    """Replace the defaultdict of an optimizer, which the safe loader cannot fill."""
     return {}
 
 
@@ -62,17 +65,24 @@ _CONTAINERS = [(_no_default, "collections.defaultdict"), (dict, "builtins.dict")
 
 
 def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dictionary in a file: .npz and .safetensors without PyTorch, anything else by PyTorch's safe loader.
+    """Read the state dictionary in a file.
 
-    Of a file with more in it, {"model", "epoch", "optimizer"} or {"state_dict", ...}, that of the model. The released
-    code saves its optimizers as objects: their names are known here, but nothing of them is made or run.
+    Files .npz and .safetensors are read without PyTorch, others by PyTorch's safe loader. If the file has more than the
+    weights, such as {"model", "epoch", "optimizer"} or {"state_dict", ...}, those of the model are returned. The
+    reference implementation saves optimizers as objects. Their names are allowed here, but their code is never run.
+
+    Args:
+      path: the file.
+
+    Returns:
+      {name: array}.
 
     Raises:
-      UserError: no such file; one that is damaged, holds no tensors or would run code; a package that is needed.
+      UserError: the file is missing, damaged, holds no tensors or would run code, or a package must be installed.
     """
     path = pathlib.Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"{path} does not exist: name a file of weights")
+        raise UserError("FILE_MISSING", f"expected a file of weights, got {path}, which does not exist")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -90,57 +100,93 @@ def read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         for name in ("model", "state_dict"):
             found = found.get(name, found) if isinstance(found, Mapping) else found
         if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-            raise UserError(f"{path} holds no state dictionary: names and their tensors")
+            raise UserError("WEIGHTS_INVALID", f"expected a dictionary of tensors in {path}, got another object")
         return {name: value.numpy() for name, value in found.items()}
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} was refused: it holds more than tensors, and loading it could run code") from error
-    except Exception as error:  # what a loader trips over in a damaged file is anything
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}: {error})") from error
+        raise UserError(
+            "WEIGHTS_UNSAFE",
+            f"expected only tensors in {path}, got other objects, and loading them could run code; save the state "
+            "dictionary alone",
+        ) from error
+    except Exception as error:  # a damaged file can make a loader raise anything
+        raise UserError(
+            "FILE_DAMAGED", f"expected a checkpoint in {path}, got a damaged file ({type(error).__name__}: {error})"
+        ) from error
 
 
-def _need(package):
+def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"reading this file needs {package}: pip install -e '.[torch]', or save it as .npz")
+        raise UserError(
+            "EXTRA_MISSING",
+            f"expected the package {package} to be installed to read this file; run pip install -e '.[torch]', or save "
+            "the file as .npz",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor of the checkpoint goes, or that it is not needed."""
+    """A tensor of a checkpoint and its place in the model.
+
+    Attributes:
+      key: its name in the checkpoint.
+      path: its "/"-joined path in the model's variables; "" if the model does not need it.
+      value: its value in Flax's order of axes.
+    """
 
     key: str
-    path: str | None
-    value: np.ndarray | None
+    path: str
+    value: np.ndarray
 
 
-def place(rules, key: str, value: np.ndarray, prefix: str = "", parent: str = "") -> Tensor | None:
-    """Where the tensor `key`, without `prefix`, goes below our `parent`; None where no rule knows it.
+def place(rules: Sequence[Rule], key: str, value: np.ndarray, prefix: str = "", parent: str = "") -> Tensor | None:
+    """Return a tensor with its place in the model.
+
+    Args:
+      rules: names of the checkpoint's modules and those of the model's layers.
+      key: name of the tensor.
+      value: its value.
+      prefix: what is removed from the beginning of the key.
+      parent: what is added to the beginning of the layer's name.
+
+    Returns:
+      The tensor; None if no rule matches its name.
 
     Raises:
-      UserError: it has not as many axes as such a tensor has.
+      UserError: the tensor has another number of axes than such tensors have.
     """
     module, _, leaf = key.removeprefix(prefix).rpartition(".")
     for pattern, name, kind in rules:
         found = re.fullmatch(pattern, module)
         if found and leaf in _LEAVES[kind]:
-            if _LEAVES[kind][leaf] is None:
-                return Tensor(key, None, None)
-            collection, ours, axes = _LEAVES[kind][leaf]
+            target = _LEAVES[kind][leaf]
+            if target is None:
+                return Tensor(key, "", value)
+            collection, ours, axes = target
             if value.ndim != len(axes):
-                raise UserError(f"{key} has the shape {value.shape}, and should have {len(axes)} axes")
+                raise UserError(
+                    "WEIGHTS_DIFFER", f"expected {key} to have {len(axes)} axes, got the shape {value.shape}"
+                )
             path = f"{collection}/{parent}{name.format(*found.groups())}/{ours}"
             return Tensor(key, path, np.ascontiguousarray(np.transpose(value, axes), np.float32))
     return None
 
 
 def backbone(tensors: Sequence[Tensor], parent: str = "") -> tuple[int, int]:
-    """(depth, width of the first stage) of the ResNet whose layers are below `parent`.
+    """Return (depth, width of the first stage) of a ResNet.
+
+    Args:
+      tensors: tensors of the checkpoint.
+      parent: beginning of the names of the ResNet's layers.
+
+    Returns:
+      (depth, width).
 
     Raises:
-      UserError: it is none of `resnet.STAGES`.
+      UserError: the ResNet is none of `resnet.STAGES`.
     """
-    prefix, leaves = f"params/{parent}", {tensor.path: tensor.value for tensor in tensors if tensor.path}
+    prefix, leaves = f"params/{parent}", {tensor.path: tensor.value for tensor in tensors}
     blocks = [0] * len(resnet.STRIDES)
     for path in leaves:
         found = re.fullmatch(prefix + r"layer(\d+)_(\d+)/conv1/kernel", path)
@@ -151,28 +197,36 @@ def backbone(tensors: Sequence[Tensor], parent: str = "") -> tuple[int, int]:
     depth = next((depth for depth, of in resnet.STAGES.items() if of == stages), None)
     if depth is None or first is None:
         kind = "bottlenecks" if stages[0] else "basic blocks"
-        raise UserError(f"a backbone of {blocks} {kind} is none of ResNet {', '.join(map(str, resnet.STAGES))}")
+        raise UserError(
+            "WEIGHTS_UNSUPPORTED",
+            f"expected a backbone of ResNet {', '.join(map(str, resnet.STAGES))}, got one of {blocks} {kind}",
+        )
     return depth, first.shape[-1]
 
 
-def variables(model, tensors: Sequence[Tensor], unknown: Sequence[str], what: str) -> dict:
-    """{"params", "batch_stats"} of `model` (a Flax module that takes images) from a state dictionary's tensors.
+def variables(model: nn.Module, tensors: Sequence[Tensor], unknown: Sequence[str], what: str) -> dict[str, Any]:
+    """Return the variables of a model from the tensors of a state dictionary.
 
     Args:
-      unknown: keys that no rule knew.
-      what: what the state dictionary should be of, for the error.
+      model: a module of images.
+      tensors: the tensors that a rule matched.
+      unknown: keys that no rule matched.
+      what: the network that the state dictionary should belong to, for the error.
+
+    Returns:
+      {"params", "batch_stats"}.
 
     Raises:
-      UserError: keys that are missing, left over or of another shape than the model's, with the first of them.
+      UserError: tensors are missing, unexpected, or of another shape; the first few are listed.
     """
     leaves = {tensor.path: tensor.value for tensor in tensors if tensor.path}
     sources = {tensor.path: tensor.key for tensor in tensors if tensor.path}
     expected = multitask.shapes(model)
     problems = {
-        "left over": list(unknown) + [sources[path] for path in leaves if path not in expected],
+        "unexpected": list(unknown) + [sources[path] for path in leaves if path not in expected],
         "missing": [path for path in expected if path not in leaves],
         "of another shape": [
-            f"{sources[path]} (gives {leaf.shape}, not {expected[path]})"
+            f"{sources[path]} ({leaf.shape} instead of {expected[path]})"
             for path, leaf in leaves.items()
             if path in expected and leaf.shape != expected[path]
         ],
@@ -183,6 +237,6 @@ def variables(model, tensors: Sequence[Tensor], unknown: Sequence[str], what: st
         if names
     ]
     if found:
-        raise UserError(f"this checkpoint is not of {what}: {'; '.join(found)}")
+        raise UserError("WEIGHTS_DIFFER", f"expected the weights of {what}, got {'; '.join(found)}")
     tree = traverse_util.unflatten_dict(leaves, sep="/")
     return {"params": tree["params"], "batch_stats": tree["batch_stats"]}

@@ -115,7 +115,7 @@ def _common(shapes, variables):
 @pytest.mark.parametrize(
     ("attach", "code", "naming", "also"),
     [
-        (("layer3_9/conv1", "layer4_0"), "OPTION_UNKNOWN_VALUE", "'layer3_9/conv1'", "layer3_"),
+        (("layer3_9/conv1", "layer4_0"), "OPTION_UNKNOWN_VALUE", "'layer3_9/conv1'", "layer3_5/conv1"),
         (("layer4_0/conv3", "layer4_0"), "OPTION_UNKNOWN_VALUE", "'layer4_0/conv3'", "ResNet-50"),
         (("layer4_0",), "OPTION_CONFLICT", "model.attach=('layer4_0',)", "(depth, edge)"),
     ],

@@ -1,4 +1,4 @@
-"""ImageNet weights as a start, against torchvision and timm themselves (imagenet_reference.py)."""
+"""ImageNet weights as initial weights, against torchvision and timm themselves (imagenet_reference.py)."""
 
 import pathlib
 
@@ -8,15 +8,14 @@ import pytest
 
 from mtl_sparse.models import multitask, resnet
 from mtl_sparse.pretrained import imagenet
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
-from tests.conftest import tiny
+from tests.conftest import raises, tiny
 from tests.pretrained.reference_test import images, weights_of
 
 PATH = pathlib.Path(__file__).parents[1] / "data" / "imagenet_reference.npz"
 SIZES = ((64, 64), (43, 53))
-EVERY = 32  # of the features' channels that are stored, one in so many
+EVERY = 32  # one in so many of the features' channels is stored
 REFERENCE = dict(np.load(PATH)) if PATH.exists() else {}
 KINDS = {"resnet18": "7x7", "resnet50": "7x7", "resnet18d": "resnet_d", "resnet50d": "resnet_d"}
 
@@ -40,7 +39,7 @@ def test_features_are_those_of_torchvision_and_timm(network):
 
 @pytest.mark.parametrize(
     ("stem", "depth", "parameters"),
-    # torchvision's resnet18, 50 and 101, and timm's resnet50d, have so many without their layer of 1000 classes.
+    # As torchvision's resnet18, 50 and 101 and timm's resnet50d have without their layer of 1000 classes.
     [("7x7", 18, 11_176_512), ("7x7", 50, 23_508_032), ("7x7", 101, 42_500_160), ("resnet_d", 50, 23_527_264)],
 )
 def test_backbones_have_the_published_size(stem, depth, parameters):
@@ -50,7 +49,7 @@ def test_backbones_have_the_published_size(stem, depth, parameters):
 
 
 def test_a_run_starts_from_a_file(rooms, tmp_path):
-    """The backbone, as far as it is built, has the file's weights, the heads their own, and the optimizer none yet."""
+    """The backbone, up to its last layer, has the file's weights; the heads and the optimizer start as without it."""
     np.savez(tmp_path / "resnet18.npz", **weights_of("resnet18", REFERENCE))
     config = tiny(rooms)
     config.model.update(depth=18, width=64, stem="7x7", attach=("layer2_1/conv1",) * len(config.tasks))
@@ -77,21 +76,23 @@ def test_weights_that_do_not_fit(rooms, tmp_path):
     state = weights_of("resnet18", REFERENCE)
     np.savez(tmp_path / "resnet18.npz", **state)
     model = multitask.MultiTaskModel((("depth", "deeplab", 1),), depth=50, stem="7x7")
-    with pytest.raises(
-        UserError, match=r"resnet18.npz has model.depth=18, this config 50: set --config.model.depth=18"
-    ):
+    with raises("OPTION_CONFLICT", naming="resnet18.npz") as caught:
         imagenet.start(tmp_path / "resnet18.npz", model, {})
-    with pytest.raises(UserError, match="has model.stem=7x7, this config deep: set --config.model.stem=7x7"):
+    assert "--config.model.depth=18" in str(caught.value) and "model.depth=50" in str(caught.value)
+    with raises("OPTION_CONFLICT", naming="--config.model.stem=7x7") as caught:
         imagenet.start(tmp_path / "resnet18.npz", model.clone(depth=18, stem="deep"), {})
-    with pytest.raises(UserError, match="1 left over: conv1.bias"):
+    assert "model.stem=deep" in str(caught.value)
+    with raises("WEIGHTS_DIFFER", naming="1 unexpected: conv1.bias"):
         imagenet.from_state_dict({**state, "conv1.bias": np.zeros(64)})
-    with pytest.raises(UserError, match="not of a ResNet-18 of torchvision or timm: 1 missing: params/stem_bn1/scale$"):
+    with raises("WEIGHTS_DIFFER", naming="1 missing: params/stem_bn1/scale") as caught:
         imagenet.from_state_dict({name: value for name, value in state.items() if name != "bn1.weight"})
-    with pytest.raises(UserError, match=r"a backbone of \[0, 0, 0, 0\] basic blocks is none of ResNet"):
+    assert "ResNet-18 of torchvision or timm" in str(caught.value) and ";" not in str(caught.value)
+    with raises("WEIGHTS_UNSUPPORTED", naming="[0, 0, 0, 0] basic blocks"):
         imagenet.from_state_dict({"features.0.weight": np.zeros((1, 1, 1, 1))})
-    with pytest.raises(UserError, match="released multi-task code: make a run of it with --job=import"):
+    with raises("WEIGHTS_UNSUPPORTED", naming="--job=import"):
         imagenet.from_state_dict({"backbone.stem1.0.weight": np.zeros((1, 1, 1, 1))})
     config = tiny(rooms)
     config.model.stem = "9x9"
-    with pytest.raises(UserError, match="unknown model.stem='9x9'; the stems are deep, 7x7, resnet_d"):
+    with raises("OPTION_UNKNOWN_VALUE", naming="model.stem=9x9") as caught:
         setup_lib.setup(config)
+    assert "deep, 7x7, resnet_d" in str(caught.value)
