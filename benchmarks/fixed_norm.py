@@ -51,9 +51,9 @@ def make_probe(run):
     @jax.jit
     def probe(state, initial_norms):
         params = groups.by_path(state.params["model"])
-        inner = state.opt_state.inner_state
-        momentum = groups.by_path(optax.tree.get(inner.adam, "mu")["model"])
-        correction = 1 - run.config.optimizer.b1 ** inner.count.astype(jnp.float32)
+        proximal = state.opt_state.inner_state
+        momentum = groups.by_path(optax.tree.get(proximal.inner, "mu")["model"])
+        correction = 1 - run.config.optimizer.b1 ** proximal.count.astype(jnp.float32)
         zero, gradient, norms = [], [], []
         for kernel in kernels:
             zero.append(stats.zero_groups(params[kernel.path], kernel.axis))
