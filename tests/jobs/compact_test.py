@@ -27,7 +27,7 @@ README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def compacted(sparse_run, tmp_path_factory):
-    """(config, folder of a run, its compact run's folder, what was printed)."""
+    """Return (config, folder of a run, its compact run's folder)."""
     config, original = sparse_run
     folder = shutil.copytree(original, tmp_path_factory.mktemp("compact") / "run")
     return config, folder, compact_job.run_job(config, folder)
@@ -42,7 +42,7 @@ def test_the_compact_run_has_the_runs_test_metrics(compacted):
     rows = json.loads((small / "compact.json").read_text())
     assert [schema.CompactLayer.from_json(row).to_json() for row in rows] == rows
     trained, compact = expected["size"]["trained"], expected["size"]["compact"]
-    assert found["size"] == {"trained": compact, "compact": compact}, "a run says what compaction will leave of it"
+    assert found["size"] == {"trained": compact, "compact": compact}, "results have the size of the compact model"
     assert compact["parameters"] < trained["parameters"]
     assert compact["macs"] == sum(row["macs_after"] for row in rows) and trained["macs"] == sum(r["macs"] for r in rows)
     assert sum(row["zero"] for row in rows if row["layer"].startswith("backbone")) == sum(
@@ -67,7 +67,7 @@ def test_the_compact_run_is_an_ordinary_run(compacted):
     assert run_config.get_config(str(again)).model.widths == config.model.widths, "there is nothing left to remove"
     steps = (small / "metrics.jsonl").read_text()
     train.train(config, small)
-    assert (small / "metrics.jsonl").read_text() == steps, "training is over: it only reports again"
+    assert (small / "metrics.jsonl").read_text() == steps, "training has ended: only the report is written again"
 
 
 def test_the_readmes_way_to_load_it(compacted, tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_training_starts_from_the_compact_model(compacted):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_the_compact_model(compacted, tmp_path):
+def test_training_continues_from_the_compact_model(compacted, tmp_path):
     _, _, small = compacted
     config = run_config.get_config(str(small))
     config.train.epochs = 1
@@ -109,7 +109,7 @@ def test_training_goes_on_from_the_compact_model(compacted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_without_zeros_says_so_and_stays(rooms, tmp_path, caplog, capsys):
+def test_a_run_without_zeros_is_reported_and_keeps_its_size(rooms, tmp_path, caplog, capsys):
     config = tiny(rooms)
     config.tasks = ("depth",)
     config.sparsity.lambda_ = 0.0
@@ -163,7 +163,7 @@ def test_a_compaction_that_fails_keeps_the_last_one(compacted, monkeypatch):
     assert not (folder / "compact.old").exists()
 
 
-def test_two_compactions_do_not_meet(compacted):
+def test_two_compactions_at_once_are_refused(compacted):
     config, folder, small = compacted
     with folder_lib.held(folder), raises("FOLDER_IN_USE", naming=str(folder)):
         compact_job.run_job(config, folder)
@@ -201,7 +201,7 @@ def explained(model, variables, **options):
     return {row["layer"]: row for row in explain.explain(model, variables, small, small_variables, (32, 48))}
 
 
-def test_the_table_says_why():
+def test_the_table_gives_the_reason():
     dead = ["layer3_2/conv2", "layer4_1/conv1"]
     model, variables = multitask_test.with_zeros(50, 1, 0.3, dead=dead)
     rows = explained(model, variables, multiple=4)

@@ -24,7 +24,7 @@ def run(sparse_run, tmp_path):
 
 
 def consumed(kind, folder):
-    """{task: (shape, mean)} that the script of docs/export.md prints where this package cannot be imported."""
+    """Return task -> (shape, mean) that the script of docs/export.md prints where this package cannot be imported."""
     (script,) = re.findall(rf"<!-- {kind} -->\n```python\n(.*?)```", DOCS, re.S)
     block = "import sys; sys.modules.update(mtl_sparse=None, flax=None, input_pipeline=None)\n"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
@@ -36,7 +36,7 @@ def consumed(kind, folder):
 
 
 def expected(kind, config, folder):
-    """What the script should print: the run's own model on the same images."""
+    """Return the outputs of the run's own model on the same images."""
     model, variables = setup_lib.load_model(folder, config)
     about = json.loads((folder / "export" / f"model.{kind}.json").read_text())
     rgb = np.random.default_rng(0).integers(0, 256, (2, *about["input"]["shape"][1:]), np.uint8)

@@ -17,7 +17,7 @@ LAYERS = ("stem_conv1", "layer1_0/conv1", "layer1_0/conv2", "layer1_0/conv3", "l
 
 
 def write_single(folder, task, seed, depth_of, lambda_=1e-5):
-    """A finished single-task run in which the layers up to `depth_of` have 3 of 100 groups left, the others one."""
+    """Write a single-task run in which the layers up to `depth_of` have 3 of 100 groups left, the others one."""
     values = {"segmentation": {"iou": 0.3}, "depth": {"mae": 0.1}, "normals": {"cs": 0.8}}[task]
     write_run(folder, (task,), lambda_, seed, group=0.5, **values)
     results = json.loads((folder / "results.json").read_text())
@@ -37,7 +37,7 @@ DEEPEST = {"segmentation": "layer4_2/conv3", "depth": "layer3_3/conv1", "normals
 
 @pytest.fixture
 def singles(tmp_path):
-    """Folders of two runs of each task; each second run keeps one layer more."""
+    """Return folders of two runs of each task; each second run keeps one more layer."""
     folders = []
     for task, layer in DEEPEST.items():
         more = LAYERS[min(LAYERS.index(layer) + 1, len(LAYERS) - 1)]
@@ -46,7 +46,7 @@ def singles(tmp_path):
 
 
 def test_the_rule_by_hand():
-    """More than 1 % of the groups in all runs, the deepest such layer; the vote of fewer runs reaches deeper."""
+    """The deepest layer with more than 1 % of the groups in all runs; the vote of fewer runs is deeper."""
     runs = [
         {"stem_conv1": 1.0, "layer1_0/conv1": 0.5, "layer2_0/conv1": 0.02, "layer3_0/conv1": 0.3},
         {"stem_conv1": 1.0, "layer1_0/conv1": 0.005, "layer2_0/conv1": 0.011, "layer3_0/conv1": 0.01},
@@ -63,7 +63,7 @@ def test_the_rule_by_hand():
 def test_where_a_layers_output_is_read():
     assert lomt.point_of("layer3_3/conv1", 50) == "layer3_3/conv1"
     assert lomt.point_of("layer3_3/conv2", 50) == "layer3_3/conv2"
-    assert lomt.point_of("layer3_3/conv3", 50) == "layer3_3", "behind the sum with the shortcut"
+    assert lomt.point_of("layer3_3/conv3", 50) == "layer3_3", "after the sum with the shortcut"
     assert lomt.point_of("layer3_1/conv2", 18) == "layer3_1", "a basic block's last"
     assert lomt.point_of("layer2_0/downsample_conv", 50) == "layer2_0"
     assert lomt.point_of("stem_conv2", 50) == "stem"
@@ -86,7 +86,7 @@ def test_the_job_writes_the_choice_and_trains_with_it_and_without(singles, tmp_p
     config, workdir, swept = nyu.get_config(), tmp_path / "lomt", []
 
     def run_job(config, folder, settings, options):
-        """In place of training: what every trial would come to."""
+        """Write the results of each trial instead of training it."""
         swept.append((pathlib.Path(folder).name, settings))
         trials = sweep.make_trials(config, settings)
         for i, trial in enumerate(trials):

@@ -28,7 +28,7 @@ NAMES = ["lambda_=0.0__seed=0", "lambda_=0.0__seed=1", "lambda_=0.0001__seed=0",
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Names of the trials that were run; in place of training, results.json is written, or failed.txt for `fails`."""
+    """Return the trials that were run; instead of training, write results.json, or failed.txt for those in `fails`."""
     names, fails = [], set()
     lock = threading.Lock()
 
@@ -90,7 +90,7 @@ def test_shards_divide_the_trials(config, tmp_path, trained):
     assert sorted(trained.names) == sorted(NAMES)
 
 
-def test_shards_that_start_at_once_do_not_meet(tmp_path):
+def test_shards_that_start_at_once_do_not_conflict(tmp_path):
     """Each process writes the sweep's list at its own time."""
     value = {"trials": list(range(20_000))}
     script = "import pathlib, sys; from mtl_sparse.runtime import files; "
@@ -111,14 +111,14 @@ def test_a_later_trials_attachment_points_are_checked_before_any_run(config, tmp
 
 
 def written_before(folder, trials):
-    """The folder of a sweep of an earlier version, which separated options by commas; returns its names."""
+    """Write sweep.json of an earlier version, which separated options by commas; return the trials' names."""
     names = [",".join(f"{path.rpartition('.')[2]}={value}" for path, value in one.items()) for one in trials]
     (folder / "sweep.json").write_text(json.dumps({"trials": dict(zip(names, trials, strict=True))}))
     return names
 
 
 def test_a_sweep_of_an_earlier_version_is_resumed_by_its_names(config, tmp_path, trained):
-    """Its finished run stays; the others are run in the folders that its sweep.json lists, which stays as it is."""
+    """The finished run is kept; the others run in the folders that sweep.json lists, which does not change."""
     names = written_before(tmp_path, LAMBDAS)
     before = (tmp_path / "sweep.json").read_text()
     assert names[0] == "lambda_=0.0,seed=0"
@@ -301,7 +301,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs(config, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == handler and not list(tmp_path.glob("*/failed.txt"))
 
 
-def test_a_cluster_that_is_not_known_is_named(config, tmp_path, trained):
+def test_an_unknown_cluster_is_named(config, tmp_path, trained):
     with raises("OPTION_UNKNOWN_VALUE", naming="--cluster='pbs'"):
         run(config, tmp_path, cluster="pbs")
     with raises("OPTION_UNKNOWN_VALUE", naming="--cluster_settings={'colour': 'red'}"):
@@ -445,7 +445,7 @@ def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path,
     assert timed[3:] == [(NAMES[2], 1e-4, 3)]
     config.benchmark.batch_sizes = (2,)
     sweep.benchmark_job(config, tmp_path)
-    assert len(timed) == 7, "other batches are timed anew"
+    assert len(timed) == 7, "other batch sizes are timed again"
     config.compact.multiple = 1
     sweep.benchmark_job(config, tmp_path)
     assert len(timed) == 10, "and so are other compact models"

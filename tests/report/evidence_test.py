@@ -1,4 +1,4 @@
-"""docs/results.md says what the results that are kept under docs/results say."""
+"""The figures in docs/results.md are those of the results in docs/results."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ def read(*names):
 
 
 def early():
-    """The runs whose penalty acts from the first step."""
+    """Return the runs whose penalty acts from the first step."""
     return read(*(f"early/{folder.name}" for folder in sorted((RESULTS / "early").iterdir())))
 
 
 def row(found, **settings):
-    """The one row on all three tasks with these settings of sparsity."""
+    """Return the one row on all three tasks with these options of sparsity."""
     rows = [row for row in found.rows if len(row.tasks) == 3 and not row.config["optimizer"]["l2"]]
     (one,) = [row for row in rows if all(row.config["sparsity"][name] == value for name, value in settings.items())]
     return one
@@ -40,11 +40,11 @@ NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 def of_seeds(row, seeds):
-    """The row with its runs of these seeds alone."""
+    """Return the row with its runs of these seeds only."""
     return dataclasses.replace(row, runs={seed: run for seed, run in row.runs.items() if seed in seeds})
 
 
-# What configs/nyu_cpu.py said when the runs were made, where it says it by another option now or differs.
+# Options of configs/nyu_cpu.py when the runs were made, where they differ now.
 AS_RECORDED = {
     "data.split": "",
     "sparsity.keep_connected": False,
@@ -56,7 +56,7 @@ AS_RECORDED = {
 
 
 def acting(settings):
-    """A trial's settings without those that say, in steps or as a fraction, that the penalty starts at once."""
+    """Return a trial's options without those that start the penalty at once, in steps or as a fraction."""
     at_once = ("sparsity.start_at", "sparsity.start_step", "sparsity.warmup", "sparsity.warmup_steps")
     return json.loads(json.dumps({name: value for name, value in settings.items() if value or name not in at_once}))
 
@@ -83,7 +83,7 @@ def test_every_table_follows_from_the_results(names, make):
 
 
 def test_the_results_are_those_of_the_sweep(tmp_path):
-    """Each under its trial's name, with its trial's settings, on the published split."""
+    """Each has its trial's name and options, and the published split."""
     trials = sweeps.trials("evidence:cpu")
     listed = schema.Sweep.read(RESULTS / "evidence" / "sweep.json").trials
     assert [acting(settings) for settings in listed.values()] == [acting(settings) for settings in trials]
@@ -98,7 +98,7 @@ def test_the_results_are_those_of_the_sweep(tmp_path):
         assert results.frames == {"train": 715, "validation": 80, "test": 654}
 
 
-def test_what_the_text_says_of_target_07():
+def test_the_text_on_target_07():
     found = read("evidence")
     gain, t70 = study.compare_gain(row(found, **T70), row(found, **DENSE)), row(found, **T70)
     assert f"Δm of {gain.mean:+.2f} % (95 % interval {gain.low:+.2f} to {gain.high:+.2f})" in TEXT
@@ -108,19 +108,19 @@ def test_what_the_text_says_of_target_07():
     assert f"{100 * zero.mean:.1f} % of the backbone's groups zero" in TEXT
     assert all(abs(run.sparsity.group - 0.7) < 0.01 for run in t70.runs.values())
     for run in t70.runs.values():
-        left = {stage: 1 - share(run, stage) for stage in ("stem", "layer1", "layer4")}
+        left = {stage: 1 - zero_fraction(run, stage) for stage in ("stem", "layer1", "layer4")}
         assert left["stem"] == 1 and left["layer1"] > 0.97 and round(100 * left["layer4"]) in (6, 7, 8)
 
 
-def test_what_the_text_says_of_groups_weighted_alike():
+def test_the_text_on_groups_weighted_alike():
     (alike,) = read("pilot/none").rows
     (run,) = alike.runs.values()
-    left = {stage: 1 - share(run, stage) for stage in ("layer1", "layer4")}
+    left = {stage: 1 - zero_fraction(run, stage) for stage in ("layer1", "layer4")}
     assert f"{100 * left['layer4']:.0f} % of the last stage stay and {100 * left['layer1']:.0f} % of the first" in TEXT
     assert alike.config["sparsity"]["group_weights"] == "none"
 
 
-def test_what_the_text_says_of_other_targets():
+def test_the_text_on_other_targets():
     found = read("evidence")
     half, most = (row(found, target=target, debias_at=0.0, penalty="group_lasso") for target in (0.5, 0.9))
     gains = [study.compare_gain(one, row(found, **DENSE)) for one in (half, most)]
@@ -135,7 +135,7 @@ def said(gain):
     return f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})"
 
 
-def test_what_the_text_says_of_the_last_phase():
+def test_the_text_on_the_debiasing_phase():
     found = read("evidence")
     gains = {t: study.compare_gain(row(found, target=t, debias_at=0.85), row(found, **DENSE)) for t in (0.5, 0.7, 0.9)}
     text = ", ".join(f"{said(gain)} at target {target}" for target, gain in gains.items())
@@ -146,7 +146,7 @@ def test_what_the_text_says_of_the_last_phase():
         assert change.low < 0 < change.high, target
 
 
-def test_what_the_text_says_of_l1():
+def test_the_text_on_l1():
     found = read("evidence")
     l1, t70 = row(found, penalty="l1"), row(found, **T70)
     assert f"With {100 * l1.sparsity('parameter').mean:.0f} % of the weights zero" in TEXT
@@ -155,7 +155,7 @@ def test_what_the_text_says_of_l1():
     assert f"its Δm over dense is {said(study.compare_gain(l1, row(found, **DENSE)))}" in TEXT
 
 
-def test_what_the_text_says_of_lambda_as_published():
+def test_the_text_on_lambda_as_published():
     found = read("evidence")
     for lambda_ in (1e-6, 1e-5):
         published_form = row(found, lambda_=lambda_, bias_correction=False)
@@ -166,13 +166,13 @@ def test_what_the_text_says_of_lambda_as_published():
     assert f"than dense (p {gain.p:.3f}, one of" in TEXT and gain.low > 0
 
 
-def share(run, stage):
-    """Fraction of a stage's groups that are zero."""
+def zero_fraction(run, stage):
+    """Return the fraction of a stage's groups that are zero."""
     layers = [layer for layer in run.sparsity.layers if layer.path.startswith(f"backbone/{stage}_")]
     return sum(layer.zero_groups for layer in layers) / sum(layer.groups for layer in layers)
 
 
-def test_what_the_text_says_of_the_compact_models():
+def test_the_text_on_the_compact_models():
     found, differences = read("evidence"), []
     for one in found.rows:
         for seed, folder in one.folders.items():
@@ -187,7 +187,7 @@ def test_what_the_text_says_of_the_compact_models():
     assert f"its backbone is {one} times as fast at batch 1, {eight} times at batch 8" in TEXT
 
 
-def test_what_the_text_says_of_both_dense_models_and_of_the_paper():
+def test_the_text_on_both_dense_models_and_of_the_paper():
     found = read("evidence")
     (paper,) = [row for row in found.rows if row.config["optimizer"]["l2"] and len(row.tasks) == 3]
     for base, ours in ((row(found, **DENSE), paper), (paper, row(found, **T70))):
@@ -207,7 +207,7 @@ def test_what_the_text_says_of_both_dense_models_and_of_the_paper():
         assert f"| paper, λ = {lambda_} | {' | '.join(cells)} |".replace("|  |", "| |") in TEXT
 
 
-def test_what_the_text_says_of_when_the_penalty_starts():
+def test_the_text_on_when_the_penalty_starts():
     late, soon = row(read("evidence"), **T70), row(early(), **T70)
     gain = study.compare_gain(late, soon)
     assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f})" in TEXT
@@ -230,7 +230,7 @@ def test_what_the_text_says_of_when_the_penalty_starts():
         }
 
 
-def test_what_the_text_says_of_single_tasks():
+def test_the_text_on_single_tasks():
     found = read("evidence")
     dense, t70 = (found.gain(row(found, **settings)).mean for settings in (DENSE, T70))
     assert f"dense by {dense:.1f} %, at target 0.7 by {t70:.1f} %" in TEXT
@@ -241,7 +241,7 @@ def test_what_the_text_says_of_single_tasks():
     assert level.low < 0 < level.high
 
 
-def test_what_the_text_says_of_held_norms():
+def test_the_text_on_fixed_norms():
     found = read("evidence")
     gain = study.compare_gain(row(found, lambda_=sweeps.NORMS_HELD), row(found, **DENSE))
     assert f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f}) over dense, {NUMBERS[gain.n]} seeds." in TEXT

@@ -39,7 +39,7 @@ RESULTS = {
 
 
 def results(**sparsity):
-    """The results above, with other values of their sparsity."""
+    """Return the results above with other values in their sparsity."""
     found = Results.from_json(RESULTS)
     return dataclasses.replace(found, sparsity=dataclasses.replace(found.sparsity, **sparsity))
 
@@ -55,7 +55,7 @@ def test_run_table_has_each_metric_beside_the_constant_baseline():
     )
 
 
-def test_a_target_is_named_beside_what_was_reached():
+def test_the_target_stands_beside_the_sparsity():
     asked = results(target=0.52, dead_blocks=("backbone/layer1_0",)).sparsity
     sentence = tables.sparsity_sentences(asked)
     assert "50.0 % of groups zero (target 52.0 %), 75.0 %" in sentence
@@ -127,7 +127,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["wall", "floor", "class 2"]
 
 
-def test_a_torn_file_of_samples_is_named(tmp_path):
+def test_a_truncated_file_of_samples_is_named(tmp_path):
     records.write_samples(tmp_path, images=np.zeros((1, 2, 2, 3), np.uint8), names=["0001"], labels={}, predictions={})
     whole = (tmp_path / "samples.npz").read_bytes()
     (tmp_path / "samples.npz").write_bytes(whole[: len(whole) // 2])
@@ -164,7 +164,7 @@ def test_attributes_are_written_beside_their_image(tmp_path):
     assert figure.axes[3].get_title() == "attributes (red: wrong)"
 
 
-def test_the_sheet_has_room_for_all_forty_attributes(tmp_path):
+def test_the_sample_grid_has_room_for_all_forty_attributes(tmp_path):
     names = [f"attribute:Of_This_Name_{i}" for i in range(40)]
     records.write_samples(
         tmp_path,
@@ -181,7 +181,7 @@ def test_the_sheet_has_room_for_all_forty_attributes(tmp_path):
     overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     assert not overlaps
     assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)
-    assert min(box.y0 for box in boxes) > image.y0 - 2, "nothing runs into the next row"
+    assert min(box.y0 for box in boxes) > image.y0 - 2, "no text overlaps the next row"
 
 
 def test_class_colors_can_be_told_apart():

@@ -1,4 +1,4 @@
-"""The statistics of the tables against figures worked out by hand, and against scipy's own tests."""
+"""The statistics of the tables against figures computed by hand, and against scipy's tests."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ LAYERS = [
 
 
 def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", **values):
-    """A finished run's folder with these test metrics: iou, cs, mae."""
+    """Write a finished run with these test metrics: iou, cs, mae; return its folder."""
     config = nyu.get_config()
     config.tasks, config.seed, config.sparsity.lambda_, config.data.name = tasks, seed, lambda_, name
     names = {"iou": "segmentation/image_iou_stride8", "cs": "normals/cosine"}
@@ -56,7 +56,7 @@ SPARSE_MAE, DENSE_MAE = [0.130, 0.128, 0.135], [0.140, 0.131, 0.150]
 
 @pytest.fixture
 def folders(tmp_path):
-    """Dense and sparse on two tasks, three seeds each, and their dense single-task runs, two seeds each."""
+    """Return dense and sparse runs on two tasks, three seeds each, and their dense single-task runs, two seeds each."""
     made = []
     for seed in range(3):
         sparse = {"iou": SPARSE_IOU[seed], "mae": SPARSE_MAE[seed], "group": 0.66}
@@ -74,13 +74,13 @@ def row(found, tasks, lambda_):
     return one
 
 
-def test_rows_are_runs_that_differ_in_their_seed_alone(folders):
+def test_rows_are_runs_that_differ_in_their_seed_only(folders):
     found = study.read(folders)
     assert len(found.rows) == 4 and sorted(len(row.runs) for row in found.rows) == [2, 2, 3, 3]
     assert set(found.rows[0].settings) == {"tasks", "sparsity.lambda_"}
 
 
-def test_many_settings_are_told_by_what_they_change(tmp_path):
+def test_rows_of_many_options_are_named_by_their_changes(tmp_path):
     made = []
     for seed in range(2):
         made.append(write_run(tmp_path / f"first{seed}", BOTH, 1e-5, seed, iou=0.3 + 0.01 * seed, mae=0.13))
@@ -119,22 +119,24 @@ def test_many_settings_are_told_by_what_they_change(tmp_path):
     (sparse / "results.json").write_text(json.dumps(results | {"seed": 0}))
     dense_first = study.read([made[1], sparse, made[0]])
     assert {cells[1] for cells in study_tables.against_dense(dense_first)[1:]} == {"lambda 1e-05"}
-    assert len(study_tables.against_first(dense_first)) == 1 + 3, "the row that has its dense one is not there again"
+    assert len(study_tables.against_first(dense_first)) == 1 + 3, (
+        "the row that is compared with its dense row is left out"
+    )
     few = study.read([made[0], write_run(tmp_path / "few", BOTH, 1e-4, 0, iou=0.3, mae=0.1)])
     assert study_tables.summary(few)[0][:2] == ("tasks", "lambda") and len(study_tables.against_first(few)) == 1
 
 
-def test_mean_and_spread_by_hand(folders):
+def test_mean_and_standard_deviation_by_hand(folders):
     figure = row(study.read(folders), BOTH, 1e-5).figure("segmentation")
     mean = (0.33 + 0.36 + 0.35) / 3
     assert figure.mean == pytest.approx(mean)
     assert figure.std == pytest.approx((((0.33 - mean) ** 2 + (0.36 - mean) ** 2 + (0.35 - mean) ** 2) / 2) ** 0.5)
     assert study_tables.spread(figure) == "0.3467 ± 0.0153"
-    assert study_tables.spread(study.Figure.of([0.5])) == "0.5000", "one seed has no spread"
+    assert study_tables.spread(study.Figure.of([0.5])) == "0.5000", "one seed has no standard deviation"
 
 
 def test_gain_over_single_tasks_by_hand(folders):
-    """Singles: IoU 0.32, MAE 0.16. The gain of each seed is the mean of both relative gains; less MAE is better."""
+    """Singles: IoU 0.32, MAE 0.16. The gain of each seed is the mean of both relative gains; lower MAE is better."""
     found = study.read(folders)
     by_seed = [
         100 * ((iou - 0.32) / 0.32 - (mae - 0.16) / 0.16) / 2 for iou, mae in zip(SPARSE_IOU, SPARSE_MAE, strict=True)
@@ -157,7 +159,7 @@ def test_sparse_is_paired_with_dense_by_seed(folders):
     assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
     assert difference.p == pytest.approx(exact.pvalue) and difference.n == 3
     unpaired = stats.ttest_ind(SPARSE_IOU, DENSE_IOU).pvalue
-    assert difference.p < unpaired / 2, "pairing takes the seeds' own spread out"
+    assert difference.p < unpaired / 2, "pairing removes the variation between seeds"
 
 
 def test_gain_over_dense_is_paired_by_seed(folders):
@@ -170,8 +172,8 @@ def test_gain_over_dense_is_paired_by_seed(folders):
     assert (gain.mean, gain.low, gain.high) == pytest.approx((np.mean(by_hand), interval.low, interval.high))
 
 
-def test_a_sparse_row_finds_its_dense_one_whatever_its_penalty_is(folders, tmp_path):
-    """What sparsity.* says means nothing without a penalty; what the optimizer is does."""
+def test_a_sparse_row_has_a_dense_row_whatever_its_penalty_is(folders, tmp_path):
+    """Options of sparsity.* have no effect without a penalty; those of the optimizer have one."""
     made = []
     for name, group, settings in (("debias", "sparsity", {"debias_at": 0.85}), ("l2", "optimizer", {"l2": 0.01})):
         made.append(write_run(tmp_path / name, BOTH, 1e-5, 0, iou=0.3, mae=0.1))
@@ -202,7 +204,7 @@ def test_the_table_has_the_papers_form_and_figures(folders):
     assert better == {"segmentation IoU": "sparse", "depth MAE": "neither", "Δm %": "neither"}, "p .04, .10, .06"
 
 
-def test_less_error_is_better_and_one_seed_tells_nothing(folders, tmp_path):
+def test_lower_error_is_better_and_one_seed_is_not_enough(folders, tmp_path):
     more = [
         write_run(tmp_path / f"more{seed}", BOTH, 1e-6, seed, iou=DENSE_IOU[seed], mae=DENSE_MAE[seed] - less)
         for seed, less in enumerate((0.040, 0.036, 0.038))
@@ -263,8 +265,8 @@ def test_latency_against_sparsity_is_that_of_the_timed_runs(folders):
     ], "8 MACs, and 2 and 4 of the compact ones"
 
 
-def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders):
-    """Runs made before heads could be attached, before benchmarks knew sizes, and before results had them."""
+def test_an_option_that_a_run_lacks_has_no_effect_in_it(folders):
+    """Runs made before heads could be attached, and before results had sizes."""
     for folder in folders[::2]:
         results = json.loads((folder / "results.json").read_text())
         del results["config"]["model"]["attach"], results["config"]["lomt"], results["size"]
@@ -272,7 +274,7 @@ def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders)
         (folder / "results.json").write_text(json.dumps(results))
     found = study.read(folders)
     assert len(found.rows) == 4 and set(found.rows[0].settings) == {"tasks", "sparsity.lambda_"}
-    assert study_tables.summary(found)[1][6] == "", "no size where a run does not tell one"
+    assert study_tables.summary(found)[1][6] == "", "no size if a run has none"
     config = nyu.get_config()
     config.tasks, config.sparsity.lambda_ = BOTH, 1e-5
     stored = json.loads((folders[0] / "config.json").read_text())
@@ -289,7 +291,7 @@ def test_a_run_from_before_a_setting_counts_as_one_that_does_not_use_it(folders)
 
 
 def attached(folder, seed, **values):
-    """A run whose heads read elsewhere."""
+    """Write a run with attachment points."""
     write_run(folder, BOTH, 1e-5, seed, **values)
     results = json.loads((folder / "results.json").read_text())
     results["config"]["model"]["attach"] = ["layer4_0", "layer3_3/conv1"]
@@ -314,8 +316,8 @@ def test_lomt_against_plain_with_its_own_gain(folders, tmp_path):
     assert len(study_tables.against_plain(study.read(folders))) == 1, "none: the head alone"
 
 
-def test_pictures_of_l1_show_zero_weights(tmp_path):
-    """A run with l1 has zero weights where others have zero groups, in its records and in the pictures."""
+def test_plots_of_l1_show_zero_weights(tmp_path):
+    """Plots show the zero weights of runs with l1, and the zero groups of others."""
     folder = write_run(tmp_path / "l1", ("depth",), 1e-5, 0, mae=0.1, group=0.0)
     results = json.loads((folder / "results.json").read_text())
     results["sparsity"]["weight"] = 0.7
@@ -383,7 +385,7 @@ PAPER_3 = """
 
 
 def paper_rows():
-    """(key in published.TABLES, the numbers of the row) of each row of the three tables."""
+    """Return (key in published.TABLES, the numbers) of each row of the three tables."""
     celeb = [("segmentation",), ("attribute:Male",), ("attribute:Smiling",)]
     celeb += [celeb[0] + celeb[1], celeb[1] + celeb[2], celeb[0] + celeb[1] + celeb[2]]
     settings = [("nyud_mt", tasks, "group_lasso", lambda_) for tasks in sweeps.TABLE1 for lambda_ in (0.0, 1e-6, 1e-5)]
@@ -404,7 +406,7 @@ def test_every_published_figure_is_the_papers():
         assert (found.group, found.parameter) == pytest.approx((group / 100, parameter / 100)), (tasks, lambda_)
 
 
-def test_published_figures_are_for_runs_of_the_papers_settings():
+def test_published_figures_are_for_runs_with_the_papers_options():
     """On the real data, of its size and backbone, at a fixed lambda."""
     config = json.loads(nyu.get_config().to_json())
     found = published.lookup(config)
@@ -479,8 +481,8 @@ def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
     assert [len(axis.images) for axis in axes[2]] == [0, 0, 1, 1], "a single task's row has no other predictions"
 
 
-def test_what_does_nothing_without_a_penalty_tells_no_dense_run_from_another(folders):
-    """The rest of `sparsity`: neither to the folder's check nor in what a row is said to change."""
+def test_options_without_effect_do_not_distinguish_dense_runs(folders):
+    """Other options of `sparsity`, in the check of the folder and in the changes of a row."""
     config = nyu.get_config()
     config.tasks = BOTH
     for lambda_, folder in ((1e-5, folders[0]), (0.0, folders[1])):
