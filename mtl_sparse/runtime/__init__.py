@@ -1,1 +1,1 @@
-"""What every layer may use: errors, files, processes, log output, compile cache, CPU settings."""
+"""What every layer may use: errors, files, processes, log output, compile cache, CPU options."""

@@ -1,8 +1,9 @@
-"""JAX's compile cache, on by default: the second start of a run finds its programs there."""
+"""JAX's persistent compile cache, on by default: a second start of a run does not compile again."""
 
 import hashlib
 import os
 import pathlib
+from typing import Any
 
 import jax
 
@@ -10,18 +11,22 @@ _MOST_BYTES = 4 * 2**30
 
 
 def enable() -> pathlib.Path | None:
-    """Has JAX keep what it compiles in the user's cache folder, and returns that.
+    """Enable JAX's compile cache in the user's cache folder.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` is none; then it returns
-    None. The least recently used programs go beyond 4 GiB.
+    The cache holds at most 4 GiB; beyond that, JAX removes the least recently used programs. Does nothing if the user
+    has set `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE=false`.
+
+    Returns:
+      The cache folder, or None if this function enabled no cache.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    options: Any = jax.config  # its type does not list the options
+    if options.jax_compilation_cache_dir or not options.jax_enable_compilation_cache:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = pathlib.Path(home) / "mtl_sparse" / f"jax-{_machine()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a cache that cannot be is no reason not to run
+    except OSError:  # a run works without a cache, too
         return None
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -29,7 +34,7 @@ def enable() -> pathlib.Path | None:
 
 
 def _machine() -> str:
-    """Tells processors apart that share a home folder: a program for one may not run on another."""
+    """Return a digest of the processor type: machines may share a home folder, but not compiled programs."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [str(os.uname())]
     kinds = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

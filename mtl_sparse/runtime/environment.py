@@ -1,4 +1,4 @@
-"""What tells glibc and XLA to be fast on a CPU; to be set before JAX starts (docs/benchmarks.md)."""
+"""Options of glibc and XLA for speed on a CPU, to be set before JAX starts (docs/benchmarks.md)."""
 
 import os
 import sys
@@ -8,11 +8,14 @@ _LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def tune() -> bool:
-    """Sets GLIBC_TUNABLES and XLA_FLAGS on Linux, unless the user has; returns whether the process is to start again.
+    """Set GLIBC_TUNABLES and XLA_FLAGS on Linux, unless the user has set them.
 
-    glibc: the memory that XLA takes anew in each call comes in huge pages; glibc reads it when a process starts.
-    XLA: convolutions without YNNPACK, its choice where there is AVX-512, which takes one core where channels are few
-    and several times as long for a kernel's gradient.
+    glibc: huge pages for the memory that XLA allocates in each call. glibc reads this when a process starts.
+    XLA: no convolutions by YNNPACK, its default with AVX-512. YNNPACK uses one core if there are few channels, and
+    takes several times as long for the gradient of a kernel.
+
+    Returns:
+      Whether the process must be restarted for the options to take effect.
     """
     if sys.platform != "linux":
         return False
@@ -26,6 +29,6 @@ def tune() -> bool:
 
 
 def restart_tuned() -> None:
-    """`tune`, and where that asks for it starts this process again, with the arguments that it had."""
+    """Call `tune`, and restart this process with the same arguments if that is necessary."""
     if tune():
         os.execv(sys.executable, sys.orig_argv)

@@ -20,7 +20,7 @@ class UserError(ValueError):
         change between versions.
     """
 
-    def __init__(self, code: str, message: str = ""):
+    def __init__(self, code: str, message: str = "") -> None:
         """Create the error.
 
         Args:
@@ -34,7 +34,7 @@ class UserError(ValueError):
         super().__init__(message)
         self.code = code
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.code, str(self))
 
 

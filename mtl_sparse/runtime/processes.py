@@ -1,6 +1,6 @@
-"""The process of a run, and how it is stopped; of several, joined by jax.distributed, the first writes and all agree.
+"""The process of a run and how it is stopped; several processes, joined by jax.distributed, agree and the first writes.
 
-With one process every function here is what its plain counterpart does.
+With one process, every function here behaves as its plain counterpart.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
@@ -19,46 +20,63 @@ from mtl_sparse.runtime.errors import UserError
 
 
 def join(coordinator: str, count: int | None, index: int | None) -> None:
-    """Joins this process to the others of its run; before JAX has computed anything.
+    """Join this process to the others of its run; call it before JAX computes anything.
 
     Args:
-      coordinator: "HOST:PORT" of the first process, or "auto", where SLURM, Open MPI or a TPU pod tells all three.
-      count, index: number of processes, and which one this is, from 0.
+      coordinator: "HOST:PORT" of the first process, or "auto" under SLURM, Open MPI or on a TPU pod, which provide all
+        three values.
+      count: number of processes.
+      index: index of this process, from 0.
 
     Raises:
-      UserError: values that cannot be, or the others were not found.
+      UserError: OPTION_OUT_OF_RANGE for values that cannot work, PROCESSES_NOT_CONNECTED if the processes do not find
+        each other.
     """
-    told = coordinator != "auto"
+    is_auto = coordinator == "auto"
     port = coordinator.rpartition(":")[2]
-    if told and (not port.isdecimal() or None in (count, index) or not 0 <= index < count):
+    if not is_auto and (not port.isdecimal() or count is None or index is None or not 0 <= index < count):
         raise UserError(
-            f"--coordinator={coordinator!r}, --num_processes={count}, --process_id={index}: HOST:PORT of process 0, "
-            "the number of processes, and which of them this is, from 0; or --coordinator=auto under SLURM or Open MPI"
+            "OPTION_OUT_OF_RANGE",
+            f"--coordinator={coordinator!r}, --num_processes={count}, --process_id={index}: expected HOST:PORT of "
+            "process 0, the number of processes, and the index of this process, from 0; or use --coordinator=auto "
+            "under SLURM or Open MPI",
         )
     try:
-        if told:
-            jax.distributed.initialize(coordinator, count, index)
-        else:
+        if is_auto:
             jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, count, index)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--coordinator={coordinator!r}: the processes did not find each other ({error})") from error
-    on_first(lambda: None)  # connects them: of a first exchange that not all reach at once, XLA waits 30 s only
-    if not is_first():  # one that tells how the run goes is enough
+        raise UserError(
+            "PROCESSES_NOT_CONNECTED",
+            f"--coordinator={coordinator!r}: expected to find the other processes, got an error ({error}); check the "
+            "address, and start every process",
+        ) from error
+    on_first(lambda: None)  # connect now: in a first exchange, XLA waits only 30 s for the slowest process
+    if not is_first():  # one process logs the progress
         logging.set_verbosity(logging.WARNING)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this process is the one that writes."""
     return jax.process_index() == 0
 
 
 def on_first(function: Callable[[], Any]) -> Any:
-    """What `function` gives in the first process, a JSON value, in all; a UserError there is raised in all."""
-    return _spoken(function, 0)
+    """Call `function` in the first process and return its result, a JSON value, in all processes.
+
+    Raises:
+      UserError: `function` raised it; it is raised with the same code in all processes.
+    """
+    return _broadcast(function, 0)
 
 
 def in_turn(function: Callable[[], Any]) -> Any:
-    """What `function` gives, called by one process after the other; a UserError of one is raised in all."""
+    """Call `function` in one process after the other; return each process its own result.
+
+    Raises:
+      UserError: `function` raised it in one process; it is raised with the same code in all processes.
+    """
     value = None
 
     def mine():
@@ -66,32 +84,37 @@ def in_turn(function: Callable[[], Any]) -> Any:
         value = function()
 
     for index in range(jax.process_count()):
-        _spoken(mine, index)
+        _broadcast(mine, index)
     return value
 
 
-def _spoken(function, index):
-    """The JSON value that `function` gives in that process."""
+def _broadcast(function: Callable[[], Any], index: int) -> Any:
+    """Return the JSON value that `function` returns in process `index`, in all processes."""
     if jax.process_count() == 1:
         return function()
-    said = {}
-    if jax.process_index() == index:
-        try:
-            said = {"value": function()}
-        except UserError as error:
-            said = {"error": [error.code, str(error)]}
-    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
     is_source = jax.process_index() == index
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text)), is_source))
-    text = multihost_utils.broadcast_one_to_all(text if is_source else np.zeros(size, np.uint8), is_source)
-    said = json.loads(np.asarray(text, np.uint8).tobytes())
-    if "error" in said:
-        raise UserError(*said["error"])
-    return said["value"]
+    message: dict[str, Any] = {}
+    if is_source:
+        try:
+            message = {"value": function()}
+        except UserError as error:
+            message = {"error": [error.code, str(error)]}
+    encoded = np.frombuffer(json.dumps(message).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded)), is_source))
+    received = multihost_utils.broadcast_one_to_all(encoded if is_source else np.zeros(size, np.uint8), is_source)
+    message = json.loads(np.asarray(received, np.uint8).tobytes())
+    if "error" in message:
+        code, text = message["error"]
+        raise UserError(code, text)
+    return message["value"]
 
 
 def from_first(tree: Any) -> Any:
-    """The first process's tree of host arrays, bit by bit, in all; the others give one of the same shapes."""
+    """Return the first process's tree of host arrays, bit-equal, in all processes.
+
+    Args:
+      tree: host arrays; the values of the other processes are ignored, but their shapes and dtypes must be the same.
+    """
     if jax.process_count() == 1:
         return tree
 
@@ -104,7 +127,7 @@ def from_first(tree: Any) -> Any:
 
 
 def total(tree: Any) -> Any:
-    """Sum over the processes of a tree of float64 host arrays, in float64: JAX itself would add in float32."""
+    """Return the sum over the processes of a tree of float64 host arrays, in float64; JAX itself would use float32."""
     if jax.process_count() == 1:
         return tree
 
@@ -117,26 +140,30 @@ def total(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields a function (step) -> whether to stop after this step, as SIGTERM or Ctrl-C asks; to be called each step.
+    """Handle SIGTERM and Ctrl-C as requests to stop after the current step.
 
-    A second Ctrl-C ends at once. Of several processes a SIGTERM to any stops all at the same step.
+    A second Ctrl-C raises KeyboardInterrupt at once. With several processes, a SIGTERM to any of them stops all of
+    them after the same step.
+
+    Yields:
+      A function (step) -> whether to stop after this step; call it in every step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = []
+    asked: list[int] = []
 
-    def ask(number, _):
+    def ask(number: int, _: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        logging.warning("Asked to stop (%s): saving after this step", signal.Signals(number).name)
+        logging.warning("%s received: saving after this step, then stopping", signal.Signals(number).name)
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: bool(asked)
+        yield lambda _: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

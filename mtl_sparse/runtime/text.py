@@ -25,7 +25,7 @@ class Eta:
       done: units that were done before this process began.
     """
 
-    def __init__(self, total: int, done: int = 0):
+    def __init__(self, total: int, done: int = 0) -> None:
         self._total, self._first, self._start = total, done, time.monotonic()
 
     def seconds_per_unit(self, done: int) -> float:

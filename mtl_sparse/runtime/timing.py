@@ -9,10 +9,18 @@ import numpy as np
 
 
 def timed(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each round of each function () -> arrays, in alternation, after one call to warm up."""
+    """Time functions in alternation, after one call of each to warm up.
+
+    Args:
+      functions: name -> function without arguments that returns arrays.
+      rounds: number of timed calls of each.
+
+    Returns:
+      name -> seconds of each round.
+    """
     for function in functions.values():
         jax.block_until_ready(function())
-    seconds = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             start = time.perf_counter()

@@ -24,7 +24,7 @@ class Range(NamedTuple):
     def __contains__(self, value: Any) -> bool:
         return self.least <= value < self.below and value <= self.most
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.below < math.inf:
             return f"at least {self.least} and below {self.below}"
         return f"from {self.least} to {self.most}" if self.most < math.inf else f"at least {self.least}"
@@ -156,19 +156,22 @@ def check_steps(config, images: int) -> tuple[int, int]:
     """Return (steps of an epoch, steps of the run) for that many training images.
 
     Raises:
-      UserError: there are fewer images than a batch has, or the run is too short for the phases of its penalty.
+      UserError: DATA_TOO_FEW_IMAGES, if there are fewer images than a batch has; RUN_TOO_SHORT or OPTION_CONFLICT, if
+        the phases of the penalty do not fit into the run.
     """
     steps_per_epoch = images // config.train.batch_size
     if not steps_per_epoch:
         raise UserError(
-            "TOO_FEW_IMAGES", f"train.batch_size={config.train.batch_size}: there are only {images} training images"
+            "DATA_TOO_FEW_IMAGES",
+            f"train.batch_size={config.train.batch_size}: expected at least that many training images, got {images}; "
+            "use a smaller batch",
         )
     optimizer.check_steps(config, config.train.epochs * steps_per_epoch)
     return steps_per_epoch, config.train.epochs * steps_per_epoch
 
 
 def unknown_option(config, name: str) -> str:
-    """Return a sentence that says config.<name> does not exist and what is near it; "" if it exists."""
+    """Return a sentence that config.<name> does not exist, with the nearest names; "" if it exists."""
     known = dict(leaves(config))
     if name in known or any(other.startswith(f"{name}.") for other in known):
         return ""
@@ -179,7 +182,7 @@ def unknown_option(config, name: str) -> str:
     return f"there is no option config.{name}{nearest}"
 
 
-def leaves(config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of every option."""
     for name, value in config.items():
         if hasattr(value, "items"):

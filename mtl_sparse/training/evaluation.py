@@ -1,14 +1,17 @@
-"""Evaluation over a whole split: per-image sums on the device, added in float64, divided once on the host."""
+"""Evaluation over a whole split: sums per image on the device, added in float64, divided once on the host."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from input_pipeline import loader
+from mtl_sparse.models import multitask
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
 from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import UserError
@@ -16,26 +19,66 @@ from mtl_sparse.tasks import Task, labels
 from mtl_sparse.training.setup import AXIS, Run
 from mtl_sparse.training.state import TrainState
 
-STRIDED = f"_stride{OUTPUT_STRIDE}"  # suffix of the metrics at the prediction's own resolution, the paper's
+STRIDED = f"_stride{OUTPUT_STRIDE}"  # suffix of the metrics at the resolution of the raw prediction, as in the paper
 
 
-def upsample(raw, label):
-    """Raw predictions [B, h, w, C] bilinearly at the label's resolution [B, H, W, ...]; others as they are."""
+def upsample(raw: jax.Array, label: jax.Array) -> jax.Array:
+    """Resize raw predictions bilinearly to the label's resolution.
+
+    Args:
+      raw: [B, h, w, C]; an array with fewer axes, of an attribute, is returned unchanged.
+      label: [B, H, W, ...].
+
+    Returns:
+      [B, H, W, C].
+    """
     if raw.ndim < 4:
         return raw
     return jax.image.resize(raw, (*label.shape[:3], raw.shape[-1]), "bilinear")
 
 
-def predict(model, tasks: Sequence[Task], variables, images) -> dict[str, jax.Array]:
-    """Images [B, H, W, 3] -> {task: prediction in the label's unit}: [B, H, W, C], or [B] of an attribute."""
-    raw = model.apply(variables, images, train=False)
+def predict(
+    model: multitask.MultiTaskModel,
+    tasks: Sequence[Task],
+    variables: Mapping[str, Any],
+    images: Float[Array, "B H W 3"],
+) -> dict[str, jax.Array]:
+    """Return the predictions of a model in the units of the labels.
+
+    Args:
+      model: the model.
+      tasks: the tasks whose predictions to return.
+      variables: {"params", "batch_stats"}.
+      images: normalized images.
+
+    Returns:
+      task -> [B, H, W, C], or [B] for an attribute.
+    """
+    raw: Any = model.apply(variables, images, train=False)
     return {task.name: task.activation(upsample(raw[task.name], images)) for task in tasks}
 
 
-def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
-    """Sums of one batch, image by image: {task: {"loss", "full" and, of a pixel task, "strided": {name: [B, ...]}}}."""
-    raw = model.apply(variables, batch["image"], train=False)
-    sums = {}
+def eval_sums(
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    *,
+    model: multitask.MultiTaskModel,
+    tasks: Sequence[Task],
+) -> dict[str, dict[str, dict[str, jax.Array]]]:
+    """Return the sums that the losses and metrics of each image of a batch need.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      batch: {"image": [B, H, W, 3], label: [B, H, W, ...] or [B]}.
+      model: the model.
+      tasks: the tasks to evaluate.
+
+    Returns:
+      task -> {"loss": {"total", "count"}, "full": sums at the label's resolution, "strided": sums at the resolution of
+      the raw prediction, for pixel tasks}; each sum is [B, ...].
+    """
+    raw: Any = model.apply(variables, batch["image"], train=False)
+    sums: dict[str, dict[str, dict[str, jax.Array]]] = {}
     for task in tasks:
         label, prediction = batch[task.label], raw[task.name]
         loss, valid = task.elementwise(prediction, labels.strided(label))
@@ -45,13 +88,12 @@ def eval_sums(variables, batch, *, model, tasks: Sequence[Task]):
             "full": _sums_of(task, upsample(prediction, label), label, label),
         }
         if label.ndim >= 3:
-            strided = _sums_of(task, prediction, labels.strided(label), label)
-            sums[task.name]["strided"] = strided
+            sums[task.name]["strided"] = _sums_of(task, prediction, labels.strided(label), label)
     return sums
 
 
 def _sums_of(task, raw, label, whole):
-    """`task.sums` of each image from raw predictions, of the places that `label` has of the `whole` one."""
+    """Return `task.sums` of each image from raw predictions, at the positions of the `whole` label that `label` has."""
     named = {"raw": raw} if task.sums_take_raw else {}
     return _sums_of_prediction(task, task.activation(raw), label, whole, **named)
 
@@ -67,13 +109,17 @@ class Evaluator:
     Every image counts once: the result depends neither on the batch size nor on the number of processes.
     """
 
-    def __init__(self, run: Run):
-        """Args: run, of `setup`."""
+    def __init__(self, run: Run) -> None:
+        """Prepare the evaluation; it is compiled in the first call.
+
+        Args:
+          run: from `setup`.
+        """
         self._run = run
         sums = functools.partial(eval_sums, model=run.model, tasks=run.tasks)
         self._step = jax.pmap(sums, in_axes=(None, 0), devices=jax.local_devices())
 
-    def __call__(self, variables, split: str, *, require_labels: bool = False) -> dict[str, float]:
+    def __call__(self, variables: Any, split: str, *, require_labels: bool = False) -> dict[str, float]:
         """Evaluate on a split.
 
         Args:
@@ -86,13 +132,26 @@ class Evaluator:
           are NaN.
 
         Raises:
-          UserError: a task has no label in the split, or its headline is not among its metrics.
+          UserError: DATA_LABEL_MISSING, if a task has no label in the split; TASK_SPEC_INVALID, if its headline is not
+            among its metrics.
         """
         batches = self._run.batches.evaluation(split)
         return self.evaluate(variables, batches, labelled=split if require_labels else "")
 
-    def evaluate(self, variables, batches: Iterator[loader.Batch], *, labelled: str = "") -> dict[str, float]:
-        """Evaluate on host batches with a `mask`; `labelled` names the split in the error about missing labels."""
+    def evaluate(self, variables: Any, batches: Iterable[loader.Batch], *, labelled: str = "") -> dict[str, float]:
+        """Evaluate on batches.
+
+        Args:
+          variables: as in `__call__`.
+          batches: host arrays, with a "mask" that is 0 for padding.
+          labelled: name of the split, if every task must have a label in it, for the error; "" for any split.
+
+        Returns:
+          As `__call__`.
+
+        Raises:
+          UserError: as `__call__`.
+        """
         totals = (_total(self._step(variables, loader.shard(batch)), batch) for batch in batches)
         return _values(self._run.tasks, totals, labelled)
 
@@ -110,7 +169,7 @@ class Evaluator:
 
     @functools.cached_property
     def _statistics(self):
-        """(compiled (variables, images) -> BatchNorm's statistics over the images, without dropout; the images)."""
+        """The compiled function (variables, images) -> BatchNorm's statistics without dropout, and the images."""
         run = self._run
         model = run.model.clone(bn_momentum=0.0, dropout=0.0, classifier_dropout=(0.0, 0.0))
 
@@ -133,8 +192,8 @@ class Evaluator:
         return jax.pmap(measure, axis_name=AXIS, in_axes=(None, 0), out_axes=None), images
 
 
-def _total(sums, batch):
-    """Adds the images of one batch, padding left out: [devices, B / devices, ...] -> float64 [...]."""
+def _total(sums: Any, batch: loader.Batch) -> Any:
+    """Add up the images of one batch without padding: [devices, B / devices, ...] -> float64 [...]."""
     real = batch["mask"] > 0
 
     def add(x):
@@ -144,51 +203,79 @@ def _total(sums, batch):
     return jax.tree.map(add, jax.device_get(sums))
 
 
-def _sum(totals):
-    """Sum of the batches' totals, those of all processes."""
+def _sum(totals: Iterable[Any]) -> Any:
+    """Return the sum of the totals of the batches of all processes."""
     return processes.total(functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), totals))
 
 
-def _values(tasks, totals, labelled=""):
+def _values(tasks: Sequence[Task], totals: Iterable[Any], labelled: str = "") -> dict[str, float]:
+    """Return {"<task>/<metric>": value} from the totals of batches; for `labelled`, see `Evaluator.evaluate`."""
     total = _sum(totals)
-    values = {}
+    values: dict[str, float] = {}
     for task in tasks:
         sums = total[task.name]
         found = dict(task.values(sums["full"]))
         if "strided" in sums:
             found |= {f"{name}{STRIDED}": value for name, value in task.values(sums["strided"]).items()}
         if task.headline not in found:
-            raise UserError(f"task {task.name!r}: its headline {task.headline!r} is none of {', '.join(found)}")
+            raise UserError(
+                "TASK_SPEC_INVALID",
+                f"task {task.name!r}: expected its headline to be one of its metrics {', '.join(found)}, got "
+                f"{task.headline!r}",
+            )
         if "loss" in sums:
             count = sums["loss"]["count"]
             if labelled and not count:
-                raise UserError(f"no {labelled} frame has a label of task {task.name}; leave it out of config.tasks")
+                raise UserError(
+                    "DATA_LABEL_MISSING",
+                    f"expected labels of task {task.name!r} in the {labelled} split, got none; remove it from "
+                    "config.tasks",
+                )
             found = {"loss": float(sums["loss"]["total"] / count) if count else float("nan"), **found}
-            if not np.isfinite(found["loss"]):  # argmax and clip would make figures of a prediction that is none
+            if not np.isfinite(found["loss"]):  # argmax and clip would turn NaN into valid numbers
                 found = dict.fromkeys(found, float("nan"))
         values |= {f"{task.name}/{name}": value for name, value in found.items()}
     return values
 
 
-def constant_predictions(tasks: Sequence[Task], batches: Iterator[loader.Batch]) -> dict[str, np.ndarray]:
-    """The constant guess of each task: mean depth, mean normal, frequencies of classes or of an attribute."""
+def constant_predictions(tasks: Sequence[Task], batches: Iterable[loader.Batch]) -> dict[str, np.ndarray]:
+    """Return the constant baseline of each task: mean depth, mean normal, frequencies of classes or of an attribute.
+
+    Args:
+      tasks: the tasks.
+      batches: of the training split, once, with a "mask".
+
+    Returns:
+      task -> prediction for every image and pixel: [C], or a scalar.
+    """
 
     @jax.jit
     def targets(batch):
         sums = {}
         for task in tasks:
             target, valid = task.target(labels.strided(batch[task.label]))
-            places = tuple(range(1, valid.ndim))
+            axes = tuple(range(1, valid.ndim))
             kept = valid.reshape(*valid.shape, *(1,) * (target.ndim - valid.ndim))
-            sums[task.name] = {"target": jnp.sum(jnp.where(kept, target, 0), places), "count": jnp.sum(valid, places)}
+            sums[task.name] = {"target": jnp.sum(jnp.where(kept, target, 0), axes), "count": jnp.sum(valid, axes)}
         return jax.tree.map(lambda x: x[None], sums)
 
     total = _sum(_total(targets(batch), batch) for batch in batches)
     return {name: sums["target"] / np.maximum(sums["count"], 1) for name, sums in total.items()}
 
 
-def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader.Batch]) -> dict[str, float]:
-    """The metrics of `constants`, computed as a model's are."""
+def evaluate_constant(
+    tasks: Sequence[Task], constants: Mapping[str, np.ndarray], batches: Iterable[loader.Batch]
+) -> dict[str, float]:
+    """Evaluate constant predictions with the metrics of the tasks.
+
+    Args:
+      tasks: the tasks.
+      constants: from `constant_predictions`.
+      batches: host arrays, with a "mask".
+
+    Returns:
+      {"<task>/<metric>": value}, without losses.
+    """
 
     @jax.jit
     def sums(batch, constants):
@@ -196,8 +283,8 @@ def evaluate_constant(tasks: Sequence[Task], constants, batches: Iterator[loader
         for task in tasks:
 
             def of(label, task=task):
-                guess = jnp.broadcast_to(constants[task.name], task.target(label)[0].shape)
-                return _sums_of_prediction(task, guess, label, batch[task.label])
+                prediction = jnp.broadcast_to(constants[task.name], task.target(label)[0].shape)
+                return _sums_of_prediction(task, prediction, label, batch[task.label])
 
             label = batch[task.label]
             result[task.name] = {"full": of(label)} | (

@@ -1,10 +1,11 @@
-"""The metrics of a run while it trains: metrics.jsonl, TensorBoard events, and the progress in the log."""
+"""Metrics of a run during training: metrics.jsonl, TensorBoard events, and the progress in the log."""
 
 import importlib.util
 import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 from absl import logging
 
@@ -13,13 +14,21 @@ from mtl_sparse.runtime.errors import UserError
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl`, one object a line: {"step", "split", name: value, ...}.
+    """Writer of `metrics.jsonl`, one object a line: {"step", "split", name: value, ...}.
 
-    Where TensorFlow and TensorBoard are installed, the same scalars go to event files through clu, too.
+    If TensorFlow and TensorBoard are installed, clu writes the same scalars to event files, too.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
-        """Args: workdir; start_step, the step that the run goes on from: later lines are of a lost stretch."""
+    def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
+        """Open the log of a run to append to it.
+
+        Args:
+          workdir: the run's folder.
+          start_step: the step from which the run resumes; later lines are removed, as their steps are run again.
+
+        Raises:
+          UserError: FILE_DAMAGED, if a line is not an object with a step.
+        """
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text(errors="replace").splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and _step(self._path, line) <= start_step]
@@ -33,34 +42,49 @@ class MetricLog:
             self._writer = metric_writers.SummaryWriter(str(workdir))
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Append a line, and wait until it is on the disk.
+
+        Args:
+          step: the step the values are of.
+          split: "train" or "validation".
+          values: name -> value.
+        """
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # before the checkpoint that says this step is done
+        os.fsync(self._file.fileno())  # before the checkpoint that marks this step as done
         if self._writer is not None:
             self._writer.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
 
 
-def _step(path, line):
+def _step(path: pathlib.Path, line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} has a damaged line, {line[:60]!r} ({error}); take it out, or train in another --workdir"
+            "FILE_DAMAGED",
+            f"expected an object with a step in each line of {path}, got {line[:60]!r} ({error}); remove that line, or "
+            "train in another --workdir",
         ) from error
 
 
 def tensorboard_available() -> bool:
-    """Whether clu's metric writers can be imported: they need both packages."""
+    """Return whether clu's metric writers can be imported: they need TensorFlow and TensorBoard."""
     return all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tensorboard"))
 
 
-def progress_reporter(total_steps: int, every_secs: float):
-    """Callable (step) that reports the rate and the time left: clu's where it can be imported."""
+def progress_reporter(total_steps: int, every_secs: float) -> Callable[[int], object]:
+    """Return a function (step) that logs the steps per second and the time left: clu's, if it can be imported.
+
+    Args:
+      total_steps: steps of the run.
+      every_secs: seconds between two lines of the log.
+    """
     if tensorboard_available():
         from clu import periodic_actions
 
@@ -69,16 +93,17 @@ def progress_reporter(total_steps: int, every_secs: float):
 
 
 class _Progress:
-    """`clu.periodic_actions.ReportProgress` in small, for where TensorFlow, which its module needs, is not."""
+    """`clu.periodic_actions.ReportProgress` without TensorFlow, which its module imports."""
 
-    def __init__(self, total_steps, every_secs):
-        self._total, self._every, self._eta, self._last = total_steps, every_secs, None, 0.0
+    def __init__(self, total_steps: int, every_secs: float) -> None:
+        self._total, self._every, self._last = total_steps, every_secs, 0.0
+        self._eta: text.Eta | None = None
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> None:
         now = time.monotonic()
         if self._eta is None:
             self._eta, self._last = text.Eta(self._total, step), now
         elif now - self._last > self._every or step == self._total:
-            rate = 1 / self._eta.seconds_per_unit(step)
-            logging.info("%.1f steps/s, %d/%d, %s left", rate, step, self._total, self._eta.left(step))
+            steps_per_second = 1 / self._eta.seconds_per_unit(step)
+            logging.info("%.1f steps/s, %d/%d, %s left", steps_per_second, step, self._total, self._eta.left(step))
             self._last = now

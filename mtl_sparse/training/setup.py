@@ -1,4 +1,4 @@
-"""From a config to what a training run needs: tasks, data, model, optimizer."""
+"""Build what a training run needs from its config: tasks, data, model, optimizer."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ AXIS = "devices"  # the pmap axis of a training step
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """A run's data as batches of host arrays, this process's share of each.
+    """A run's data as batches of host arrays, this process's part of each.
 
     Attributes:
-      data: random-access sources of stored frames.
+      data: random-access sources of stored samples.
       tasks: whose labels a batch has.
       config: the run's config.
     """
@@ -36,7 +36,7 @@ class Batches:
     config: Any
 
     def transform(self, train: bool = False) -> Transform:
-        """Return the transform of a frame to an example, with the augmentations if `train`."""
+        """Return the transform of a sample to an example, with the augmentations if `train`."""
         data = self.config.data
         return Transform(
             tuple(data.size),
@@ -62,10 +62,10 @@ class Batches:
         )
 
     def evaluation(self, split: str) -> Iterator[loader.Batch]:
-        """Return a split once, padded so that the devices have equal shares."""
+        """Return the batches of a split, each image once, padded so that all devices get equally many."""
         devices = jax.device_count()
-        most = max(len(self.data.train), len(self.data.validation), len(self.data.test))  # one shape for all splits
-        size = min(self.config.train.eval_batch_size, most)
+        longest = max(len(self.data.train), len(self.data.validation), len(self.data.test))  # one shape for all splits
+        size = min(self.config.train.eval_batch_size, longest)
         return loader.eval_batches(
             getattr(self.data, split),
             self.transform(),
@@ -82,8 +82,8 @@ class Run:
     Attributes:
       config: as from configs/nyu.py.
       tasks: specs of config.tasks.
-      data: sources of stored frames.
-      batches: the same as batches.
+      data: sources of stored samples.
+      batches: the same data in batches.
       model: with BatchNorm and dropout over the training step's axis, if there are several devices.
       tx: the optimizer.
       steps_per_epoch: steps of an epoch.

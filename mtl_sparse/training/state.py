@@ -51,7 +51,7 @@ def initial(run: Run) -> TrainState:
     path = pathlib.Path(source).expanduser()
     if not path.exists():
         raise UserError(
-            "INIT_FROM_MISSING", f"model.init_from={source!r} does not exist: name a run's folder or a file of weights"
+            "FILE_MISSING", f"model.init_from={source!r} does not exist; name a run's folder or a file of weights"
         )
     if path.is_file():
         given = imagenet.start(source, run.model, state.variables)
