@@ -1,7 +1,5 @@
 """Which channels of a chain of convolutions are needed, how a stream is ordered, and which ranges a layer reads."""
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 

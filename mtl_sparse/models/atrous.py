@@ -4,8 +4,6 @@ Both have handwritten gradients. With JAX's own, the gradient of the kernel woul
 and that of the taps would sum nine whole kernels, each zero except for one tap: 15 % of a training step on a CPU.
 """
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import contextlib
 import contextvars
 import functools

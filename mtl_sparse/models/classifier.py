@@ -1,7 +1,5 @@
 """Head of an image-level task: one convolution, two dense layers, one logit."""
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,7 +1,5 @@
 """Dropout that does not depend on how a batch is divided among devices."""
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

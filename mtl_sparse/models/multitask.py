@@ -1,7 +1,5 @@
 """The multi-task model: one pass of the shared backbone, and one head for each task."""
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ A compact model is an ordinary model with other widths (see `sparsity.compact`).
 channels of the layer that is read, in this model.
 """
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import dataclasses
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """Activations: from the raw outputs of a head to predictions in the label's unit."""
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -3,8 +3,6 @@
 A missing label is VOID (classes and attributes), 0 (depth), or a zero vector (normals).
 """
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 

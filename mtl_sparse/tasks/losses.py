@@ -5,8 +5,6 @@ Each function takes a raw prediction, [..., C] or logits [...], and its label, a
 is NaN. The trainer divides the sum of the losses by the sum of `valid`, both over the global batch.
 """
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -5,8 +5,6 @@ up in float64 over a whole split, and the `*_values` functions divide once, at t
 batch size or on the number of devices.
 """
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -164,7 +164,7 @@ def test_the_first_ten_steps_from_pytorchs_start_have_pytorchs_losses():
 def test_a_fresh_model_starts_near_the_losses_of_a_fresh_pytorch_model():
     """No head starts saturated: a cross entropy near log 40 = 3.69, and a depth near the middle of its range.
 
-    The loss of the normals depends on the direction that is drawn; classifier_test.py and deeplab_test.py have the rest.
+    The loss of the normals depends on the direction drawn; classifier_test.py and deeplab_test.py have the rest.
     """
     model, _ = import_reference.from_state_dict(drawn_start(shapes_of("start")))
     image, _ = labelled_batch()
@@ -319,8 +319,8 @@ def test_a_reference_checkpoint_is_read_and_a_pickle_that_would_run_code_is_refu
     torch = pytest.importorskip("torch", reason="extra torch")
     monkeypatch.chdir(tmp_path)
     state = {"backbone.stem1.0.weight": torch.ones(2, 3, 3, 3)}
-    torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}, "lr": 0.1}}, "released.pt")
-    found = state_dicts.read("released.pt")
+    torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}, "lr": 0.1}}, "reference.pt")
+    found = state_dicts.read("reference.pt")
     assert list(found) == list(state) and found["backbone.stem1.0.weight"].shape == (2, 3, 3, 3)
 
     # The reference implementation saves the optimizer as an object, of a class and with a function that only it has.

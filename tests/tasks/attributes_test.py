@@ -69,9 +69,9 @@ def test_the_constant_baseline_is_the_more_frequent_answer(run):
     smiling = [int(sample["attribute:Smiling"]) for sample in run.data.train]
     assert constants["attribute:Smiling"] == pytest.approx(np.mean(smiling))
     values = evaluation.evaluate_constant(run.tasks, constants, batches(run, "test", 3))
-    guess = np.mean(smiling) >= 0.5
+    constant = np.mean(smiling) >= 0.5
     tested = np.array([sample["attribute:Smiling"] for sample in run.data.test])
-    assert values["attribute:Smiling/accuracy"] == pytest.approx(np.mean(tested == guess))
+    assert values["attribute:Smiling/accuracy"] == pytest.approx(np.mean(tested == constant))
 
 
 def test_the_loss_of_a_step_is_that_of_its_batch(run):

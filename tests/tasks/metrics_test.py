@@ -116,8 +116,8 @@ def test_auroc_is_that_of_the_ranks():
     """Against Mann-Whitney's U, also where probabilities are so near 0 and 1 that bins of them would be one."""
     rng = np.random.default_rng(0)
     label = rng.random(800) < 0.3
-    for shift, spread in ((0.0, 1.0), (9.0, 2.0), (-12.0, 1.0)):
-        logit = shift + spread * rng.normal(size=800) + 1.5 * label
+    for shift, deviation in ((0.0, 1.0), (9.0, 2.0), (-12.0, 1.0)):
+        logit = shift + deviation * rng.normal(size=800) + 1.5 * label
         probability = np.asarray(jax.nn.sigmoid(jnp.float32(logit)))
         exact = stats.mannwhitneyu(probability[label], probability[~label]).statistic / (label.sum() * (~label).sum())
         assert attribute_values(probability, label)["auroc"] == pytest.approx(exact, abs=3e-4)
@@ -138,11 +138,11 @@ def test_without_positives_the_metrics_are_scikit_learns():
     assert np.isnan(unlabeled["f1"]) and np.isnan(unlabeled["balanced_accuracy"])
 
 
-@pytest.mark.parametrize(("shift", "spread"), [(25, 3), (-60, 4), (0, 0.1), (300, 30)])
-def test_auroc_of_raw_logits_is_that_of_the_ranks_wherever_they_are(shift, spread):
+@pytest.mark.parametrize(("shift", "deviation"), [(25, 3), (-60, 4), (0, 0.1), (300, 30)])
+def test_auroc_of_raw_logits_is_that_of_the_ranks_wherever_they_are(shift, deviation):
     rng = np.random.default_rng(0)
     label = rng.random(800) < 0.3
-    logit = np.float32(shift + spread * (rng.normal(size=800) + 2.5 * label))
+    logit = np.float32(shift + deviation * (rng.normal(size=800) + 2.5 * label))
     sums = total(jax.vmap(lambda p, y, raw: metrics.attribute_sums(p, y, raw))(jax.nn.sigmoid(logit), label, logit))
     exact = stats.mannwhitneyu(logit[label], logit[~label]).statistic / (label.sum() * (~label).sum())
     assert metrics.attribute_values(sums)["auroc"] == pytest.approx(exact, abs=1e-3)
