@@ -5,6 +5,8 @@ import optax
 import pytest
 
 from mtl_sparse.sparsity import control, stats, transform
+from mtl_sparse.sparsity.penalties import GroupLasso, GroupMCP
+from mtl_sparse.sparsity.schedules import Phases
 
 TARGET = control.Target(0.8, total_steps=100, ramp=0.5, freeze=0.8, gain=20.0, damping=0.5, slew=20.0)
 
@@ -41,7 +43,7 @@ def test_nothing_moves_before_the_start_and_after_the_freeze(step):
     assert control.clamp(TARGET, state, 1e-9, jnp.int32(step)) == state
 
 
-def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, **settings):
+def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, phases=Phases(), **settings):  # noqa: B008
     """Noisy regression on 60 groups whose true weights fall off smoothly: every sparsity has its lambda.
 
     The inputs of `idle` of the groups are always zero. Returns the statistics at the end and lambda of each step.
@@ -58,7 +60,7 @@ def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, **
     tx = transform.proximal_adam(
         optax.cosine_decay_schedule(0.02, steps),
         start,
-        target=control.Target(target, steps - settings.get("start_step", 0)),
+        target=control.Target(target, steps - phases.start_step, phases=phases),
         fixed_norm=False,
         **settings,
     )
@@ -93,10 +95,10 @@ def test_reaches_the_target_from_any_start(start, penalty):
         {"metric": "plain"},
         {"metric": "plain", "loss_scale": 1e-4},
         {"loss_scale": 1e-4},
-        {"bias_correction": False},
-        {"group_weights": "none"},
-        {"penalty": "group_mcp", "gamma": 10.0},
-        {"start_step": 300, "warmup_steps": 50},
+        {"metric": "uncorrected"},
+        {"penalty": GroupLasso(weights="none")},
+        {"penalty": GroupMCP(gamma=10.0)},
+        {"phases": Phases(300, 50)},
         {"idle": 36, "target": 0.8},
     ],
     ids=str,
@@ -104,17 +106,8 @@ def test_reaches_the_target_from_any_start(start, penalty):
 def test_reaches_the_target_in_every_form(settings):
     found, lambdas = reach(**settings)
     assert found.group == pytest.approx(settings.get("target", 0.7), abs=0.02)
-    if "start_step" in settings:
+    if "phases" in settings:
         assert not lambdas[:301].any() and lambdas[301:].all()
-
-
-def test_reaches_the_target_of_weights_whatever_the_group_weights():
-    """l1 knows no groups."""
-    one, other = (
-        reach(penalty="l1", group_weights=weights, steps=300, target=0.5, size=64)[0].weight
-        for weights in ("none", "sqrt_size")
-    )
-    assert one == other
 
 
 @pytest.mark.parametrize(
@@ -124,6 +117,7 @@ def test_reaches_the_target_of_weights_whatever_the_group_weights():
         ({"sparsity": -0.1}, r"in \[0, 1\), got -0.1"),
         ({"ramp": 0.9}, "ramp=0.9, freeze=0.75"),
         ({"total_steps": 0}, "total_steps > 0, got 0"),
+        ({"initial": 0.0}, "> 0 to start from, got 0.0"),
     ],
 )
 def test_bad_targets_are_named(settings, message):

@@ -1,20 +1,23 @@
 """The optimizer that a config stands for: how the phases of its penalty follow one another, and what it hands on."""
 
 import functools
+import inspect
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
 from configs import nyu
 from mtl_sparse import tasks
 from mtl_sparse.models import multitask, resnet
-from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.sparsity import transform
+from mtl_sparse.sparsity import penalties, reference, transform
+from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest
 from mtl_sparse.training import optimizer
+from tests.conftest import raises
 
 STEPS = 40
 PARAMS = {"backbone": {"conv": {"kernel": jnp.ones((1, 1, 4, 3))}, "bn": {"scale": jnp.ones(3)}}}
@@ -78,61 +81,82 @@ def test_a_dense_run_has_no_last_phase():
 @pytest.mark.parametrize("debias_at", [0.01, 0.25, 0.99])
 def test_phases_of_no_steps_are_named(debias_at):
     config = settings(lambda_=1e-2, start_step=10, debias_at=debias_at)
-    with pytest.raises(UserError, match=f"debias_at={debias_at}"):
+    code = "RUN_TOO_SHORT" if debias_at == 0.99 else "OPTION_CONFLICT"
+    with raises(code, naming=f"debias_at={debias_at}"):
         optimizer.build(config, STEPS)
-
-
-HANDED_ON = {
-    "sparsity.penalty": ("penalty", "l1"),
-    "sparsity.norm_decays": ("norm", "unpenalized"),
-    "sparsity.start_at": ("start_step", 10),
-    "sparsity.gamma": ("gamma", 7.0),
-    "sparsity.group_weights": ("group_weights", "none"),
-    "sparsity.start_step": ("start_step", 3),
-    "sparsity.metric": ("metric", "plain"),
-    "sparsity.bias_correction": ("bias_correction", False),
-    "sparsity.fixed_norm": ("fixed_norm", False),
-    "sparsity.anneal_revival": ("anneal_revival", False),
-    "sparsity.penalty_in_gradient": ("penalty_in_gradient", True),
-    "sparsity.scope": ("scope", "all"),
-    "sparsity.lambda_": ("lambda_", 0.25),
-    "optimizer.b1": ("b1", 0.5),
-    "optimizer.b2": ("b2", 0.5),
-    "optimizer.eps": ("eps", 0.5),
-    "optimizer.weight_decay": ("weight_decay", 0.5),
-    "optimizer.l2": ("l2", 0.5),
-}
 
 
 @pytest.fixture
 def given(monkeypatch):
-    """The keyword arguments of each call of `transform.proximal_adam`."""
-    calls, make = [], transform.proximal_adam
+    """The arguments of each call of `optax.adamw`, `reference.like_reference` and `transform.proximal`, together."""
+    calls = []
 
-    @functools.wraps(make)
-    def noting(learning_rate, **settings):
-        calls.append(settings)
-        return make(learning_rate, **settings)
+    def note(module, name):
+        make = getattr(module, name)
+        signature = inspect.signature(make)
 
-    monkeypatch.setattr(transform, "proximal_adam", noting)
+        @functools.wraps(make)
+        def noting(*args, **arguments):
+            found = dict(signature.bind(*args, **arguments).arguments)
+            calls[-1:] = [{**calls[-1], **found}] if calls and module is not optax else [*calls[-1:], found]
+            return make(*args, **arguments)
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(optax, "adamw")
+    note(reference, "like_reference")
+    note(transform, "proximal")
     return calls
 
 
+def projection(arguments, kind):
+    """The one projection of a kind, None if there is none."""
+    return next((one for one in arguments["projections"] if isinstance(one, kind)), None)
+
+
+# Option -> (its value, what the links get of it, that as a value).
+HANDED_ON = {
+    "sparsity.penalty": ("l1", lambda found: type(found["penalty"]), penalties.L1),
+    "sparsity.norm_decays": (True, lambda found: projection(found, HoldNorm).norm, "unpenalized"),
+    "sparsity.start_at": (0.25, lambda found: float(found["lambda_"](9)), 0.0),
+    "sparsity.group_weights": ("none", lambda found: found["penalty"].weights, "none"),
+    "sparsity.start_step": (3, lambda found: float(found["lambda_"](2)), 0.0),
+    "sparsity.metric": ("plain", lambda found: found["metric"].kind, "plain"),
+    "sparsity.bias_correction": (False, lambda found: found["metric"].kind, "uncorrected"),
+    "sparsity.fixed_norm": (False, lambda found: projection(found, HoldNorm), None),
+    "sparsity.anneal_revival": (False, lambda found: found["regrowth"], "free"),
+    "sparsity.penalty_in_gradient": (True, lambda found: type(found.get("penalty_in_gradient")), penalties.GroupLasso),
+    "sparsity.scope": ("all", lambda found: found["penalty"].scope, "all"),
+    "sparsity.lambda_": (0.25, lambda found: float(found["lambda_"](39)), 0.25),
+    "sparsity.debias_at": (0.5, lambda found: projection(found, FreezeZeros), FreezeZeros(20)),
+    "optimizer.b1": (0.5, lambda found: (found["b1"], found["metric"].b1), (0.5, 0.5)),
+    "optimizer.b2": (0.5, lambda found: (found["b2"], found["metric"].b2), (0.5, 0.5)),
+    "optimizer.eps": (0.5, lambda found: (found["eps"], found["metric"].eps), (0.5, 0.5)),
+    "optimizer.weight_decay": (0.5, lambda found: found["weight_decay"], 0.5),
+    "optimizer.l2": (0.5, lambda found: found.get("l2"), 0.5),
+}
+
+
 @pytest.mark.parametrize("name", HANDED_ON)
-def test_every_setting_reaches_the_optimizer(name, given):
-    keyword, value = HANDED_ON[name]
-    config = settings()
+def test_every_option_reaches_the_optimizer(name, given):
+    value, read, expected = HANDED_ON[name]
+    config = settings(lambda_=1e-3, warmup_steps=0)
     optimizer.build(config, STEPS)
-    assert given[-1][keyword] != value, "another value than the config's own"
-    given_as = {"sparsity.norm_decays": True, "sparsity.start_at": 0.25}
-    config.update_from_flattened_dict({name: given_as.get(name, value)})
+    assert read(given[-1]) != expected, "another value than the config's own"
+    config.update_from_flattened_dict({name: value})
     optimizer.build(config, STEPS)
-    assert given[-1][keyword] == value
+    assert read(given[-1]) == expected
+
+
+def test_gamma_reaches_the_optimizer(given):
+    optimizer.build(settings(penalty="group_mcp", gamma=7.0), STEPS)
+    assert given[-1]["penalty"].gamma == 7.0
 
 
 def test_a_target_counts_its_steps_from_the_start_of_the_penalty(given):
-    optimizer.build(settings(target=0.5, start_step=10), STEPS)
-    assert given[-1]["target"].total_steps == 30
+    optimizer.build(settings(target=0.5, start_step=10, lambda_=3e-4), STEPS)
+    target = given[-1]["lambda_"]
+    assert (target.total_steps, target.phases.start_step, target.initial) == (30, 10, 3e-4)
 
 
 @pytest.mark.parametrize("steps", [8, 40, 4000])
@@ -167,7 +191,9 @@ def test_layers_that_every_path_passes_keep_a_group_with_a_target(given):
     config.model.update(depth=18, width=4, head_features=4, attach=("layer4_0/conv1",) * 3)
     optimizer.build(config, STEPS)
     model = multitask.build(config.model, tasks.resolve(config))
-    backbone = {layer for layer in kept(model, given[-1]["keep_one"]) if layer.startswith("backbone")}
+    backbone = {
+        layer for layer in kept(model, projection(given[-1], KeepStrongest).kernels) if layer.startswith("backbone")
+    }
     assert backbone == {f"backbone/{layer}" for layer in (
         "stem_conv1", "stem_conv2", "stem_conv3", "layer1_0/downsample_conv", "layer2_0/downsample_conv",
         "layer3_0/downsample_conv", "layer4_0/conv1",
@@ -175,7 +201,7 @@ def test_layers_that_every_path_passes_keep_a_group_with_a_target(given):
     for change in ({"target": 0.0}, {"keep_connected": False}):
         config = settings(**{"target": 0.5, **change})
         optimizer.build(config, STEPS)
-        assert given[-1]["keep_one"] is False
+        assert projection(given[-1], KeepStrongest) is None
 
 
 def test_without_one_of_those_layers_the_features_do_not_depend_on_the_image():
@@ -199,10 +225,10 @@ def test_a_restart_comes_with_every_epoch_and_decay_acts_on_kernels(given):
     config = settings()
     config.train.epochs = 4
     optimizer.build(config, STEPS)
-    assert given[-1]["restart_every"] is None
-    config.optimizer.restart_each_epoch = True
+    assert given[-1].get("restart_every") is None
+    config.optimizer.update(restart_each_epoch=True, l2=0.1)
     optimizer.build(config, STEPS)
     assert given[-1]["restart_every"] == 10
     params = {"model": {"backbone": {"conv": {"kernel": 1}, "bn": {"scale": 1, "bias": 1}}}, "weighting": {"depth": 1}}
-    assert jax.tree.leaves(given[-1]["weight_decay_mask"](params)) == [False, False, True, False]
+    assert jax.tree.leaves(given[-1]["mask"](params)) == [False, False, True, False]
     assert jax.tree.leaves(given[-1]["l2_mask"](params)) == [True, True, True, False]
