@@ -142,10 +142,10 @@ def test_bad_input(compacted, tmp_path):
         state_lib.initial(setup_lib.setup(other))
     other.model.init_from, other.tasks, other.model.attach = "", ("depth",), ()
     other.model.widths = run_config.get_config(str(small)).model.widths
-    with raises("MODEL_WIDTHS", naming="2 tasks and 4 blocks"):
+    with raises("OPTION_CONFLICT", naming="2 tasks and 4 blocks"):
         setup_lib.setup(other)
     other.model.widths = "{}"
-    with raises("MODEL_WIDTHS", naming="model.widths"):
+    with raises("MODEL_WIDTHS_INVALID", naming="config.model.widths"):
         setup_lib.setup(other)
 
 
