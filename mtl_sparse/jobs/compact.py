@@ -1,4 +1,4 @@
-"""`--job=compact`: the compact model of a run as a run of its own, and the table that explains it."""
+"""`--job=compact`: the compact model of a run as a separate run, and the table that explains it."""
 
 import contextlib
 import pathlib
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-4  # largest difference of outputs, over the largest output
 
 
 def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
-    """Write the compact model of a run as a run of its own, in `<workdir>/compact`.
+    """Write the compact model of a run as a separate run, in `<workdir>/compact`.
 
     Evaluates it on the test split, and explains what was removed in a table, compact.json and plots/compact.png.
 
@@ -65,7 +65,7 @@ def _compact(run, workdir):
     change = np.nanmax([abs(found[name] - value) for name, value in expected.items()])
     sentence = explain.compare_sentence(rows, best.state.variables, best.compact[1])
     print(f"\n{sentence}; outputs equal to {error:.0e} of the largest, test metrics to {change:.0e}")
-    print(f"the compact model is a run of its own: --config=configs/run.py:{folder} --job=evaluate")
+    print(f"the compact model is a separate run: --config=configs/run.py:{folder} --job=evaluate")
     return folder
 
 

@@ -365,7 +365,7 @@ def _finished(name, finished, progress) -> bool:
 
 
 def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
-    """Train the run of a folder, which has its config.json, in a process of its own.
+    """Train the run of a folder, which has its config.json, in a separate process.
 
     The output of the process goes to log.txt, the reason of a failure to failed.txt. If another process trains the run,
     such as one that outlived a killed sweep, wait for it.
