@@ -1,4 +1,4 @@
-"""python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]"""
+"""Run a job: python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]."""
 
 import gc
 import os
@@ -49,7 +49,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processe
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Run the job."""
     if len(argv) > 1:
         raise UserError("ARGUMENT_UNKNOWN", f"unexpected argument {argv[1]!r}; use --config.FIELD=VALUE for options")
@@ -85,7 +85,7 @@ def main(argv):
 
 
 def _parse(argv):
-    """absl's flags parser, with errors in one sentence."""
+    """Parse the flags as absl does, with errors in one sentence."""
     argv, sys.argv[:] = cli.normalize(argv), cli.normalize(sys.argv)  # config_flags reads overrides from the second
     try:
         return flags.FLAGS(argv)
@@ -108,7 +108,7 @@ def _one_of_several():
     return flags.FLAGS.is_parsed() and bool(_COORDINATOR.value)
 
 
-def run(argv=None):
+def run(argv: list[str] | None = None) -> None:
     """Entry point: errors that the user can fix are one sentence and exit code 2; a stopped run is 75."""
     try:
         app.run(main, argv=argv, flags_parser=_parse)

@@ -1,6 +1,6 @@
 """Turn a stored sample into a training example: joint transforms of image and labels in NumPy and OpenCV."""
 
-# ruff: noqa: F722  (jaxtyping's shapes are not Python)
+
 
 import dataclasses
 import functools

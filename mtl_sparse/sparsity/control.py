@@ -1,11 +1,12 @@
-"""Target sparsity: finds lambda while training, in place of a search over runs."""
+"""Target sparsity: find lambda while training, in place of a search over runs."""
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mtl_sparse.sparsity.schedules import Phases
 
@@ -16,7 +17,7 @@ _REACH = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class TargetSparsity:
-    """A sparsity to be reached, and how.
+    """A sparsity to reach, and how.
 
     The scheduled sparsity rises from 0 to `sparsity` as 1 - (1 - u)^3 (Zhu & Gupta 2017, arXiv 1710.01878)
     over the first `ramp` of the run. In each step the gap between it and the measured one moves log lambda: by
@@ -47,9 +48,10 @@ class TargetSparsity:
     damping: float = 20.0
     slew: float = 20.0
     initial: float = 1e-5
-    phases: Phases = Phases()
+    phases: Phases = dataclasses.field(default_factory=Phases)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Check the values."""
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"target sparsity must be in [0, 1), got {self.sparsity}")
         if not 0 < self.ramp <= self.freeze <= 1:
@@ -59,9 +61,9 @@ class TargetSparsity:
         if not self.initial > 0:
             raise ValueError(f"a target needs an initial lambda_ > 0 to start from, got {self.initial}")
 
-    def scheduled(self, step):
-        """Sparsity to be had after `step` steps with a penalty."""
-        left = 1 - jnp.clip(step / (self.ramp * self.total_steps), 0, 1)
+    def scheduled(self, step: ArrayLike) -> jax.Array:
+        """Return the sparsity that the schedule asks for after `step` steps with a penalty."""
+        left = 1 - jnp.clip(jnp.asarray(step) / (self.ramp * self.total_steps), 0, 1)
         return self.sparsity * (1 - left**3)
 
 
@@ -76,11 +78,11 @@ class ControlState(NamedTuple):
 
 
 def init(lambda_: float) -> ControlState:
-    """Starts the search at `lambda_`."""
+    """Return the controller's first state, which starts the search at `lambda_`."""
     return ControlState(jnp.asarray(math.log(lambda_), jnp.float32), jnp.zeros([], jnp.float32))
 
 
-def clamp(target: TargetSparsity, state: ControlState, scale, step) -> ControlState:
+def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: ArrayLike) -> ControlState:
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
     This limits what a start that is far too large or too small does in the first penalized step.
@@ -95,12 +97,13 @@ def clamp(target: TargetSparsity, state: ControlState, scale, step) -> ControlSt
     Returns:
       The controller; outside of the steps in which lambda is adjusted it is unchanged.
     """
-    middle = jnp.where(scale > 0, jnp.log(jnp.where(scale > 0, scale, 1)), state.log_lambda)
+    known = jnp.asarray(scale) > 0
+    middle = jnp.where(known, jnp.log(jnp.where(known, scale, 1)), state.log_lambda)
     log_lambda = jnp.clip(state.log_lambda, middle - math.log(_REACH), middle + math.log(_REACH))
     return state._replace(log_lambda=jnp.where(_adjusts(target, step), log_lambda, state.log_lambda))
 
 
-def update(target: TargetSparsity, state: ControlState, measured, step) -> ControlState:
+def update(target: TargetSparsity, state: ControlState, measured: ArrayLike, step: ArrayLike) -> ControlState:
     """Move lambda by the sparsity that was measured after step number `step` with a penalty.
 
     Args:
@@ -114,12 +117,12 @@ def update(target: TargetSparsity, state: ControlState, measured, step) -> Contr
     """
     ramp_steps = target.ramp * target.total_steps
     gap = target.scheduled(step) - measured
-    move = target.gain * gap * step / ramp_steps**2 + target.damping * (gap - state.gap)
+    move = target.gain * gap * jnp.asarray(step) / ramp_steps**2 + target.damping * (gap - state.gap)
     move = jnp.clip(move, -target.slew / ramp_steps, target.slew / ramp_steps)
     adjusts = _adjusts(target, step)
     log_lambda = jnp.where(adjusts, state.log_lambda + move, state.log_lambda)
     return ControlState(log_lambda, jnp.where(adjusts, gap, state.gap))
 
 
-def _adjusts(target, step):
+def _adjusts(target: TargetSparsity, step: Any) -> jax.Array:
     return (step > 0) & (step <= target.freeze * target.total_steps)

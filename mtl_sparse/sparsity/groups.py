@@ -1,8 +1,9 @@
-"""Which parameters are penalised, and how they fall into groups."""
+"""Which parameters are penalized, and how they fall into groups."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -31,31 +32,31 @@ class ConvGroups:
         return tuple(axis for axis in range(ndim) if axis != self.axis)
 
 
-def path_name(path) -> str:
-    """ "/"-joined name of a jax key path, without the `value` of a box that a parameter may lie in (NNX, metadata)."""
+def path_name(path: Any) -> str:
+    """Return the "/"-joined name of a jax key path, without the `value` of a box around a parameter (NNX, metadata)."""
     if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def by_path(tree) -> dict[str, jax.Array]:
-    """Leaves of a tree by their "/"-joined path, in tree order."""
+def by_path(tree: Any) -> dict[str, jax.Array]:
+    """Return the leaves of a tree by their "/"-joined path, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def find(params, scope: str | None = None, rules: Mapping[str, int | None] = HWIO) -> tuple[ConvGroups, ...]:
-    """Lists the penalised conv kernels of `params`, in tree order. Conv kernels are the 4-D leaves.
+def find(params: Any, scope: str | None = None, rules: Mapping[str, int | None] = HWIO) -> tuple[ConvGroups, ...]:
+    """List the penalized conv kernels of `params`, in tree order. Conv kernels are the 4-D leaves.
 
     Args:
       params: a parameter tree.
       scope: "backbone" takes the kernels below a node of that name (the paper's shared parameters), "all"
         takes every kernel. None means "backbone" where the tree has such a node, otherwise "all".
       rules: regular expression of whole paths -> the axis whose indices are the groups, or None for kernels
-        that are not penalised. Every kernel in scope must match exactly one; a depthwise kernel [H, W, 1, C],
-        for instance, wants -1.
+        that are not penalized. Every kernel in scope must match exactly one. A depthwise kernel [H, W, 1, C],
+        for instance, needs -1.
 
     Raises:
-      ValueError: an unknown scope, one that matches no kernel, a kernel that matches no rule or several.
+      ValueError: an unknown scope, a scope that matches no kernel, or a kernel that matches no rule or several.
     """
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"unknown sparsity scope {scope!r}; the scopes are {', '.join(SCOPES)}")
@@ -70,13 +71,13 @@ def find(params, scope: str | None = None, rules: Mapping[str, int | None] = HWI
                 f"it must match exactly one of {', '.join(rules)}"
             )
     found = tuple(
-        _groups(path, in_scope[path], rules[rule]) for path, (rule,) in matches.items() if rules[rule] is not None
+        _groups(path, in_scope[path], axis) for path, (rule,) in matches.items() if (axis := rules[rule]) is not None
     )
     if not found:
         raise ValueError(f"sparsity scope {scope!r} matches no conv kernel (a 4-D parameter) of this tree")
     return found
 
 
-def _groups(path, kernel, axis):
+def _groups(path: str, kernel: jax.Array, axis: int) -> ConvGroups:
     axis = range(kernel.ndim)[axis]
     return ConvGroups(path, axis, kernel.shape[axis], kernel.size // kernel.shape[axis])

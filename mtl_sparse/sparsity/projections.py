@@ -26,7 +26,7 @@ class Step(NamedTuple):
     Attributes:
       kernel: its groups.
       penalty: which parts can become zero.
-      count: int32 [], steps taken before this one.
+      steps: int32 [], steps taken before this one.
       param: the kernel before the step.
       z: the kernel after the optimizer's step, before the proximal one.
       metric: diagonal of the metric, of z's shape; None is 1.
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
     kernel: ConvGroups
     penalty: Penalty
-    count: jax.Array
+    steps: jax.Array
     param: jax.Array
     z: jax.Array
     metric: jax.Array | None
@@ -60,7 +60,7 @@ class FreezeZeros:
     def __call__(self, x: jax.Array, step: Step) -> jax.Array:
         """Return x with zero where the kernel is zero."""
         dead = step.penalty.spread(step.penalty.zeros(step.param, step.kernel), step.kernel, step.param.ndim)
-        return jnp.where((step.count >= self.from_step) & dead, 0, x)
+        return jnp.where((step.steps >= self.from_step) & dead, 0, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def names(choice: bool | str, path: str) -> bool:
 class ProjectionState(NamedTuple):
     """State of `hold_norm` and `freeze_zeros`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32; steps taken
+    count: jax.Array  # type: ignore[assignment]  # tuple.count is hidden, as in optax; shape=(), int32, steps taken
     norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; initial norms of the kernels that are held
 
 

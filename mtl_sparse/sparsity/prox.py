@@ -8,10 +8,11 @@ and so is the result, of z's shape; pruned entries are exactly zero, zero stays 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
-def group_lasso(z, weight, metric=None, *, group_axis: int = -2):
-    """argmin_x 1/2 |x - z|^2_D + weight * sum_g |x_g|_2.
+def group_lasso(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None, *, group_axis: int = -2) -> jax.Array:
+    """Return argmin_x 1/2 |x - z|^2_D + weight * sum_g |x_g|_2.
 
     Without a metric this is block soft-thresholding, max(0, 1 - weight / |z_g|) z_g (eq. 5 of "Less is
     More"). With one, a group is zero iff |D z_g| <= weight; otherwise x = z d r / (d r + weight), where
@@ -37,8 +38,12 @@ def group_lasso(z, weight, metric=None, *, group_axis: int = -2):
     return jnp.where(weight == 0, z, shrunk)
 
 
-def group_mcp(z, weight, gamma, metric=None, *, group_axis: int = -2):
-    """argmin_x 1/2 |x - z|^2_D + sum_g MCP(|x_g|), MCP(r) = weight r - r^2 / (2 gamma), flat beyond gamma weight.
+def group_mcp(
+    z: ArrayLike, weight: ArrayLike, gamma: ArrayLike, metric: ArrayLike | None = None, *, group_axis: int = -2
+) -> jax.Array:
+    """Return argmin_x 1/2 |x - z|^2_D + sum_g MCP(|x_g|).
+
+    MCP(r) = weight r - r^2 / (2 gamma) up to r = gamma weight, and constant beyond.
 
     The group minimax concave penalty (Breheny & Huang 2009, after Zhang 2010): a group is zero iff
     |D z_g| <= weight, as for the lasso, but one whose norm exceeds gamma * weight is not shrunk at all. It
@@ -74,8 +79,8 @@ def group_mcp(z, weight, gamma, metric=None, *, group_axis: int = -2):
     return jnp.where((r >= gamma * weight) | (weight == 0), z, shrunk)
 
 
-def l1(z, weight, metric=None):
-    """argmin_x 1/2 |x - z|^2_D + weight * sum_i |x_i|: soft-thresholding, entry by entry.
+def l1(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None) -> jax.Array:
+    """Return argmin_x 1/2 |x - z|^2_D + weight * sum_i |x_i|: soft-thresholding, entry by entry.
 
     Args:
       z: array, float32 or float64.
@@ -91,8 +96,8 @@ def l1(z, weight, metric=None):
     return jnp.where(d * jnp.abs(z) <= weight, 0.0, z - jnp.sign(z) * (weight / d))
 
 
-def _prepare(z, weight, group_axis):
-    """z, weight that broadcasts against it, and the axes within a group."""
+def _prepare(z: ArrayLike, weight: ArrayLike, group_axis: int) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
+    """Return z, a weight that broadcasts against it, and the axes within a group."""
     z = jnp.asarray(z)
     group_axis = range(z.ndim)[group_axis]
     axes = tuple(axis for axis in range(z.ndim) if axis != group_axis)
@@ -102,8 +107,15 @@ def _prepare(z, weight, group_axis):
     return z, weight, axes
 
 
-def _norm_of_solution(z, dz, d, weight, axes, steps=None):
-    """(r, zero): whether each group's solution is zero, and its norm where it is not; NaN and False for NaN.
+def _norm_of_solution(
+    z: jax.Array,
+    dz: jax.Array,
+    d: jax.Array,
+    weight: jax.Array,
+    axes: tuple[int, ...],
+    steps: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return (r, zero): each group's norm at the solution, and whether it is zero; NaN and False for NaN.
 
     r is the root of g(r) = sum_i (d_i z_i / (d_i r + weight))^2 = 1. Every step stays at or below it: in
     t_i = d_i / (d_i r + weight), g(r + h) = sum_i a_i / (1 + t_i h)^2 averages a function whose even
@@ -135,15 +147,15 @@ def _norm_of_solution(z, dz, d, weight, axes, steps=None):
     return jnp.where(jnp.isnan(g0), jnp.nan, r), zero
 
 
-def _quadrature_root(m0, m1, m2, m3):
-    """Root h of sum_k p_k / (1 + t_k h)^2 = 1, the two-point Gauss quadrature of a measure with these moments."""
+def _quadrature_root(m0: jax.Array, m1: jax.Array, m2: jax.Array, m3: jax.Array) -> jax.Array:
+    """Return the root h of sum_k p_k / (1 + t_k h)^2 = 1, with the two-point Gauss quadrature of these moments."""
     determinant = m0 * m2 - m1 * m1
     # Below rounding all mass is at one point, and Jensen's step is exact.
     two = determinant > 4 * jnp.finfo(m0.dtype).eps * m0 * m2
     half = jnp.where(two, (m0 * m3 - m1 * m2) / (2 * determinant), m1 / m0)
     product = jnp.where(two, (m1 * m3 - m2 * m2) / determinant, half * half)
-    spread = jnp.sqrt(jnp.maximum(half * half - product, 0))
-    t1, t2 = half + spread, jnp.maximum(half - spread, 0)
+    offset = jnp.sqrt(jnp.maximum(half * half - product, 0))
+    t1, t2 = half + offset, jnp.maximum(half - offset, 0)
     p1 = jnp.where(t1 > t2, jnp.clip((m1 - m0 * t2) / (t1 - t2), 0, m0), m0)
     p2 = m0 - p1
     h = (jnp.sqrt(m0) - 1) * m0 / m1
@@ -155,8 +167,8 @@ def _quadrature_root(m0, m1, m2, m3):
     return h
 
 
-def _sums(axes, *terms):
-    """Sums of several terms in one pass over what they are made of; kept axes have length 1."""
+def _sums(axes: tuple[int, ...], *terms: jax.Array) -> tuple[jax.Array, ...]:
+    """Return sums of several terms in one pass over their inputs; the summed axes keep length 1."""
     zero = jnp.zeros([], terms[0].dtype)
     add = lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True))  # noqa: E731
     totals = jax.lax.reduce(terms, (zero,) * len(terms), add, axes)

@@ -1,8 +1,9 @@
-"""How sparse a model is: the one definition behind the optimizer's target, logs, tables and plots."""
+"""How sparse a model is: the one definition for the optimizer's target, logs, tables and plots."""
 
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,11 @@ class LayerSparsity:
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """Sparsity of the penalised conv kernels; `layers` has one entry a kernel, in the order of the tree."""
+    """Sparsity of the penalized conv kernels.
+
+    Attributes:
+      layers: one entry for each kernel, in the order of the tree.
+    """
 
     layers: tuple[LayerSparsity, ...]
 
@@ -54,14 +59,14 @@ class Sparsity:
 
     @property
     def dead_layers(self) -> tuple[str, ...]:
-        """Paths of the kernels all of whose groups are zero: they put out a constant."""
+        """Paths of the kernels all of whose groups are zero: their output is constant."""
         return tuple(layer.path for layer in self.layers if layer.zero_groups == layer.groups)
 
     @property
     def dead_blocks(self) -> tuple[str, ...]:
         """Residual blocks (nodes that hold conv1, conv2, ...) with a dead layer on their branch: it adds a constant."""
         dead = set(self.dead_layers)
-        blocks = {}
+        blocks: dict[str, bool] = {}
         for layer in self.layers:
             block, _, module = layer.path.rpartition("/")[0].rpartition("/")
             if _BRANCH.fullmatch(module) and block.rpartition("/")[2] not in ("", "params", "backbone"):
@@ -73,20 +78,29 @@ class Sparsity:
         return sum(layer.groups * layer.group_size for layer in self.layers)
 
 
-def zero_groups(kernel, axis: int):
-    """bool [kernel.shape[axis]]: which groups are exactly zero."""
+def zero_groups(kernel: jax.Array, axis: int) -> jax.Array:
+    """Return which groups of a kernel are exactly zero: bool [kernel.shape[axis]]."""
     return jnp.all(kernel == 0, tuple(i for i in range(kernel.ndim) if i != axis))
 
 
 @jax.jit(static_argnums=1)
-def _count(kernels, axes):
+def _count(kernels: list[jax.Array], axes: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
     return [
         (jnp.sum(zero_groups(kernel, axis)), jnp.sum(kernel == 0)) for kernel, axis in zip(kernels, axes, strict=True)
     ]
 
 
-def sparsity(params, scope: str | None = None, rules: Mapping[str, int | None] = groups_lib.HWIO) -> Sparsity:
-    """Counts the zero groups of `params`; see `groups.find` for `scope` and `rules`, and for what raises."""
+def sparsity(params: Any, scope: str | None = None, rules: Mapping[str, int | None] = groups_lib.HWIO) -> Sparsity:
+    """Count the zero groups of a parameter tree.
+
+    Args:
+      params: the tree.
+      scope: which kernels count, see `groups.find`.
+      rules: how they fall into groups, see `groups.find`.
+
+    Raises:
+      ValueError: as `groups.find`.
+    """
     found = groups_lib.find(params, scope, rules)
     leaves = groups_lib.by_path(params)
     counts = jax.device_get(_count([leaves[entry.path] for entry in found], tuple(entry.axis for entry in found)))

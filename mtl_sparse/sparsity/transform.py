@@ -11,7 +11,7 @@ import optax
 from mtl_sparse.sparsity import control, groups, metrics, penalties, projections
 from mtl_sparse.sparsity.control import TargetSparsity
 from mtl_sparse.sparsity.groups import ConvGroups
-from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection
+from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection, Step
 from mtl_sparse.sparsity.schedules import phased
 
 REGROWTH = ("annealed", "free")
@@ -20,7 +20,7 @@ REGROWTH = ("annealed", "free")
 class ProximalState(NamedTuple):
     """State of `proximal` and `proximal_adam`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32; steps taken
+    count: jax.Array  # type: ignore[assignment]  # tuple.count is hidden, as in optax; shape=(), int32, steps taken
     inner: optax.OptState  # of the inner optimizer
     norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; initial norms of the kernels that `HoldNorm` holds
     lambda_: jax.Array  # shape=(), dtype=jnp.float32; lambda of the last step
@@ -97,7 +97,7 @@ def _check_gamma(penalty: penalties.Penalty, metric: Any, learning_rate: Any) ->
 class _Now(NamedTuple):
     """Numbers of one step: steps taken before, learning rate, the highest learning rate so far, lambda."""
 
-    count: jax.Array
+    steps: jax.Array
     learning_rate: Any
     peak: jax.Array
     lambda_: jax.Array
@@ -150,14 +150,16 @@ class _Proximal:
         peak = jnp.maximum(state.peak_learning_rate, rate).astype(jnp.float32)
         kernels = self.penalty.kernels(params)
         metric = self.metric(inner, updates, rate)
-        controller, penalized = state.control, count
+        controller: Any = state.control
+        penalized = count
         if self.target:
             penalized = count - self.target.phases.start_step
             controller = control.clamp(self.target, controller, self._typical_lambda(kernels, metric), penalized)
         now = _Now(state.count, rate, peak, self._lambda(state.count, controller))
         updates, zeros = self._project(kernels, updates, params, state.norms, metric, now)
         if self.target:
-            measured = (sum(jnp.sum(part) for part in zeros) / sum(part.size for part in zeros)).astype(jnp.float32)
+            count_zero: Any = sum(jnp.sum(part) for part in zeros)
+            measured = (count_zero / sum(part.size for part in zeros)).astype(jnp.float32)
             controller = control.update(self.target, controller, measured, penalized)
         return updates, ProximalState(count, inner, state.norms, now.lambda_, peak, controller)
 
@@ -203,7 +205,7 @@ class _Proximal:
                 return update
             z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
             d = diagonal.get(kernel.path)
-            step = projections.Step(kernel, self.penalty, now.count, param, z, d, held.get(kernel.path))
+            step = Step(kernel, self.penalty, now.steps, param, z, d, held.get(kernel.path))
             x = self._prox(step, now)
             for projection in self.projections:
                 x = projection(x, step)
@@ -212,13 +214,13 @@ class _Proximal:
 
         return jax.tree_util.tree_map_with_path(project, updates, params), zeros
 
-    def _prox(self, step: projections.Step, now: _Now) -> jax.Array:
+    def _prox(self, step: Step, now: _Now) -> jax.Array:
         dead = self.penalty.zeros(step.param, step.kernel)
         threshold = jnp.where(dead & self.annealed, now.peak, now.learning_rate) * now.lambda_
         return self.penalty.prox(step.z, threshold, now.learning_rate, step.metric, step.kernel)
 
 
-def proximal_adam(
+def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among them
     learning_rate: optax.ScalarOrSchedule,
     lambda_: optax.ScalarOrSchedule = 0.0,
     *,
