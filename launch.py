@@ -11,7 +11,7 @@ from mtl_sparse.runtime import environment
 if __name__ == "__main__":  # before all that takes long to import
     environment.restart_tuned()
 
-# TensorFlow only prepares data and writes event files here: its start-up messages would hide the run's own.
+# TensorFlow, if it is installed, only writes event files: its start-up messages would hide the run's own.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -69,7 +69,8 @@ class CelebamaskHq(folders.FolderBuilder):
 
     def _generate_examples(self, folder, names, attributes):
         for index, name in enumerate(names):
-            yield index, {**read_face(folder, name), "attributes": attributes[name]}
+            face = read_face(folder, name)
+            yield index, {**face, "parts": folders.encode_png(face["parts"]), "attributes": attributes[name]}
 
 
 BUILDER = CelebamaskHq

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import pathlib
 import shutil
 import types
@@ -72,7 +71,7 @@ def load(config: Any, labels: Collection[str] = (), check: Callable[[int], objec
     """Open the data of `config.data`.
 
     `config.embedded.frames > 0` draws embedded data first (see `synthetic/`). A published folder is prepared once
-    into array_record files; after that, neither the folder nor TensorFlow is needed.
+    into array_record files; after that, the folder is not needed.
 
     Args:
       config: `config.data` of a run.
@@ -85,7 +84,7 @@ def load(config: Any, labels: Collection[str] = (), check: Callable[[int], objec
 
     Raises:
       UserError: an unknown data set or label; both embedded data and a folder; a folder that is missing or damaged, or
-        that changed after it was prepared; no TensorFlow for the preparation.
+        that changed after it was prepared.
     """
     if config.name not in DATASETS:
         known = ", ".join(DATASETS)
@@ -250,12 +249,6 @@ def _open_published(dataset: Published, config: Any, check: Callable[[int], obje
                 "DATA_FOLDER_MISSING", f"no prepared data in {target}; set config.data.folder to prepare the data"
             )
         module.fingerprint(folder, config.split)  # reports missing files before anything is written
-        if importlib.util.find_spec("tensorflow") is None:
-            raise UserError(
-                "EXTRA_MISSING",
-                "preparing data needs TensorFlow (training on prepared data does not); pip install "
-                f"tensorflow-cpu, or run --job=prepare where it is installed and copy {prepared} here",
-            )
         logging.info("Preparing %s from %s into %s", config.name, folder, prepared)
         with as_os_error(prepared), _alone(prepared) as alone:
             if alone and not target.is_dir():

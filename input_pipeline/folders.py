@@ -160,6 +160,11 @@ def read_photo(path: pathlib.Path, way_out: str) -> np.ndarray:
     return image
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return a PNG file of uint8 pixels [H, W, 1]. TFDS stores it as it is; to encode an array it needs TensorFlow."""
+    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()  # 6 is TensorFlow's choice
+
+
 def read_image(path: pathlib.Path, way_out: str, flags: int) -> np.ndarray:
     """Return an image file as OpenCV decodes it.
 

@@ -76,7 +76,8 @@ class NyudMt(folders.FolderBuilder):
 
     def _generate_examples(self, folder, names):
         for index, name in enumerate(names):
-            yield index, read_frame(folder, name)
+            frame = read_frame(folder, name)
+            yield index, {**frame, "segmentation": folders.encode_png(frame["segmentation"])}
 
 
 BUILDER = NyudMt

@@ -1,7 +1,5 @@
 """Turn a stored sample into a training example: joint transforms of image and labels in NumPy and OpenCV."""
 
-
-
 import dataclasses
 import functools
 

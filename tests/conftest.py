@@ -8,9 +8,15 @@ import pathlib
 import shutil
 import tempfile
 
+from mtl_sparse.runtime import environment  # imports no JAX
+
 # Most of the suite's time is XLA compiling small models that run a few steps, some of them in subprocesses: do not
-# optimise the code, take the emitters that are quicker at that, and compile each model once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# optimize the code, take the emitters that are quicker at that (where XLA still has them), and compile each model once.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (f" {environment.FUSION_EMITTERS}=false" if environment.knows(environment.FUSION_EMITTERS) else ""),
+)
 # One cache for the workers and their subprocesses; JAX locks it where it has a size to keep to.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")

@@ -170,6 +170,30 @@ def test_a_users_own_choice_of_xlas_library_stays(monkeypatch):
     assert not environment.tune() and os.environ["XLA_FLAGS"] == own
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="set there alone")
+@pytest.mark.parametrize(
+    ("jaxlib", "has_library", "has_emitters"),
+    [
+        ("0.9.2", False, False),
+        ("0.10.0", True, True),
+        ("0.11.0", True, True),
+        ("0.11.1", True, False),
+        ("0.12.0.1", True, False),
+        ("0.13.0", False, False),
+        ("0.13.0.dev20270101", False, False),
+        ("1.0", False, False),
+    ],
+)
+def test_a_flag_that_jaxlib_may_not_know_is_not_set(monkeypatch, jaxlib, has_library, has_emitters):
+    """XLA ends a process that has an unknown one."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"jaxlib": jaxlib}[name])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert not environment.tune()
+    assert ("ynn" in os.environ["XLA_FLAGS"]) == has_library
+    assert environment.knows(environment.FUSION_EMITTERS) == has_emitters
+
+
 def test_each_task_set_has_a_folder_of_its_own(tmp_path):
     done = launch(f"--config={ROOT}/configs/celebamask_hq.py:seg+male", "--job=report", cwd=tmp_path)
     assert "error: runs/celebamask_hq_seg+male/results.json is missing" in done.stderr

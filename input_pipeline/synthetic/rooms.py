@@ -208,18 +208,22 @@ def _turn(yaw):
 
 
 def _slabs(origin, direction, low, high):
-    """Return the entry and exit distances [N] of rays through an axis-aligned box, and the entry and exit axes."""
+    """Return the entry and exit distances [N] of rays through an axis-aligned box, and those of each axis [N, 3]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (low - origin) / direction, (high - origin) / direction
     near, far = np.minimum(a, b), np.maximum(a, b)
-    return near.max(-1), far.min(-1), near.argmax(-1), far.argmin(-1)
+    # NumPy takes several times as long for near.max(-1), a reduction over three numbers.
+    entry = np.maximum(np.maximum(near[:, 0], near[:, 1]), near[:, 2])
+    leave = np.minimum(np.minimum(far[:, 0], far[:, 1]), far[:, 2])
+    return entry, leave, near, far
 
 
 def _cast(room, origin, rays):
     """Return the first hit of each ray with the room or its furniture: {"distance": [N], "normal": [N, 3], ...}."""
     count = len(rays)
     index = np.arange(count)
-    _, distance, _, axis = _slabs(origin, rays, room.low, room.high)
+    _, distance, _, far = _slabs(origin, rays, room.low, room.high)
+    axis = far.argmin(-1)
     sign = np.sign(rays[index, axis])
     normal = np.zeros((count, 3))
     normal[index, axis] = -sign
@@ -233,12 +237,13 @@ def _cast(room, origin, rays):
     for number, box in enumerate(room.boxes):
         turn = _turn(box.yaw)
         ray, start = rays @ turn, (origin - box.center) @ turn
-        entry, leave, face, _ = _slabs(start, ray, -box.half, box.half)
+        entry, leave, near, _ = _slabs(start, ray, -box.half, box.half)
         closer = (entry < leave) & (entry > 1e-6) & (entry < distance)
         if not closer.any():
             continue
         where = index[closer]
-        face, side = face[closer], np.sign(ray[where, face[closer]])
+        face = near[closer].argmax(-1)
+        side = np.sign(ray[where, face])
         distance[closer] = entry[closer]
         outward = np.zeros((len(where), 3))
         outward[np.arange(len(where)), face] = -side

@@ -1,10 +1,24 @@
 """Options of glibc and XLA for speed on a CPU, to be set before JAX starts (docs/benchmarks.md)."""
 
+import importlib.metadata
 import os
+import re
 import sys
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters"
 _LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"
+
+# XLA ends a process whose XLA_FLAGS has an unknown flag. Each flag was tried with all jaxlib releases of its range:
+# (first release, first release outside). Raise the end after a try with a newer one.
+_JAXLIB = {FUSION_EMITTERS: ((0, 10, 0), (0, 11, 1)), _LIBRARY: ((0, 10, 0), (0, 13, 0))}
+
+
+def knows(flag: str) -> bool:
+    """Return whether the installed jaxlib is a release that has this XLA flag."""
+    first, end = _JAXLIB[flag]
+    numbers = re.findall(r"\d+", importlib.metadata.version("jaxlib"))
+    return first <= tuple(map(int, numbers[:3])) < end
 
 
 def tune() -> bool:
@@ -12,7 +26,7 @@ def tune() -> bool:
 
     glibc: huge pages for the memory that XLA allocates in each call. glibc reads this when a process starts.
     XLA: no convolutions by YNNPACK, its default with AVX-512. YNNPACK uses one core if there are few channels, and
-    takes several times as long for the gradient of a kernel.
+    takes several times as long for the gradient of a kernel. Not set for a jaxlib that may lack the flag.
 
     Returns:
       Whether the process must be restarted for the options to take effect.
@@ -20,7 +34,7 @@ def tune() -> bool:
     if sys.platform != "linux":
         return False
     flags = os.environ.get("XLA_FLAGS", "")
-    if _LIBRARY not in flags:
+    if _LIBRARY not in flags and knows(_LIBRARY):
         os.environ["XLA_FLAGS"] = f"{flags} {_LIBRARY}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION".strip()
     if "GLIBC_TUNABLES" in os.environ:
         return False

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from absl import logging
 
@@ -16,7 +18,8 @@ from mtl_sparse.runtime.errors import UserError
 class MetricLog:
     """Writer of `metrics.jsonl`, one object a line: {"step", "split", name: value, ...}.
 
-    If TensorFlow and TensorBoard are installed, clu writes the same scalars to event files, too.
+    The same scalars go to event files for TensorBoard: by clu if TensorFlow is installed, which clu's writer needs,
+    and otherwise by `_EventFile`.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
@@ -35,11 +38,7 @@ class MetricLog:
         if kept != lines:
             files.write_text(self._path, "".join(kept))
         self._file = self._path.open("a")
-        self._writer = None
-        if tensorboard_available():
-            from clu import metric_writers
-
-            self._writer = metric_writers.SummaryWriter(str(workdir))
+        self._events = _event_writer(workdir)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Append a line, and wait until it is on the disk.
@@ -52,14 +51,52 @@ class MetricLog:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # before the checkpoint that marks this step as done
-        if self._writer is not None:
-            self._writer.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+        self._events.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._events.close()
+
+
+class _Events(Protocol):
+    """What `MetricLog` uses of `clu.metric_writers.MetricWriter`."""
+
+    def write_scalars(self, step: int, scalars: dict[str, float], /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _EventFile:
+    """`clu.metric_writers.SummaryWriter` for scalars, without TensorFlow, by TensorBoard's own package."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        from tensorboard.summary.writer import record_writer
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._records = record_writer.RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+
+    def write_scalars(self, step: int, scalars: dict[str, float], /) -> None:
+        self._add(step=step, summary={"value": [{"tag": tag, "simple_value": x} for tag, x in scalars.items()]})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboard.compat.proto import event_pb2
+
+        self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+
+def _event_writer(folder: pathlib.Path) -> _Events:
+    if not tensorflow_available():
+        return _EventFile(folder)
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(folder))
 
 
 def _step(path: pathlib.Path, line: str) -> int:
@@ -73,9 +110,9 @@ def _step(path: pathlib.Path, line: str) -> int:
         ) from error
 
 
-def tensorboard_available() -> bool:
-    """Return whether clu's metric writers can be imported: they need TensorFlow and TensorBoard."""
-    return all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tensorboard"))
+def tensorflow_available() -> bool:
+    """Return whether clu's metric writers and periodic actions can be imported: they need TensorFlow."""
+    return importlib.util.find_spec("tensorflow") is not None
 
 
 def progress_reporter(total_steps: int, every_secs: float) -> Callable[[int], object]:
@@ -85,7 +122,7 @@ def progress_reporter(total_steps: int, every_secs: float) -> Callable[[int], ob
       total_steps: steps of the run.
       every_secs: seconds between two lines of the log.
     """
-    if tensorboard_available():
+    if tensorflow_available():
         from clu import periodic_actions
 
         return periodic_actions.ReportProgress(num_train_steps=total_steps, every_secs=every_secs)

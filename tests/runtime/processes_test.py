@@ -108,6 +108,8 @@ def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_
     for ours, others in zip(lines, rows(tmp_path), strict=True):
         for name, value in ours.items():
             close = {"rel": 1e-4, "abs": 1e-6} if name.endswith("loss") or ours["split"] != "train" else {"rel": 1e-2}
+            if "delta" in name and not name.endswith("_stride8"):  # a fraction of the pixels: rounding may move one
+                close["abs"] = 1.01 / (2 * 32 * 48)
             assert others[name] == (value if name == "split" else pytest.approx(value, **close)), (ours["step"], name)
 
 

@@ -1,3 +1,5 @@
+"""Evaluation: metrics of whole splits, independent of the batches, and the constant baseline."""
+
 import dataclasses
 import types
 
@@ -6,17 +8,15 @@ import numpy as np
 import pytest
 
 from input_pipeline import loader
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.tasks import labels
 from mtl_sparse.training import evaluation
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
+from tests.conftest import raises, tiny
 
 
 @pytest.fixture(scope="module")
 def run(rooms):
-    from tests.conftest import tiny
-
     config = tiny(rooms)
     config.tasks = ("segmentation", "depth", "normals", "edge")
     return setup_lib.setup(config)
@@ -39,7 +39,7 @@ def test_results_do_not_depend_on_the_batch_size(run):
 
 
 def test_perfect_predictions_have_perfect_metrics(run):
-    frames = [run.batches.transform()(frame) for frame in run.data.test]
+    examples = [run.batches.transform()(sample) for sample in run.data.test]
     perfect = {
         "segmentation/miou": 1,
         "segmentation/image_iou": 1,
@@ -48,7 +48,7 @@ def test_perfect_predictions_have_perfect_metrics(run):
     }
     perfect |= {"normals/cosine": 1, "normals/within_11.25": 1, "edge/mae": 0}
     for task in run.tasks:
-        label = np.stack([frame[task.label] for frame in frames])
+        label = np.stack([example[task.label] for example in examples])
         prediction, _ = task.target(label)
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64).sum(0), jax.vmap(task.sums)(prediction, label))
         for name, value in task.values(sums).items():
@@ -57,8 +57,8 @@ def test_perfect_predictions_have_perfect_metrics(run):
     assert not perfect
 
 
-def test_depth_in_metres_is_normalised_as_the_normalised_task_is(run):
-    """Also at the prediction's resolution, whose few places seldom have the image's maximum."""
+def test_depth_in_metres_is_normalized_as_the_normalized_task_is(run):
+    """Also at the resolution of the raw prediction, which seldom has the pixel with the image's maximum."""
     config = run.config.copy_and_resolve_references()
     config.data.depth_target = "metres"
     metres = setup_lib.setup(config)
@@ -66,10 +66,10 @@ def test_depth_in_metres_is_normalised_as_the_normalised_task_is(run):
     for one in (run, metres):
         (task,) = [task for task in one.tasks if task.name == "depth"]
         task = dataclasses.replace(task, activation=lambda raw: raw)
-        label = np.stack([one.batches.transform()(frame)["depth"] for frame in one.data.test])
+        label = np.stack([one.batches.transform()(sample)["depth"] for sample in one.data.test])
         largest = label.max((1, 2), keepdims=True) if one is metres else 1
-        guess = labels.strided(np.full_like(label, 0.3) * largest)[..., None]  # of each image's maximum
-        model = types.SimpleNamespace(apply=lambda *_, train, guess=guess: {"depth": guess})
+        raw = labels.strided(np.full_like(label, 0.3) * largest)[..., None]  # of each image's maximum
+        model = types.SimpleNamespace(apply=lambda *_, train, raw=raw: {"depth": raw})
         sums = evaluation.eval_sums(None, {"image": None, "depth": label}, model=model, tasks=[task])["depth"][
             "strided"
         ]
@@ -78,47 +78,47 @@ def test_depth_in_metres_is_normalised_as_the_normalised_task_is(run):
 
 
 def test_predictions_that_are_not_finite_have_no_metrics(run):
-    """NaN would count as class 0, and as a right angle that is none."""
+    """NaN would count as class 0, and as a right angle between normals."""
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), state_lib.initial(run).variables)
     values = evaluation.Evaluator(run).evaluate(loader.replicate(broken), batches(run, "test", 4))
     assert len(values) > 20 and np.isnan(list(values.values())).all()
 
 
-def test_a_task_without_a_label_is_named_where_labels_are_asked_for(run):
+def test_a_task_without_a_label_is_named_if_labels_are_required(run):
     void = ({**batch, "segmentation": np.full_like(batch["segmentation"], 255)} for batch in batches(run, "test", 4))
-    with pytest.raises(UserError, match="no validation frame has a label of task segmentation; leave it out"):
+    with raises("DATA_LABEL_MISSING", naming="'segmentation' in the validation split"):
         evaluation.Evaluator(run).evaluate(
             loader.replicate(state_lib.initial(run).variables), void, labelled="validation"
         )
 
 
-def test_the_constant_predictors_metrics_follow_from_the_labels(run):
+def test_the_constant_baselines_metrics_follow_from_the_labels(run):
     constants = evaluation.constant_predictions(run.tasks, batches(run, "train", 7))
     values = evaluation.evaluate_constant(run.tasks, constants, batches(run, "test", 4))
     transform = run.batches.transform()
-    train_frames = [transform(frame) for frame in run.data.train]
-    test_frames = [transform(frame) for frame in run.data.test]
-    strided = lambda key: np.stack([frame[key] for frame in train_frames])[:, 4::8, 4::8]  # noqa: E731
+    train = [transform(sample) for sample in run.data.train]
+    test = [transform(sample) for sample in run.data.test]
+    strided = lambda key: np.stack([example[key] for example in train])[:, 4::8, 4::8]  # noqa: E731
 
     depth = strided("depth")
     np.testing.assert_allclose(constants["depth"], depth[depth > 0].mean(), rtol=1e-5)
-    test_depth = np.stack([frame["depth"] for frame in test_frames])
+    test_depth = np.stack([example["depth"] for example in test])
     error = np.abs(test_depth - constants["depth"])[test_depth > 0].mean()
     assert values["depth/mae_normalized"] == pytest.approx(error, rel=1e-4)
 
     majority = np.bincount(strided("segmentation").ravel()).argmax()
     assert constants["segmentation"].argmax() == majority
-    labels = np.stack([frame["segmentation"] for frame in test_frames])
-    assert values["segmentation/pixel_accuracy"] == pytest.approx((labels == majority).mean(), rel=1e-5)
+    classes = np.stack([example["segmentation"] for example in test])
+    assert values["segmentation/pixel_accuracy"] == pytest.approx((classes == majority).mean(), rel=1e-5)
 
     mean = strided("normals").reshape(-1, 3).mean(0)
     np.testing.assert_allclose(constants["normals"], mean, atol=1e-5)
-    cosine = np.stack([frame["normals"] for frame in test_frames]) @ (mean / np.linalg.norm(mean))
+    cosine = np.stack([example["normals"] for example in test]) @ (mean / np.linalg.norm(mean))
     assert values["normals/cosine"] == pytest.approx(cosine.mean(), rel=1e-4)
 
 
 def test_upsampling_is_aligned_with_the_strided_labels():
-    """Labels that are linear in the position survive: stride 8, then bilinear back, inside the border cells."""
+    """Labels that are linear in the position survive stride 8 and bilinear resizing, except in the border cells."""
     rows = np.broadcast_to(np.arange(32.0)[None, :, None], (1, 32, 48))
     raw = labels.strided(rows)[..., None]
     back = np.asarray(evaluation.upsample(raw, rows))[..., 0]

@@ -1,7 +1,7 @@
-"""What may befall a run: whatever it is, nothing that was saved is lost, and the run goes on as if nothing had been.
+"""Interrupted runs resume from the last checkpoint; the result is identical to an uninterrupted run.
 
-The reference is `whole`, a run that nothing befell; the others must end with its metrics.jsonl and its parameters, bit
-for bit. docs/reliability.md has the table of faults.
+The reference is `whole`, an uninterrupted run; the others must end with its metrics.jsonl and its parameters, bit for
+bit. docs/reliability.md has the table of faults.
 """
 
 import functools
@@ -21,13 +21,13 @@ import pytest
 
 from mtl_sparse.jobs import evaluate, train
 from mtl_sparse.report import records
-from mtl_sparse.runtime import files, logs
-from mtl_sparse.runtime.errors import Stopped, UserError, as_os_error
-from mtl_sparse.training import checkpoints, evaluation, loop, results
+from mtl_sparse.runtime import files
+from mtl_sparse.runtime.errors import Stopped, as_os_error
+from mtl_sparse.training import checkpoints, evaluation, loop, metric_log, results
 from mtl_sparse.training import folder as folder_lib
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import step as step_lib
-from tests.conftest import tiny
+from tests.conftest import raises, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def newest(workdir):
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """Compiles the step and the evaluation once for all runs of this file, and leaves out what comes after training."""
+    """Compile the step and the evaluation once for all runs of this file, and skip what follows the training."""
     if "slow" in request.keywords:
         return
     monkeypatch.setattr(loop, "make_train_step", _one_step)
@@ -71,7 +71,7 @@ def _one_evaluator(run):
     return _made.setdefault("evaluator", _evaluator(run))
 
 
-_hook = {}  # step -> what befalls the run while that step is computed
+_hook = {}  # step -> fault that occurs while that step is computed
 
 
 def _call_hook(step, state, batch):
@@ -81,15 +81,15 @@ def _call_hook(step, state, batch):
 
 
 @pytest.fixture
-def befalls():
-    """A dictionary: step -> function that is called once, when that step has been computed."""
+def faults():
+    """Yield a dictionary, step -> function that is called once, when that step has been computed."""
     _hook.clear()
     yield _hook
     _hook.clear()
 
 
 def depth(rooms):
-    """Six steps in three epochs of one task, on the front of the backbone alone, which compiles sooner."""
+    """Return the config of six steps in three epochs of one task, on the first layers only, which compile sooner."""
     config = tiny(rooms)
     config.tasks = ("depth",)
     config.model.attach = ("layer1_0",)
@@ -100,12 +100,12 @@ def depth(rooms):
 
 @pytest.fixture(scope="module")
 def whole(rooms, tmp_path_factory):
-    """Folder of a run that nothing befell."""
+    """Return the folder of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     run = setup_lib.setup(depth(rooms))
     folder_lib.claim(workdir, run.config, run.data)
     saved = checkpoints.Checkpoints(workdir)
-    loop.fit(run, workdir, saved)
+    loop.fit(run, evaluation.Evaluator(run), workdir, saved)
     saved.close()
     return workdir
 
@@ -124,18 +124,18 @@ def raises_now(error):
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_a_signal_saves_the_step_and_the_run_goes_on(whole, rooms, tmp_path, befalls, every):
+def test_a_signal_saves_the_step_and_the_run_resumes(whole, rooms, tmp_path, faults, every):
     """Also between two lines of the log and two checkpoints, and more than once."""
     config = depth(rooms)
     config.run.update(checkpoint_every_steps=every)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for step, number in ((1, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)):
-        befalls[step] = functools.partial(os.kill, os.getpid(), number)
-        with pytest.raises(Stopped, match=f"stopped at step {step} of 6, as asked; the same command goes on from"):
+        faults[step] = functools.partial(os.kill, os.getpid(), number)
+        with pytest.raises(Stopped, match=f"step {step} of 6"):
             train.train(config, tmp_path)
         assert state(tmp_path)[0] == step
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    with pytest.raises(UserError, match="is at step 5 of 6: give its command again"):
+    with raises("RUN_NOT_FINISHED", naming=f"{tmp_path} is at step 5 of 6"):
         evaluate.run_job(config, tmp_path)
     assert not (tmp_path / "results.json").exists(), "which would make it count as finished"
     train.train(config, tmp_path)
@@ -150,10 +150,10 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(whole, rooms, tmp_path, bef
             assert means[step] == pytest.approx((single[step - 1] + single[step]) / 2, rel=1e-12)
 
 
-def test_what_the_loop_remembers_goes_on(rooms, tmp_path, befalls, monkeypatch):
+def test_what_the_loop_remembers_is_resumed(rooms, tmp_path, faults, monkeypatch):
     scores = iter((1.0, 2.0, 3.0))
-    monkeypatch.setattr(train, "validation_score", lambda *_: next(scores))
-    befalls[3] = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(loop, "validation_score", lambda *_: next(scores))
+    faults[3] = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped):
         train.train(depth(rooms), tmp_path)
     train.train(depth(rooms), tmp_path)
@@ -161,21 +161,21 @@ def test_what_the_loop_remembers_goes_on(rooms, tmp_path, befalls, monkeypatch):
     assert (progress["best"], progress["stale_epochs"], state(tmp_path, "best")[0]) == (1.0, 2, 2)
 
 
-def test_a_second_ctrl_c_ends_at_once(rooms, tmp_path, befalls):
+def test_a_second_ctrl_c_ends_at_once(rooms, tmp_path, faults):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    befalls[3] = twice
+    faults[3] = twice
     with pytest.raises(KeyboardInterrupt):
         train.train(depth(rooms), tmp_path)
     assert state(tmp_path)[0] == 2
 
 
-def test_a_run_that_breaks_anywhere_goes_on(whole, rooms, tmp_path, befalls):
-    """Also between its two saves: the best checkpoint of step 2 is written, the latest is still that of step 1."""
+def test_a_run_that_breaks_anywhere_resumes(whole, rooms, tmp_path, faults):
+    """Also between the two saves of a step: the best checkpoint is of step 2, the latest still of step 1."""
     for step in (1, 3, 6):
-        befalls[step] = raises_now(RuntimeError(f"step {step}"))
+        faults[step] = raises_now(RuntimeError(f"step {step}"))
         with pytest.raises(RuntimeError, match=f"step {step}"):
             train.train(depth(rooms), tmp_path)
         if step == 3:
@@ -187,7 +187,7 @@ def test_a_run_that_breaks_anywhere_goes_on(whole, rooms, tmp_path, befalls):
 
 def flip(path):
     data = bytearray(path.read_bytes())
-    for place in range(0, len(data), 64):  # one alone may fall where nothing is read
+    for place in range(0, len(data), 64):  # a single one may be in bytes that are not read
         data[place] ^= 16
     path.write_bytes(data)
 
@@ -206,8 +206,8 @@ def largest(folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_of_a_damaged_checkpoint_the_one_before_is_taken(whole, rooms, tmp_path, befalls, caplog, damage):
-    befalls[4] = raises_now(RuntimeError)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(whole, rooms, tmp_path, faults, caplog, damage):
+    faults[4] = raises_now(RuntimeError)
     with pytest.raises(RuntimeError):
         train.train(depth(rooms), tmp_path)
     assert newest(tmp_path).name == "3"
@@ -218,31 +218,33 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(whole, rooms, tmp_path,
     assert_ends_as(whole, tmp_path)
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_thrown_away(whole, rooms, tmp_path):
+def test_where_no_checkpoint_is_whole_nothing_is_removed(whole, rooms, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = lines(tmp_path)
     for folder in (tmp_path / "checkpoints" / "latest").iterdir():
         flip(largest(folder))
     for _ in range(2):
-        with pytest.raises(UserError, match=r"latest/6 and .*latest/5 is damaged .*no other; put a copy of it back"):
+        with raises("CHECKPOINT_DAMAGED", naming="latest/6 and ") as caught:
             train.train(depth(rooms), tmp_path)
+        assert str(tmp_path / "checkpoints" / "latest" / "5") in str(caught.value)
         assert lines(tmp_path) == before and not (tmp_path / "checkpoints" / "damaged").exists()
     flip(largest(tmp_path / "checkpoints" / "best"))
-    with pytest.raises(UserError, match=r"checkpoint .*best/\d is damaged .*put a copy of it back"):
+    (best,) = (tmp_path / "checkpoints" / "best").iterdir()
+    with raises("CHECKPOINT_DAMAGED", naming=str(best)):
         state(tmp_path, "best")
     assert len(list((tmp_path / "checkpoints" / "best").iterdir())) == 1
 
 
-def test_a_second_process_on_a_folder_is_refused(whole, rooms, tmp_path, befalls):
+def test_a_second_process_on_a_folder_is_refused(whole, rooms, tmp_path, faults):
     def another():
-        with pytest.raises(UserError, match="another process is at work in .*wait until it has ended, or give another"):
+        with raises("FOLDER_IN_USE", naming=str(tmp_path)):
             train.train(depth(rooms), tmp_path)
-        with pytest.raises(UserError, match="another process is at work"):
+        with raises("FOLDER_IN_USE", naming=str(tmp_path)):
             evaluate.run_job(depth(rooms), tmp_path)
 
-    befalls[2] = another
+    faults[2] = another
     train.train(depth(rooms), tmp_path)
-    assert not befalls
+    assert not faults
     assert_ends_as(whole, tmp_path)
 
 
@@ -258,19 +260,20 @@ def not_finite_at(monkeypatch, *steps):
 
 def test_a_step_that_is_not_finite_stops_with_the_step_named(rooms, tmp_path, monkeypatch):
     not_finite_at(monkeypatch, 3)
-    with pytest.raises(UserError, match=r"not finite at step 3 \(.*grad_norm=nan.*checkpoint of step 2 is kept.*skip"):
+    with raises("STEP_NOT_FINITE", naming="step 3 (") as caught:
         train.train(depth(rooms), tmp_path)
+    assert all(part in str(caught.value) for part in ("grad_norm=nan", "step 2", "run.skip_not_finite"))
     assert state(tmp_path)[0] == 2
     assert max(json.loads(line)["step"] for line in lines(tmp_path)) == 2
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(whole, rooms, tmp_path, monkeypatch, befalls):
+def test_steps_that_are_not_finite_are_skipped_and_counted(whole, rooms, tmp_path, monkeypatch, faults):
     """Two in a row after a checkpoint, one later: parameters, optimizer and statistics stay what they were."""
     config = depth(rooms)
     config.run.skip_not_finite = 2
     config.run.checkpoint_every_steps = 2
     not_finite_at(monkeypatch, 3, 4, 6)
-    befalls[4] = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    faults[4] = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped):
         train.train(config, tmp_path)
     (_, before, _), (step, after, progress) = (_read(tmp_path, step) for step in (2, 4))
@@ -284,8 +287,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(whole, rooms, tmp_pat
     assert records.read_metrics(tmp_path)["train"]["loss"][0].tolist() == [2, 6]
 
     config.run.skip_not_finite = 1
-    with pytest.raises(UserError, match="not finite at step 4 .2 steps in a row.; the checkpoint of step 2 is kept"):
+    with raises("STEP_NOT_FINITE", naming="step 4 (2 steps") as caught:
         train.train(config, tmp_path / "again")
+    assert "step 2" in str(caught.value)
 
 
 def _read(workdir, step):
@@ -307,10 +311,10 @@ def test_a_clock_that_jumps_changes_nothing(whole, rooms, tmp_path, monkeypatch)
     assert_ends_as(whole, tmp_path)
 
 
-def test_a_disk_that_is_full_loses_nothing(whole, rooms, tmp_path, befalls):
-    """Here as a limit on the size of a file, which a checkpoint of step 3 and later runs against."""
+def test_a_disk_that_is_full_loses_nothing(whole, rooms, tmp_path, faults):
+    """Simulated by a limit on the size of a file, which the checkpoints from step 3 on exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    befalls[3] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    faults[3] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(OSError, match="File too large") as raised, as_os_error(tmp_path):
             train.train(depth(rooms), tmp_path)
@@ -322,8 +326,8 @@ def test_a_disk_that_is_full_loses_nothing(whole, rooms, tmp_path, befalls):
     assert_ends_as(whole, tmp_path)
 
 
-def test_a_folder_that_becomes_read_only_loses_nothing(whole, rooms, tmp_path, befalls):
-    """As root, for whom no folder is read-only, it is the user that changes."""
+def test_a_folder_that_becomes_read_only_loses_nothing(whole, rooms, tmp_path, faults):
+    """Root can write to every folder, so as root the test changes the user, too."""
     folders = [tmp_path / "checkpoints" / kind for kind in checkpoints.KINDS]
 
     def lock():
@@ -332,7 +336,7 @@ def test_a_folder_that_becomes_read_only_loses_nothing(whole, rooms, tmp_path, b
         if os.getuid() == 0:
             os.seteuid(65534)
 
-    befalls[3] = lock
+    faults[3] = lock
     try:
         with pytest.raises(OSError, match="Permission denied"), as_os_error(tmp_path):
             train.train(depth(rooms), tmp_path)
@@ -346,12 +350,12 @@ def test_a_folder_that_becomes_read_only_loses_nothing(whole, rooms, tmp_path, b
     assert_ends_as(whole, tmp_path)
 
 
-def test_a_stretch_that_was_lost_is_not_logged_twice(tmp_path):
+def test_steps_that_are_run_again_are_not_logged_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 1, "split": "train", "loss": 1}\n{"step": 2, "split": "train", "loss": 2}\n{"step": 3, "spl'
     )
-    log = logs.MetricLog(tmp_path, start_step=1)
+    log = metric_log.MetricLog(tmp_path, start_step=1)
     log.write(2, "train", {"loss": 5})
     log.close()
     assert [(row["step"], row["loss"]) for row in map(json.loads, lines(tmp_path))] == [(1, 1), (2, 5)]
@@ -359,18 +363,21 @@ def test_a_stretch_that_was_lost_is_not_logged_twice(tmp_path):
         file.write('{"step": 3, "spl')
     assert records.read_metrics(tmp_path)["train"]["loss"][0].tolist() == [1, 2], "the last line is being written"
     path.write_text('{"step": 1, "split"\n' + path.read_text())
-    with pytest.raises(UserError, match=r"metrics.jsonl has a damaged line, '\{\"step\": 1, \"split\"\\n'"):
-        logs.MetricLog(tmp_path, start_step=1)
-    with pytest.raises(UserError, match="damaged line"):
-        records.read_metrics(tmp_path)
+    for read in (lambda: metric_log.MetricLog(tmp_path, start_step=1), lambda: records.read_metrics(tmp_path)):
+        with raises("FILE_DAMAGED", naming=str(path)) as caught:
+            read()
+        assert """'{"step": 1, "split"\\n'""" in str(caught.value)
+    path.write_text('{"split": "train"}\n')
+    with raises("FILE_DAMAGED", naming='{"split": "train"}'):
+        metric_log.MetricLog(tmp_path, start_step=1)
 
 
-def start(config, workdir, **settings):
-    """launch.py on a run of these settings, in a process of its own."""
+def start(config, workdir, **options):
+    """Start launch.py on a run of this config, in a new process."""
     workdir.mkdir(exist_ok=True)
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
     command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT}/configs/run.py:{workdir}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **settings)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for(process, condition):
@@ -383,13 +390,13 @@ def wait_for(process, condition):
 
 
 def test_stopped_killed_and_started_again_a_run_ends_the_same(whole, rooms, tmp_path):
-    """By launch.py: SIGTERM, which is exit code 75, then kill -9 at a random moment, then to the end."""
+    """With launch.py: SIGTERM, which gives exit code 75, then kill -9 at a random moment, then to the end."""
     config, workdir = depth(rooms), tmp_path / "run"
     process = start(config, workdir)
     wait_for(process, (workdir / "checkpoints" / "latest" / "1").exists)
     process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and said.splitlines()[-1].startswith("stopped at step "), said
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err.splitlines()[-1].startswith("stopped at step "), err
     stopped_at = int(newest(workdir).name)
     assert 1 <= stopped_at < 6
     process = start(config, workdir)
@@ -404,7 +411,7 @@ def test_stopped_killed_and_started_again_a_run_ends_the_same(whole, rooms, tmp_
 
 @pytest.mark.slow
 def test_twenty_kills_of_a_demo_run_change_no_bit(tmp_path):
-    """README's demo, killed by kill -9 twenty times, at random moments of its training and of its saves."""
+    """The demo, killed by kill -9 twenty times, at random moments of its training and of its saves."""
     from configs import demo
 
     config = demo.get_config()
@@ -431,15 +438,15 @@ def test_twenty_kills_of_a_demo_run_change_no_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_target_and_a_last_phase_goes_on_the_same(rooms, tmp_path, monkeypatch):
-    """The controller is part of the checkpoint: stopped at any step, lambda goes on as it would have."""
+def test_a_run_with_a_target_and_a_debiasing_phase_resumes_the_same(rooms, tmp_path, monkeypatch):
+    """The controller is part of the checkpoint: after a stop at any step, lambda continues as without it."""
     config = depth(rooms)
     config.train.epochs = 4
     config.sparsity.update(target=0.5, target_ramp=0.3, lambda_=1e-3, warmup_steps=2, debias_at=0.75)
     config.sparsity.target_freeze = 0.7
     config.run.log_every_steps = 1
     expected = train.train(config, tmp_path / "whole")
-    make_train_step = step_lib.make_train_step
+    make_train_step = loop.make_train_step
 
     def stop_at_four(run):
         step_fn, taken = make_train_step(run), []
@@ -452,15 +459,15 @@ def test_a_run_with_a_target_and_a_last_phase_goes_on_the_same(rooms, tmp_path, 
 
         return step
 
-    monkeypatch.setattr(train, "make_train_step", stop_at_four)
+    monkeypatch.setattr(loop, "make_train_step", stop_at_four)
     with pytest.raises(KeyboardInterrupt):
         train.train(config, tmp_path / "stopped")
-    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
     assert train.train(config, tmp_path / "stopped") == expected
     assert_ends_as(tmp_path / "whole", tmp_path / "stopped")
     lambdas = [row["lambda"] for row in map(json.loads, lines(tmp_path / "whole")) if row["split"] == "train"]
     assert lambdas[0] == 0 and len(set(lambdas[1:6])) > 3, "warm-up, then the controller moves it"
-    assert lambdas[6:] == [0, 0], "no penalty in the last phase"
+    assert lambdas[6:] == [0, 0], "no penalty in the debiasing phase"
     assert expected["sparsity"]["target"] == 0.5
 
 
@@ -473,18 +480,18 @@ def test_on_a_real_disk_that_is_full_or_read_only(whole, rooms, tmp_path):
     def mount(options):
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], check=True)
 
-    def ends_with(code, sentence):
+    def ends_with(code, message):
         process = start(depth(rooms), workdir)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == code and sentence in said, said[-2000:]
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == code and message in err, err[-2000:]
 
     try:
         mount("size=500k")
     except subprocess.CalledProcessError:
-        pytest.skip("this machine lets nobody mount")
+        pytest.skip("mounting is not allowed here")
     try:
         workdir = disk / "run"
-        ends_with(2, f"error: No space left on device: {workdir}; what was saved is kept")
+        ends_with(2, f"error: No space left on device: {workdir}")
         saved_at = state(workdir)[0]
         assert 0 < saved_at < 6
         mount("remount,size=50m")

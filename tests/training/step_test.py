@@ -1,25 +1,25 @@
-"""One training step, and what the loop does at the end of an epoch."""
+"""One training step, and what the training loop does at the end of an epoch."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from input_pipeline import loader
-from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import checkpoints, loop, optimizer
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
-from tests.conftest import tiny
+from tests.conftest import raises, tiny
 
 
 def test_the_seed_is_an_argument_of_the_compiled_step(rooms, monkeypatch):
-    """Runs that differ in it share one program of the compile cache."""
+    """Runs with different seeds share one program of the compile cache."""
     made = []
 
-    def pmap(function, **settings):
-        made.append((function.func, set(function.keywords), settings["in_axes"]))
+    def pmap(function, **options):
+        made.append((function.func, set(function.keywords), options["in_axes"]))
         return lambda *arguments: made.append(arguments)
 
     config = tiny(rooms)
@@ -34,9 +34,7 @@ def test_the_seed_is_an_argument_of_the_compiled_step(rooms, monkeypatch):
 
 
 def test_without_penalty_a_step_is_adams(rooms):
-    """The whole step with lambda 0 against a step written out with plain optax, single task."""
-    import optax
-
+    """The whole step of one task with lambda 0 equals a step written with plain optax."""
     config = tiny(rooms)
     config.tasks = ("depth",)
     config.loss.weighting = "equal"
@@ -63,14 +61,14 @@ def test_without_penalty_a_step_is_adams(rooms):
     new, scalars = step_lib.make_train_step(run)(loader.replicate(state), loader.shard(batch))
     assert float(scalars["depth/loss"]) == pytest.approx(float(value), rel=1e-5)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params["model"], want)
-    # Adam's first step is +- the rate: a rounding of a gradient near zero can turn it, so compare most weights.
+    # Adam's first step is +- the learning rate: rounding of a gradient near zero can flip it, so compare most weights.
     close = jax.tree.map(lambda a, b: jnp.abs(a - b) < 1e-5, new.params["model"], want)
-    share = np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(close)]))
-    assert share > 0.999, moved
+    fraction = np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(close)]))
+    assert fraction > 0.999, moved
 
 
 def end_epochs(config, scores, skipped=0):
-    """What the loop does at the ends of epochs with these scores: [(best, learning rate, stopped)]."""
+    """Return what the loop does at the ends of epochs with these scores: [(best, learning rate, stopped)]."""
     run = setup_lib.setup(config)
     state = state_lib.initial(run)
     progress, seen = loop.Progress(skipped=skipped), []
@@ -95,14 +93,14 @@ def test_early_stop_and_plateau(rooms):
     ]
 
 
-def test_the_rate_stays_until_the_sparsity_is_settled(rooms):
-    """Pruning makes the score worse for a while; 10 epochs, the penalty starts after the sixth."""
+def test_the_learning_rate_stays_until_the_sparsity_is_settled(rooms):
+    """Pruning makes the score worse for a while. Of 10 epochs, the penalty starts after the sixth."""
     config = tiny(rooms)
     config.optimizer.update(schedule="plateau", plateau_epochs=2, plateau_factor=0.1, min_learning_rate=1e-9)
     config.train.epochs = 10
     config.sparsity.start_step = 12
     rates = [rate for _, rate, _ in end_epochs(config, range(1, 11))]
-    assert rates == [2e-3] * 8 + [2e-4, 2e-4], "the seventh is the first with a penalised step"
+    assert rates == [2e-3] * 8 + [2e-4, 2e-4], "the seventh is the first with a penalized step"
 
 
 def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms):
@@ -117,12 +115,12 @@ def test_nothing_is_best_and_nothing_stops_before_the_sparsity_is_settled(rooms)
     assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores, skipped=2), 1) if best] == [7, 8], "two late"
     config.sparsity.debias_at = 0.7
     assert [i for i, (best, _, _) in enumerate(end_epochs(config, scores), 1) if best] == [8], (
-        "the phase has had a step"
+        "the debiasing phase has had a step"
     )
 
 
 def test_the_last_checkpoint_may_be_the_best_however_many_steps_were_skipped(rooms):
-    """8 steps, settled after 7 that were taken; two are skipped."""
+    """8 steps, of which two are skipped; the sparsity is settled after 7 that are taken."""
     config = tiny(rooms)
     config.train.epochs = 4
     config.sparsity.update(target=0.5, target_freeze=0.5, debias_at=0.8)
@@ -147,7 +145,7 @@ def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
 
 
 def test_a_task_without_labels_keeps_its_loss_weight_and_has_no_loss(rooms):
-    """Adam's momentum from the steps before would move its log variance; others are moved."""
+    """Adam's momentum from the steps before would change its log variance; those of other tasks do change."""
     config = tiny(rooms)
     config.tasks = ("depth", "normals")
     run = setup_lib.setup(config)
@@ -164,7 +162,7 @@ def test_a_task_without_labels_keeps_its_loss_weight_and_has_no_loss(rooms):
 
 
 class Written:
-    """A metric log that keeps what it gets."""
+    """A metric log that keeps its rows in memory."""
 
     def __init__(self):
         self.rows = []
@@ -185,8 +183,8 @@ def test_a_task_is_logged_by_the_steps_that_have_its_label(config, losses, logge
 
 
 @pytest.mark.parametrize("row", [{"loss": np.nan, "depth/loss": np.nan}, {"loss": 1.0, "grad_norm": np.inf}])
-def test_a_step_that_is_not_finite_still_ends_the_run(config, row, tmp_path):
+def test_a_step_that_is_not_finite_still_ends_the_run(row, tmp_path):
     saved = checkpoints.Checkpoints(tmp_path)
-    with pytest.raises(UserError, match="not finite at step 7"):
+    with raises("STEP_NOT_FINITE", naming="step 7"):
         loop._fetch([(7, row)], saved)
     saved.close()

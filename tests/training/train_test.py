@@ -1,4 +1,4 @@
-"""Runs of the whole job at the smallest size, alone, killed, and on several devices."""
+"""Runs of the whole job at the smallest size: what they write, refuse and repeat."""
 
 import collections
 import functools
@@ -11,11 +11,11 @@ import pytest
 from configs import run as run_config
 from mtl_sparse.compaction import exactness
 from mtl_sparse.jobs import evaluate, train
-from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.training import checkpoints
+from mtl_sparse.training import checkpoints, evaluation, loop
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
-from tests.conftest import tiny
+from mtl_sparse.training import step as step_lib
+from tests.conftest import raises, tiny
 
 
 def lines(workdir):
@@ -24,12 +24,12 @@ def lines(workdir):
 
 @pytest.fixture(scope="module")
 def finished(rooms, tmp_path_factory):
-    """A finished run of 4 steps and its results."""
+    """Return the folder of a finished run of 4 steps, and its results."""
     workdir = tmp_path_factory.mktemp("run")
     return workdir, train.train(tiny(rooms), workdir)
 
 
-def test_a_run_leaves_what_its_folder_promises(finished):
+def test_a_run_writes_all_files_of_its_folder(finished):
     workdir, results = finished
     assert json.loads((workdir / "results.json").read_text()) == results
     assert json.loads((workdir / "config.json").read_text()) == results["config"]
@@ -56,7 +56,7 @@ def test_uncertainty_weights_are_trained(finished):
 
 
 def test_the_best_checkpoint_has_the_statistics_of_one_large_batch(finished, rooms, tmp_path):
-    """Evaluated, it gives what it gave on that batch in training mode; the training itself goes on as without them."""
+    """Evaluated, it gives what it gives on that batch in training mode; the training itself is not changed."""
     config = tiny(rooms)
     config.train.bn_frames = 7
     run = setup_lib.setup(config)
@@ -75,12 +75,12 @@ def test_the_best_checkpoint_has_the_statistics_of_one_large_batch(finished, roo
 
 
 def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path, monkeypatch):
-    """A strong lambda prunes within four steps; the report's count is that of the saved parameters.
+    """A large lambda prunes within four steps; the reported sparsity is that of the saved parameters.
 
     The step and the evaluation are each traced, and so compiled, once.
     """
     traced = collections.Counter()
-    for module, name in ((train, "train_step"), (evaluate, "eval_sums")):
+    for module, name in ((step_lib, "train_step"), (evaluation, "eval_sums")):
 
         def counting(original, name, *args, **kwargs):
             traced[name] += 1
@@ -111,29 +111,30 @@ def test_starting_a_finished_run_again_trains_nothing_and_reports_the_same(finis
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished, rooms):
+def test_other_options_in_the_same_folder_are_refused(finished, rooms):
     config = tiny(rooms)
     config.run.log_every_steps = 7
     config.optimizer.learning_rate = 0.5
     for job in (train.train, evaluate.run_job):
-        with pytest.raises(UserError, match=r"other settings \(optimizer.learning_rate=0.002 there, 0.5 now\)"):
+        with raises("RUN_DIFFERS", naming="(optimizer.learning_rate=0.002 there, 0.5 now)") as caught:
             job(config, finished[0])
+        assert str(finished[0]) in str(caught.value)
 
 
 def test_other_data_in_the_same_folder_are_refused(finished, own_rooms):
     np.save(own_rooms / "depth" / "00003.npy", np.ones((32, 48), np.float32))
-    with pytest.raises(UserError, match="other data"):
+    with raises("DATA_CHANGED", naming=str(finished[0])):
         evaluate.run_job(tiny(own_rooms), finished[0])
 
 
-def test_a_run_whose_validation_is_never_finite_says_so(rooms, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "validation_score", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="validation was never finite.*fixed_norm"):
+def test_a_run_whose_validation_is_never_finite_is_an_error(rooms, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validation_score", lambda *_: float("nan"))
+    with raises("NO_BEST_CHECKPOINT", naming="sparsity.fixed_norm"):
         train.train(tiny(rooms), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "options",
     [
         pytest.param(
             {
@@ -154,22 +155,22 @@ def test_a_run_whose_validation_is_never_finite_says_so(rooms, tmp_path, monkeyp
             "model.attach": ("layer3_0/conv1",),
         },
     ],
-    ids=["depth in metres, plain prox", "bfloat16 with augmentation, equal weights, a head further in front"],
+    ids=["depth in metres, plain prox", "bfloat16 with augmentation, equal weights, an earlier head"],
 )
-def test_variants_run_to_their_report(config, tmp_path, settings):
-    config.update_from_flattened_dict(settings)
+def test_variants_run_to_their_report(config, tmp_path, options):
+    config.update_from_flattened_dict(options)
     config.train.epochs = 1
     config.model.dropout = 0.0
     results = train.train(config, tmp_path)
-    assert list(results["headlines"]) == list(settings["tasks"])
+    assert list(results["headlines"]) == list(options["tasks"])
     assert all(np.isfinite(value) for value in results["test"].values())
-    if "depth" in settings["tasks"]:
+    if "depth" in options["tasks"]:
         assert {"depth/mae", "depth/mae_normalized"} <= results["test"].keys()
     saved = checkpoints.Checkpoints(tmp_path)
     state, _ = saved.restore("latest", state_lib.shapes(setup_lib.setup(config)))
     saved.close()
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {"float32"}
-    if "model.attach" in settings:
+    if "model.attach" in options:
         backbone = state.params["model"]["backbone"]
         assert set(backbone["layer3_0"]) == {"conv1", "bn1"} and "layer4_0" not in backbone
         own = run_config.get_config(str(tmp_path))
@@ -178,5 +179,5 @@ def test_variants_run_to_their_report(config, tmp_path, settings):
         small, _ = setup_lib.compact(own, model, variables)
         assert small.widths.attach == ("layer3_0/conv1",)
         own.model.update(widths=small.widths.to_json(), attach=("layer2_0",))
-        with pytest.raises(UserError, match="neither .* nor model.attach can be another than when it was made"):
+        with raises("OPTION_CONFLICT", naming="model.attach=('layer2_0',)"):
             setup_lib.load_model(tmp_path, own)

@@ -1,0 +1,41 @@
+"""The event files of a run are TensorBoard's, with TensorFlow and without."""
+
+import importlib.util
+
+import pytest
+from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.util import tensor_util
+
+from mtl_sparse.training import metric_log
+
+needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="extra 'tensorflow'")
+
+
+def read(folder):
+    """{(step, tag): value} of all event files in the folder, as TensorBoard reads them."""
+    found = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        events = list(event_file_loader.EventFileLoader(str(path)).Load())
+        assert events[0].file_version == "brain.Event:2"
+        for event in events[1:]:
+            assert abs(event.wall_time - path.stat().st_mtime) < 60
+            for value in event.summary.value:
+                assert value.metadata.plugin_data.plugin_name == "scalars"
+                found[event.step, value.tag] = tensor_util.make_ndarray(value.tensor).item()
+    return found
+
+
+@pytest.mark.parametrize("tensorflow", [False, pytest.param(True, marks=needs_tensorflow)])
+def test_scalars_are_read_back_from_event_files(tmp_path, monkeypatch, tensorflow):
+    monkeypatch.setattr(metric_log, "tensorflow_available", lambda: tensorflow)
+    log = metric_log.MetricLog(tmp_path, start_step=0)
+    log.write(1, "train", {"loss": 2.5, "depth/loss": 0.5})
+    log.write(2, "train", {"loss": float("inf")})
+    if not tensorflow:
+        assert len(read(tmp_path)) == 3, "whoever watches a run sees each line at once"
+    log.close()
+    again = metric_log.MetricLog(tmp_path, start_step=2)
+    again.write(2**40, "validation", {"score": -1})
+    again.close()
+    expected = {(1, "train/loss"): 2.5, (1, "train/depth/loss"): 0.5, (2, "train/loss"): float("inf")}
+    assert read(tmp_path) == {**expected, (2**40, "validation/score"): -1}
