@@ -16,7 +16,7 @@ import mtl_sparse
 from configs import sweeps
 from input_pipeline import datasets, loader
 from mtl_sparse import tasks
-from mtl_sparse.jobs import train
+from mtl_sparse.jobs import cli, train
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
@@ -81,7 +81,7 @@ def test_every_option_is_accepted_as_written(row, name, monkeypatch):
     monkeypatch.setattr(sys, "argv", command)  # config_flags reads overrides from it
     values(command)
     config = values.config
-    config.tasks = tuple(part for entry in config.tasks for part in entry.split(","))  # as launch.py does
+    config.tasks = cli.split_names(config.tasks)
     if "lambda_=1e-4" in row or "penalty" in row:
         assert len(arguments) == 2, "two alternatives, or an option that another config needs as well"
     config_lib.check(config)
