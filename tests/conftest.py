@@ -11,13 +11,13 @@ import tempfile
 from mtl_sparse.runtime import environment  # imports no JAX
 
 # Most of the suite's time is XLA compiling small models that run a few steps, some of them in subprocesses: do not
-# optimize the code, take the emitters that are quicker at that (where XLA still has them), and compile each model once.
+# optimize the code, use the emitters that compile faster (if XLA still has them), and compile each model once.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
     + (f" {environment.FUSION_EMITTERS}=false" if environment.knows(environment.FUSION_EMITTERS) else ""),
 )
-# One cache for the workers and their subprocesses; JAX locks it where it has a size to keep to.
+# One cache for the workers and their subprocesses; JAX locks it if its size is limited.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -34,10 +34,10 @@ from input_pipeline.synthetic import faces as faces_lib
 from input_pipeline.synthetic import rooms as rooms_lib
 from mtl_sparse.runtime.errors import UserError
 
-# Tracing makes objects that live: looking for garbage among them took a quarter of the suite's time.
+# Tracing makes many objects that live: searching them for garbage took a quarter of the suite's time.
 gc.set_threshold(200_000, 20, 100)
 
-# Files with the longest tests, in this order before all others, so that two workers end together.
+# Files with the longest tests: they run first, in this order, so that two workers end at the same time.
 LONGEST = (
     "faults",
     "processes",
@@ -56,7 +56,7 @@ LONGEST = (
 
 @contextlib.contextmanager
 def raises(code: str, *, naming: str = ""):
-    """Expect a UserError with this code, whose message has `naming` in it: the thing that is wrong, not the wording."""
+    """Expect a UserError with this code, whose message contains `naming`: the thing that is wrong, not the wording."""
     with pytest.raises(UserError) as caught:
         yield caught
     assert caught.value.code == code, f"{caught.value.code}: {caught.value}"
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def rooms(tmp_path_factory) -> pathlib.Path:
-    """An embedded NYUD_MT folder of 20 + 9 frames at 32x48, prepared; do not change it."""
+    """Return an embedded NYUD_MT folder of 20 + 9 samples at 32x48, prepared; do not change it."""
     folder = rooms_lib.render_folder(20, 9, 32, 48, seed=0, folder=str(tmp_path_factory.mktemp("data")))
     datasets.load(tiny(folder).data)
     return folder
@@ -78,25 +78,25 @@ def rooms(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def own_rooms(rooms, tmp_path) -> pathlib.Path:
-    """A copy of the folder that a test may damage, not prepared."""
+    """Return a copy of the folder that a test may damage, not prepared."""
     return pathlib.Path(shutil.copytree(rooms, tmp_path / "NYUD_MT"))
 
 
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> pathlib.Path:
-    """An embedded CelebAMask-HQ folder of 20 faces at 32x32; do not change it."""
+    """Return an embedded CelebAMask-HQ folder of 20 faces at 32x32; do not change it."""
     return faces_lib.draw_folder(20, 32, 32, seed=0, folder=str(tmp_path_factory.mktemp("data")))
 
 
 def tiny_faces(folder):
-    """The faces' demo at a size that trains in seconds, on the CelebAMask-HQ folder given."""
+    """Return the config of the faces' demo at a size that trains in seconds, on this CelebAMask-HQ folder."""
     config = demo_faces.get_config()
     config.loss.weighting = "uncertainty"
     return _tiny(config, folder, (32, 32))
 
 
 def tiny(folder):
-    """The demo's config at a size that trains in seconds, on the NYUD_MT folder given."""
+    """Return the demo's config at a size that trains in seconds, on this NYUD_MT folder."""
     return _tiny(demo.get_config(), folder, (32, 48))
 
 
@@ -118,9 +118,9 @@ def config(rooms):
 
 @pytest.fixture(scope="session")
 def sparse_run(rooms, tmp_path_factory):
-    """(config, folder) of a finished run in which a part of the groups is zero; do not change it.
+    """Return (config, folder) of a finished run in which some groups are zero; do not change it.
 
-    One head reads the backbone's end, the other in front of the last stride.
+    One head reads the end of the backbone, the other an earlier layer, before the last stride.
     """
     from mtl_sparse.jobs import train
 
@@ -135,6 +135,6 @@ def sparse_run(rooms, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def free_executables():
-    """Drops a module's compiled functions: each keeps memory maps, and a process may only have so many (65530)."""
+    """Drop the compiled functions of a module: each keeps memory maps, of which a process can have 65530."""
     yield
     jax.clear_caches()

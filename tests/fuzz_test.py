@@ -1,4 +1,4 @@
-"""Random settings, damaged data folders and checkpoints: it works as it should, or says one clear sentence.
+"""Random options, damaged data folders and checkpoints: everything works, or raises a UserError of one sentence.
 
 The default suite tries a few of each; `pytest -m slow tests/fuzz_test.py` tries many.
 """
@@ -27,7 +27,7 @@ ANYTHING = {"deadline": None, "suppress_health_check": list(HealthCheck), "phase
 
 
 def few_and_many(few, many):
-    """Runs a test of random examples with few of them, and marked slow with many."""
+    """Run a test of random examples with few of them, and, marked slow, with many."""
 
     def decorate(test):
         return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])(test)
@@ -40,9 +40,9 @@ def one_sentence(error):
     assert 20 < len(text) < 1200 and "Traceback" not in text, text
 
 
-# Settings.
+# Options.
 
-# Where the data lie or are drawn; those would only be slow.
+# Where the data are and how they are drawn: other values would only be slow.
 _FIXED = ("data.embedded.", "data.folder", "data.prepared", "run.num_workers", "data.name")
 _VALUES = {
     bool: [False, True],
@@ -56,11 +56,11 @@ _VALUES = {
 
 
 @few_and_many(12, 400)
-def test_any_setting_trains_a_step_or_is_told(rooms, count):
+def test_any_setting_trains_a_step_or_is_refused(rooms, count):
     kinds = {name: type(value) for name, value in config_lib.leaves(tiny(rooms)) if not name.startswith(_FIXED)}
     assert len(kinds) > 70
     change = st.sampled_from([(name, value) for name, kind in kinds.items() for value in _VALUES[kind]])
-    outcomes = {"trains": 0, "told": 0}
+    outcomes = {"trains": 0, "refused": 0}
 
     @settings(max_examples=count, **ANYTHING)
     @given(st.lists(change, min_size=1, max_size=3, unique_by=lambda pair: pair[0]))
@@ -78,7 +78,7 @@ def test_any_setting_trains_a_step_or_is_told(rooms, count):
             jax.eval_shape(step_lib.make_train_step(run), state_lib.shapes(run), loader.shard(batch))
         except UserError as error:
             one_sentence(error)
-            outcomes["told"] += 1
+            outcomes["refused"] += 1
         else:
             assert all(np.isfinite(leaf).all() for leaf in batch.values())
             outcomes["trains"] += 1
@@ -96,13 +96,13 @@ def files(folder):
 
 @st.composite
 def damages(draw):
-    """(which file, what is done to it, where), numbers that the folder's own files and sizes give a meaning."""
+    """Draw (which file, kind of damage, where), as numbers modulo the folder's files and their sizes."""
     kinds = ("flip", "cut", "delete", "zeros", "empty", "junk", "other array")
     return draw(st.integers(0, 10**6)), draw(st.sampled_from(kinds)), draw(st.integers(0, 10**9))
 
 
 def damage(folder, which, kind, where):
-    """Damages one file of the folder; returns its path."""
+    """Damage one file of the folder, and return its path."""
     path = files(folder)[which % len(files(folder))]
     data = bytearray(path.read_bytes())
     place = where % max(len(data), 1)
@@ -130,14 +130,14 @@ def copied(folder, target):
     return pathlib.Path(shutil.copytree(folder, target))
 
 
-def frames(data):
-    """Every frame of every split, by split."""
-    return {split: [dict(frame) for frame in getattr(data, split)] for split in ("train", "validation", "test")}
+def samples(data):
+    """Return {split: all its samples}."""
+    return {split: [dict(sample) for sample in getattr(data, split)] for split in ("train", "validation", "test")}
 
 
 @few_and_many(8, 300)
-def test_a_damaged_folder_is_told_or_its_frames_are_sound(rooms, tmp_path, count):
-    """A label may be changed unseen, as by a bit of its numbers; it is still a label that training can take."""
+def test_a_damaged_folder_is_refused_or_its_samples_are_valid(rooms, tmp_path, count):
+    """A flipped bit may change a label unnoticed; it is still a label that training can take."""
 
     @settings(max_examples=count, **ANYTHING)
     @given(damages())
@@ -162,12 +162,12 @@ def test_a_damaged_folder_is_told_or_its_frames_are_sound(rooms, tmp_path, count
 
 
 @few_and_many(12, 400)
-def test_damaged_prepared_data_are_told_or_what_they_were(rooms, tmp_path, count):
+def test_damaged_prepared_data_are_refused_or_unchanged(rooms, tmp_path, count):
     config = tiny(rooms)
     prepared = pathlib.Path(f"{rooms}.tfds")
-    sound = frames(datasets.load(config.data))
+    undamaged = samples(datasets.load(config.data))
     config.data.prepared = str(tmp_path / "prepared")
-    outcomes = {"told": 0, "the same": 0}
+    outcomes = {"refused": 0, "the same": 0}
 
     @settings(max_examples=count, **ANYTHING)
     @given(damages())
@@ -176,28 +176,28 @@ def test_damaged_prepared_data_are_told_or_what_they_were(rooms, tmp_path, count
     def fuzz(what):
         damage(copied(prepared, tmp_path / "prepared"), *what)
         try:
-            found = frames(datasets.load(config.data))
+            found = samples(datasets.load(config.data))
         except UserError as error:
             one_sentence(error)
-            outcomes["told"] += 1
+            outcomes["refused"] += 1
         else:
-            jax.tree.map(np.testing.assert_array_equal, sound, found)
+            jax.tree.map(np.testing.assert_array_equal, undamaged, found)
             outcomes["the same"] += 1
 
     fuzz()
-    assert outcomes["told"] > 0, outcomes
+    assert outcomes["refused"] > 0, outcomes
 
 
 @few_and_many(25, 1000)
-def test_a_damaged_checkpoint_is_found_out(tmp_path, count):
-    """What is read is one of the two that were saved, bit by bit, or the run is told that there is none."""
+def test_a_damaged_checkpoint_is_noticed(tmp_path, count):
+    """Either one of the two saved states is read, bit-equal, or there is an error of a checkpoint."""
     states = {step: {"a": np.arange(5000, dtype=np.float32) * step, "b": {"c": np.int32(step)}} for step in (1, 2)}
     saved = checkpoints.Checkpoints(tmp_path / "whole")
     for step, state in states.items():
         saved.save("latest", step, state, {"best": step / 3})
     saved.wait()
     saved.close()
-    outcomes = {1: 0, 2: 0, "told": 0}
+    outcomes = {1: 0, 2: 0, "refused": 0}
 
     @settings(max_examples=count, **ANYTHING)
     @given(damages())
@@ -210,7 +210,8 @@ def test_a_damaged_checkpoint_is_found_out(tmp_path, count):
             state, progress = saved.restore("latest", states[1])
         except UserError as error:
             one_sentence(error)
-            outcomes["told"] += 1
+            assert error.code.startswith("CHECKPOINT_")
+            outcomes["refused"] += 1
         else:
             step = int(state["b"]["c"])
             assert progress == {"best": step / 3}

@@ -1,4 +1,4 @@
-"""Habits of the house that no linter checks: short functions, few arguments, a light import."""
+"""Rules of this project that no linter checks: short functions, few arguments, a light import."""
 
 import ast
 import pathlib

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""launch.py as a user calls it."""
 
 import ast
 import json
@@ -14,56 +14,62 @@ from mtl_sparse.runtime import environment
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def launch(*arguments, cwd=ROOT, **settings):
+def launch(*arguments, cwd=ROOT, **options):
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **settings)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
 
 
+# Arguments, and the names and values that the message must have: what is wrong, and what is near it or possible.
 BAD = {
     "unknown field": (["--config=configs/demo.py", "--config.sparsity.lamda=1"], ["lamda", "lambda_"]),
     "underscore forgotten": (
         ["--config=configs/demo.py", "--config.sparsity.lambda=1"],
-        ["there is no setting config.sparsity.lambda; nearest: config.sparsity.lambda_"],
+        ["config.sparsity.lambda;", "config.sparsity.lambda_"],
     ),
-    "section forgotten": (["--config=configs/demo.py", "--config.height=64"], ["nearest: config.data.embedded.height"]),
+    "section forgotten": (
+        ["--config=configs/demo.py", "--config.height=64"],
+        ["config.height", "config.data.embedded.height"],
+    ),
     "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
-    "no config": (["--workdir=x"], ["error: which config? give --config=configs/demo.py"]),
+    "no config": (["--workdir=x"], ["--config=configs/demo.py"]),
     "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),
-    "missing run": (["--config=configs/run.py:/nowhere/run"], ["error: /nowhere/run/config.json does not exist"]),
-    "unknown task set": (
-        ["--config=configs/celebamask_hq.py:seg+smile"],
-        ["'seg+smile'; those of Table 2 are seg, male"],
-    ),
+    "missing run": (["--config=configs/run.py:/nowhere/run"], ["/nowhere/run/config.json"]),
+    "unknown task set": (["--config=configs/celebamask_hq.py:seg+smile"], ["'seg+smile'", "male"]),
     "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate"]),
-    "stray argument": (["--config=configs/demo.py", "train"], ["unexpected argument 'train'"]),
+    "stray argument": (["--config=configs/demo.py", "train"], ["'train'", "--config.FIELD=VALUE"]),
     "no data folder": (
         ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=2"],
-        ["/nowhere/NYUD_MT does not exist"],
+        ["/nowhere/NYUD_MT"],
     ),
-    "nothing to import": (["--job=import", "--checkpoint=/nowhere/weights.pt"], ["/nowhere/weights.pt does not exist"]),
+    "nothing to import": (["--job=import", "--checkpoint=/nowhere/weights.pt"], ["/nowhere/weights.pt"]),
     "unknown task": (["--config=configs/nyu.py", "--config.tasks=('albedo',)"], ["'albedo'", "segmentation"]),
     "tasks of numbers": (["--config=configs/nyu.py", "--config.tasks=(1,)"], ["'1'", "segmentation"]),
     "trials twice": (
         ["--config=configs/sweeps.py:table1:demo", "--job=sweep", "--grid=seed=0"],
-        ["table1:demo lists its trials, and so does --grid"],
+        ["table1:demo", "--grid"],
     ),
-    "nothing to register": (
-        ["--config=configs/demo.py", "--register=/nowhere/mine.py"],
-        ["/nowhere/mine.py: there is"],
-    ),
+    "nothing to register": (["--config=configs/demo.py", "--register=/nowhere/mine.py"], ["/nowhere/mine.py"]),
     "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["lambda_", "-1"]),
+    "several processes": (
+        ["--config=configs/demo.py", "--coordinator=here", "--num_processes=2", "--process_id=2"],
+        ["--coordinator='here'", "--num_processes=2", "--process_id=2"],
+    ),
+    "a job for one process": (
+        ["--config=configs/demo.py", "--coordinator=here:1", "--job=compact"],
+        ["--coordinator", "compact"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_and_a_non_zero_exit(case, tmp_path):
-    arguments, words = BAD[case]
+    arguments, names = BAD[case]
     done = launch(*arguments, *([] if "--workdir=x" in arguments else [f"--workdir={tmp_path / 'run'}"]))
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     *_, sentence = [line for line in done.stderr.splitlines() if line.strip()]
-    assert all(word in done.stderr for word in words), done.stderr
     assert sentence.startswith("error: "), done.stderr
+    assert all(name in sentence for name in names), done.stderr
     assert not (tmp_path / "run").exists(), "nothing is written for a run that cannot start"
 
 
@@ -84,7 +90,7 @@ def test_training_from_the_command_line(rooms, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "**cosine**" in done.stdout and "% of groups zero" in done.stdout
-    assert "checkpoint_manager" not in done.stderr, "only our own log lines"
+    assert "checkpoint_manager" not in done.stderr, "only this project's log lines"
     results = json.loads((workdir / "results.json").read_text())
     assert results["config"]["tasks"] == ["normals", "edge"]
     assert results["config"]["data"]["size"] == [32, 48]
@@ -95,16 +101,16 @@ def test_training_from_the_command_line(rooms, tmp_path):
 
 
 def test_attributes_are_named_with_commas_between(faces, tmp_path):
-    """A colon in a tuple of names is no Python, which the config's flag would try to read."""
-    prepared = launch(
+    """ml_collections alone fails on a colon in a tuple of names without quotes: it reads the value as Python."""
+    done = launch(
         "--config=configs/demo_faces.py",
         f"--workdir={tmp_path / 'run'}",
         "--config.data.embedded.frames=0",
         f"--config.data.folder={faces}",
         "--config.tasks=segmentation,attribute:Eyeglasses,attribute:Yung",
     )
-    assert "config.tasks needs the label 'attribute:Yung'" in prepared.stderr
-    assert "nearest: attribute:Young" in prepared.stderr
+    assert "error: " in done.stderr and "'attribute:Yung'" in done.stderr
+    assert "attribute:Young" in done.stderr, "the nearest"
 
 
 OWN = """
@@ -132,22 +138,23 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_a_sweep_over_a_data_set_of_ones_own(tmp_path):
+def test_a_sweep_over_a_custom_data_set(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     sweep = f"--workdir={tmp_path / 'sweep'}"
     grid = "--grid=optimizer.learning_rate=1e-3,1e30"
     done = launch(f"--config={tmp_path / 'mine.py'}", "--job=sweep", grid, sweep)
-    assert done.returncode == 2 and "error: 1 of 2 runs failed: learning_rate=1e+30" in done.stderr, done.stderr
-    assert (tmp_path / "sweep" / "report" / "index.html").exists(), "of the one that has finished"
+    assert done.returncode == 2 and "error: 1 of 2 " in done.stderr, done.stderr
+    assert "learning_rate=1e+30" in done.stderr
+    assert (tmp_path / "sweep" / "report" / "index.html").exists(), "of the run that has finished"
     trial = tmp_path / "sweep" / "learning_rate=0.001"
     done = launch(f"--config={ROOT}/configs/run.py:{trial}", "--job=evaluate", f"--register={tmp_path / 'mine.py'}")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="set there alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these options")
 @pytest.mark.parametrize("own", [None, "", "glibc.malloc.arena_max=1"])
-def test_a_run_has_the_environment_that_is_fast_unless_the_user_says_otherwise(own, tmp_path):
-    """Of the environment that the run's process started with, and its arguments are those that were given."""
+def test_a_run_has_the_fast_environment_unless_the_user_sets_another(own, tmp_path):
+    """The process of the run starts with it, and with the arguments that were given."""
     (tmp_path / "mine.py").write_text(
         "import os; print(open('/proc/self/environ').read().split(chr(0)), dict(os.environ))"
     )
@@ -155,22 +162,22 @@ def test_a_run_has_the_environment_that_is_fast_unless_the_user_says_otherwise(o
     env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | ({} if own is None else {"GLIBC_TUNABLES": own})
     arguments = f"--config={ROOT}/configs/demo.py", "--job=report", f"--register={tmp_path / 'mine.py'}"
     done = launch(*arguments, f"--workdir={tmp_path / 'a folder'}", cwd=tmp_path, env=env)
-    assert f"{tmp_path / 'a folder'}/results.json is missing" in done.stderr
+    assert f"{tmp_path / 'a folder'}/results.json" in done.stderr
     started, now = ast.literal_eval(done.stdout.replace("] {", "], {"))
     assert f"GLIBC_TUNABLES={'glibc.malloc.hugetlb=1' if own is None else own}" in started
     flags = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
-    assert now["XLA_FLAGS"] == f"{env['XLA_FLAGS']} {flags}", "after those that were there"
+    assert now["XLA_FLAGS"] == f"{env['XLA_FLAGS']} {flags}", "after the user's own"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="set there alone")
-def test_a_users_own_choice_of_xlas_library_stays(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these options")
+def test_a_users_choice_of_xlas_library_stays(monkeypatch):
     own = "--xla_cpu_experimental_ynn_fusion_type=+LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setenv("XLA_FLAGS", own)
     assert not environment.tune() and os.environ["XLA_FLAGS"] == own
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="set there alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these options")
 @pytest.mark.parametrize(
     ("jaxlib", "has_library", "has_emitters"),
     [
@@ -185,7 +192,7 @@ def test_a_users_own_choice_of_xlas_library_stays(monkeypatch):
     ],
 )
 def test_a_flag_that_jaxlib_may_not_know_is_not_set(monkeypatch, jaxlib, has_library, has_emitters):
-    """XLA ends a process that has an unknown one."""
+    """XLA ends a process with an unknown flag."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: {"jaxlib": jaxlib}[name])
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -194,6 +201,6 @@ def test_a_flag_that_jaxlib_may_not_know_is_not_set(monkeypatch, jaxlib, has_lib
     assert environment.knows(environment.FUSION_EMITTERS) == has_emitters
 
 
-def test_each_task_set_has_a_folder_of_its_own(tmp_path):
+def test_each_task_set_has_its_own_folder(tmp_path):
     done = launch(f"--config={ROOT}/configs/celebamask_hq.py:seg+male", "--job=report", cwd=tmp_path)
-    assert "error: runs/celebamask_hq_seg+male/results.json is missing" in done.stderr
+    assert "error: " in done.stderr and "runs/celebamask_hq_seg+male/results.json" in done.stderr

@@ -1,4 +1,4 @@
-"""The real frames, where they are: `../shared/data` beside the project. Never part of the repository."""
+"""Real images, if they are there, in `../shared/data` beside the project. They are never part of the repository."""
 
 import importlib.util
 import pathlib
@@ -15,7 +15,7 @@ from tests.conftest import tiny, tiny_faces
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 pytestmark = [
     pytest.mark.real_data,
-    pytest.mark.skipif(not (SHARED / "nyuv2_320x240.tar").exists(), reason="the real frames are not here"),
+    pytest.mark.skipif(not (SHARED / "nyuv2_320x240.tar").exists(), reason="the real images are not here"),
 ]
 
 
@@ -29,13 +29,13 @@ def expand():
 
 @pytest.fixture(scope="module")
 def celeb(expand, tmp_path_factory):
-    """The 133 real faces as a CelebAMask-HQ folder."""
+    """Return a CelebAMask-HQ folder of the 133 real faces."""
     return expand.expand_celeb(tmp_path_factory.mktemp("real"))
 
 
 @pytest.fixture(scope="module")
 def nyu(expand, tmp_path_factory):
-    """An NYUD_MT folder of 20 real training and 6 test frames, as `expand.py` lays them out."""
+    """Return an NYUD_MT folder of 20 real training and 6 test images, in the layout of `expand.py`."""
     root = tmp_path_factory.mktemp("real") / "NYUD_MT"
     for kind in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
         (root / kind).mkdir(parents=True)
@@ -56,7 +56,7 @@ def nyu(expand, tmp_path_factory):
     return root
 
 
-def test_real_frames_load_and_train(nyu, tmp_path):
+def test_real_images_load_and_train(nyu, tmp_path):
     config = tiny(nyu)
     config.tasks = ("segmentation", "normals")
     config.data.flip, config.data.max_scale = True, 1.5
@@ -66,14 +66,14 @@ def test_real_frames_load_and_train(nyu, tmp_path):
 
 
 def test_real_labels_are_in_the_documented_units(nyu):
-    frame = datasets.load(tiny(nyu).data).test[0]
-    assert frame["image"].shape == (240, 320, 3)
-    assert frame["depth"].min() > 0.3 and frame["depth"].max() < 10.1
-    np.testing.assert_allclose(np.linalg.norm(frame["normals"], axis=-1), 1, atol=1e-4)
-    assert set(np.unique(frame["segmentation"])) <= set(range(40))
+    sample = datasets.load(tiny(nyu).data).test[0]
+    assert sample["image"].shape == (240, 320, 3)
+    assert sample["depth"].min() > 0.3 and sample["depth"].max() < 10.1
+    np.testing.assert_allclose(np.linalg.norm(sample["normals"], axis=-1), 1, atol=1e-4)
+    assert set(np.unique(sample["segmentation"])) <= set(range(40))
     # floors face up (y points down) and walls are upright
-    floor = frame["segmentation"][..., 0] == 2
-    assert floor.sum() == 0 or frame["normals"][floor][:, 1].mean() < -0.5
+    floor = sample["segmentation"][..., 0] == 2
+    assert floor.sum() == 0 or sample["normals"][floor][:, 1].mean() < -0.5
 
 
 def test_real_faces_load_and_train(celeb, expand, tmp_path):

@@ -20,17 +20,20 @@ class UserError(ValueError):
         change between versions.
     """
 
-    def __init__(self, code: str, message: str = "") -> None:
+    def __init__(self, code: str, message: str) -> None:
         """Create the error.
 
         Args:
           code: upper-case words joined by underscores.
           message: one sentence that names the thing that is wrong and the way out.
+
+        Raises:
+          TypeError: the code has another form, or the message is empty.
         """
-        if not message:  # TODO: until every error has its code
-            code, message = "UNNAMED", str(code)
-        if not re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*", code):
-            raise TypeError(f"expected UserError(code, message) with a code such as FILE_MISSING, got {code!r}")
+        if not re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*", code) or not message:
+            raise TypeError(
+                f"expected UserError(code, message) with a code such as FILE_MISSING, got {code!r} and {message!r}"
+            )
         super().__init__(message)
         self.code = code
 

@@ -12,7 +12,7 @@ needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is 
 
 
 def read(folder):
-    """{(step, tag): value} of all event files in the folder, as TensorBoard reads them."""
+    """Return {(step, tag): value} of all event files in the folder, as TensorBoard reads them."""
     found = {}
     for path in folder.glob("events.out.tfevents.*"):
         events = list(event_file_loader.EventFileLoader(str(path)).Load())
@@ -32,7 +32,7 @@ def test_scalars_are_read_back_from_event_files(tmp_path, monkeypatch, tensorflo
     log.write(1, "train", {"loss": 2.5, "depth/loss": 0.5})
     log.write(2, "train", {"loss": float("inf")})
     if not tensorflow:
-        assert len(read(tmp_path)) == 3, "whoever watches a run sees each line at once"
+        assert len(read(tmp_path)) == 3, "TensorBoard sees each line of a running run"
     log.close()
     again = metric_log.MetricLog(tmp_path, start_step=2)
     again.write(2**40, "validation", {"score": -1})
