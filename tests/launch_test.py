@@ -118,12 +118,12 @@ import numpy as np
 from configs import demo
 from input_pipeline.datasets import DATASETS, Data
 
-def frames(count):
+def samples(count):
     rng = np.random.default_rng(count)
     image = lambda: rng.integers(0, 256, (32, 48, 3), np.uint8)
     return [{"image": image(), "depth": rng.uniform(1, 9, (32, 48)).astype(np.float32)} for _ in range(count)]
 
-DATASETS["mine"] = lambda config: Data(frames(16), frames(8), frames(9))
+DATASETS["mine"] = lambda config: Data(samples(16), samples(8), samples(9))
 
 def get_config():
     config = demo.get_config()

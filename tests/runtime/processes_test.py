@@ -120,7 +120,7 @@ from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import UserError
 me = int(sys.argv[1])
 processes.join("127.0.0.1:{port}", 2, me)
-said = []
+found = []
 def refuse(where):
     if me == where:
         raise UserError(f"CODE_{{where}}", f"process {{where}} cannot")
@@ -128,14 +128,14 @@ for call in (lambda: processes.on_first(lambda: refuse(0)), lambda: processes.in
     try:
         call()
     except UserError as error:
-        said.append([error.code, str(error)])
-said.append(processes.on_first(lambda: {{"ä": me}}))
-said.append(processes.in_turn(lambda: me))
+        found.append([error.code, str(error)])
+found.append(processes.on_first(lambda: {{"ä": me}}))
+found.append(processes.in_turn(lambda: me))
 tree = {{"x": np.float32([me + 1 / 3, -0.0, np.nan]), "n": np.int32(me + 5), "b": np.array([not me, me], bool),
         "none": np.zeros([0], np.float32)}}
-said.append({{name: x.tobytes().hex() for name, x in processes.from_first(tree).items()}})
-said.append(processes.total(np.float64([1 / 3 + me, me]))[0])
-print(json.dumps(said))
+found.append({{name: x.tobytes().hex() for name, x in processes.from_first(tree).items()}})
+found.append(processes.total(np.float64([1 / 3 + me, me]))[0])
+print(json.dumps(found))
 """
 
 
