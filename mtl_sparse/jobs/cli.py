@@ -59,7 +59,7 @@ def normalize(arguments: Sequence[str]) -> list[str]:
                 value = str(tuple(name.strip() for name in value.split(",") if name.strip()))
             argument = f"{flag}={value}"
         found.append(argument)
-    if "import" in option(found, "--job") and not option(found, "--config"):
+    if option(found, "--job") == "import" and not option(found, "--config"):
         found.insert(1, f"--config={_CONFIGS / 'nyu.py'}")
     return found
 

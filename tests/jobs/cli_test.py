@@ -36,6 +36,7 @@ NORMALIZED = {
     ),
     "import": (["--job=import", "--checkpoint=x.pt"], [NYU, "--job=import", "--checkpoint=x.pt"]),
     "import after a space": (["--job", "import"], [NYU, "--job", "import"]),
+    "a job that is called alike": (["--job=important"], ["--job=important"]),
     "import with a config": (["--job=import", "--config=c.py"], ["--job=import", "--config=c.py"]),
     "import with a config after a space": (["--config", "c.py", "--job=import"], ["--config", "c.py", "--job=import"]),
     "another job without a config": (["--job=train"], ["--job=train"]),

@@ -30,8 +30,9 @@ def batches(run, split, batch_size):
 def test_results_do_not_depend_on_the_batch_size(run):
     variables = loader.replicate(state_lib.initial(run).variables)
     evaluator = evaluation.Evaluator(run).evaluate
-    whole = evaluator(variables, batches(run, "train", 18))
-    for batch_size in (1, 7, 32):
+    devices = jax.device_count()
+    whole = evaluator(variables, batches(run, "train", 18 * devices))
+    for batch_size in (devices, 7 * devices, 32 * devices):
         got = evaluator(variables, batches(run, "train", batch_size))
         assert got.keys() == whole.keys()
         for name, value in got.items():
