@@ -31,6 +31,13 @@ def test_functions_are_short_and_take_few_arguments(path):
             assert count <= MOST_ARGUMENTS or node.name in PRESETS, f"{node.name} takes {count} arguments"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_user_error_has_a_code(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "RunsFailed"):
+            assert len(node.args) == 2 or isinstance(node.args[0], ast.Starred), f"line {node.lineno}"
+
+
 def test_importing_the_package_is_light():
     heavy = ("tensorflow", "cv2", "matplotlib", "tensorflow_datasets", "orbax", "clu", "grain")
     code = f"import sys, mtl_sparse; print([name for name in {heavy} if name in sys.modules])"

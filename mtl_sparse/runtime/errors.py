@@ -20,16 +20,19 @@ class UserError(ValueError):
         change between versions.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str | None = None) -> None:
         """Create the error.
 
         Args:
           code: upper-case words joined by underscores.
-          message: one sentence that names the thing that is wrong and the way out.
+          message: one sentence that names the thing that is wrong and the way out. Libraries such as ml_collections
+            raise errors again as `type(error)(text)`: the one argument is then the message, and the code RERAISED.
 
         Raises:
           TypeError: the code has another form, or the message is empty.
         """
+        if message is None:
+            code, message = "RERAISED", code
         if not re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*", code) or not message:
             raise TypeError(
                 f"expected UserError(code, message) with a code such as FILE_MISSING, got {code!r} and {message!r}"

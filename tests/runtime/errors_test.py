@@ -23,10 +23,15 @@ def test_a_code_is_upper_case_words(code):
 
 
 def test_an_error_without_a_message_is_refused():
-    with pytest.raises(TypeError):
-        UserError("FILE_MISSING")
     with pytest.raises(TypeError, match="message"):
         UserError("FILE_MISSING", "")
+
+
+def test_libraries_can_raise_an_error_again_with_a_text_of_theirs():
+    """ml_collections does so with the errors of config files."""
+    error = UserError("FILE_MISSING", "a.npy is missing")
+    again = type(error)(f"while parsing: {error}")
+    assert (again.code, str(again)) == ("RERAISED", "while parsing: a.npy is missing")
 
 
 @pytest.mark.parametrize("copied", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))], ids=["copy", "pickle"])
