@@ -258,7 +258,7 @@ def _open_published(dataset: Published, config: Any, check: Callable[[int], obje
             builder.download_and_prepare(  # does nothing if another process has just prepared it
                 download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
             )
-    with folders.told_as_damaged(target):
+    with folders.damage_as_user_error(target):
         builder = tfds.builder_from_directory(str(target))
         metadata = dict(builder.info.metadata)
         stored = {split: folders.Stored(builder.as_data_source(split=split), target) for split in folders.SPLITS}

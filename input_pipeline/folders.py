@@ -48,12 +48,12 @@ class Stored:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        with told_as_damaged(self._folder):
+        with damage_as_user_error(self._folder):
             return self._source[index]
 
 
 @contextlib.contextmanager
-def told_as_damaged(folder: pathlib.Path) -> Iterator[None]:
+def damage_as_user_error(folder: pathlib.Path) -> Iterator[None]:
     """Raise any error of a library that reads the prepared files in `folder` as UserError."""
     try:
         yield

@@ -34,10 +34,17 @@ def snippet(containing):
 
 
 def test_pruning_another_model(capsys):
-    exec(snippet("proximal_adam"), {})
+    exec(snippet("import TargetSparsity, proximal_adam"), {})
     percentage, groups = re.fullmatch(r"(\d+) % of (\d+) groups are zero\n", capsys.readouterr().out).groups()
     assert abs(int(percentage) - 70) <= 6, "each group is about one percent, and rounding moves some"
     assert int(groups) == 3 + 48 + 48
+
+
+def test_a_penalty_around_another_optimizer():
+    exec(snippet("optax.lion"), names := {})
+    params = {"conv": {"kernel": jax.numpy.ones((3, 3, 4, 8))}, "bn": {"scale": jax.numpy.ones(8)}}
+    updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), updates))
 
 
 def test_a_custom_task(config, monkeypatch):

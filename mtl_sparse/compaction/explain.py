@@ -92,9 +92,13 @@ def _why(
     """Return the "why" of a row of `explain`."""
     layer, parts = row["layer"], []
     if new is None:
-        return "gone: all inputs zero" if row["zero"] == row["groups"] else "gone: its output is constant or not read"
+        return (
+            "removed: all inputs zero"
+            if row["zero"] == row["groups"]
+            else "removed: its output is constant or not read"
+        )
     if layer in constants:
-        return "reads a constant: what is before it is dead"
+        return "reads a constant: the layers before it are dead"
     if new.kernel[:2] != old.kernel[:2]:
         parts.append(f"taps {'x'.join(map(str, new.kernel[:2]))} of {'x'.join(map(str, old.kernel[:2]))}")
     ranges = reads.get(layer)

@@ -44,7 +44,7 @@ def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
     return [
         *drawn,
         save(groups_per_layer(results), folder / "groups_per_layer.png"),
-        save(sample_sheet(samples), folder / "samples.png"),
+        save(sample_grid(samples), folder / "samples.png"),
     ]
 
 
@@ -220,7 +220,7 @@ def attachments(choices: Choices) -> "Figure":
     return figure
 
 
-def sample_sheet(samples: Mapping[str, np.ndarray]) -> "Figure":
+def sample_grid(samples: Mapping[str, np.ndarray]) -> "Figure":
     """Plot a row for each test image: its label and prediction of each pixel task, and the predicted attributes.
 
     Args:

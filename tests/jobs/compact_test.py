@@ -205,9 +205,9 @@ def test_the_table_gives_the_reason():
     dead = ["layer3_2/conv2", "layer4_1/conv1"]
     model, variables = multitask_test.with_zeros(50, 1, 0.3, dead=dead)
     rows = explained(model, variables, multiple=4)
-    assert rows["backbone/layer3_2/conv2"]["why"] == "gone: all inputs zero"
-    assert rows["backbone/layer3_2/conv3"]["why"] == "gone: its output is constant or not read"
-    assert rows["backbone/layer4_1/conv2"]["why"] == "reads a constant: what is before it is dead"
+    assert rows["backbone/layer3_2/conv2"]["why"] == "removed: all inputs zero"
+    assert rows["backbone/layer3_2/conv3"]["why"] == "removed: its output is constant or not read"
+    assert rows["backbone/layer4_1/conv2"]["why"] == "reads a constant: the layers before it are dead"
     model, variables = multitask_test.with_zeros(18, 1, 0.0)
     kernel = variables["params"]["backbone"]["stem_conv1"]["kernel"].copy()
     kernel[:, :, 1] = 0

@@ -115,7 +115,7 @@ def test_samples_round_trip_and_are_drawn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"], "no part of it is left"
     np.testing.assert_array_equal(samples["prediction/segmentation"], [[[0, 1], [1, 2]]])
     assert samples["image"].dtype == np.uint8
-    figure = plots.sample_sheet(samples)
+    figure = plots.sample_grid(samples)
     shown = [axis.images[0].get_array() for axis in figure.axes]
     assert len(shown) == 5
     vectors = plots.pictures(np.zeros((2, 2, 3)) + [0, 0, 1.0], np.zeros((2, 2, 3)))
@@ -153,7 +153,7 @@ def test_attributes_are_written_beside_their_image(tmp_path):
         },
         threshold=0.6,
     )
-    figure = plots.sample_sheet(records.read_samples(tmp_path))
+    figure = plots.sample_grid(records.read_samples(tmp_path))
     assert len(figure.axes) == 2 * (1 + 2 + 1)
     texts = [[(text.get_text(), text.get_color()) for text in axis.texts] for axis in figure.axes[3::4]]
     green, red = "#2e7d32", "#b03a2e"
@@ -173,7 +173,7 @@ def test_the_sample_grid_has_room_for_all_forty_attributes(tmp_path):
         labels={name: np.array([1, 0], np.uint8) for name in names} | {"age": np.array([20.0, 30.0])},
         predictions={name: np.array([0.62, 0.8]) for name in names} | {"age": np.array([21.0, 31.0])},
     )
-    figure = plots.sample_sheet(records.read_samples(tmp_path))
+    figure = plots.sample_grid(records.read_samples(tmp_path))
     figure.draw_without_rendering()
     image, texts = figure.axes[0].get_window_extent(), figure.axes[1]
     assert len(texts.texts) == 40 and image.width > 100

@@ -236,7 +236,7 @@ assert state.inner[0].mu["conv"]["kernel"].sharding.is_equivalent_to(spread, 4)
 
 
 def test_sharded_parameters_stay_sharded(monkeypatch):
-    """Over four devices, by output channels, so that groups are spread; in a process of its own."""
+    """Over four devices, by output channels, so that groups are spread; in a separate process."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -159,7 +159,7 @@ def test_agrees_with_an_independent_solver(name, seed):
 
     options = {"xatol": 1e-10, "fatol": 1e-14, "maxiter": 10000}
     best = z
-    for _ in range(8):  # it stalls on kinks, and goes on when started again
+    for _ in range(8):  # it stalls on kinks; a new start continues
         best = optimize.minimize(objective, best, method="Nelder-Mead", options=options).x
     with jax.enable_x64(True):
         arguments = (gamma,) if name == "group_mcp" else ()
