@@ -27,10 +27,10 @@ def summary(study: study_lib.Study) -> Rows:
     lines: Rows = [tuple(head)]
     for row in study.rows:
         cells = [setting(row, name) for name in names]
-        cells += [spread(row.figure(task)) if task in row.tasks else "" for task in study.tasks]
-        cells += [spread(row.sparsity(kind), 100, 2) for kind in ("group", "parameter")]
+        cells += [mean_and_std(row.figure(task)) if task in row.tasks else "" for task in study.tasks]
+        cells += [mean_and_std(row.sparsity(kind), 100, 2) for kind in ("group", "parameter")]
         for figure, digits in ((row.size("parameters"), 2), (row.size("macs"), 1), (study.gain(row), 2)):
-            cells.append(spread(figure, 1, digits) if figure else "")
+            cells.append(mean_and_std(figure, 1, digits) if figure else "")
         lines.append((*cells, str(len(row.runs))))
         if row.published:
             theirs = row.published.tasks
@@ -84,7 +84,7 @@ def speed(study: study_lib.Study) -> Rows:
             figures = [study_lib.Figure.of([dense.macs / max(compact.macs, 1) for dense, compact in pairs])]
             figures += [study_lib.Figure.of([e.speedup for e in of[part, "compact"]]) for part in ("backbone", "model")]
             cells = [setting(row, name) for name in names] + [str(batch)]
-            lines.append((*cells, *[spread(figure, 1, 2) for figure in figures], str(figures[0].n)))
+            lines.append((*cells, *[mean_and_std(figure, 1, 2) for figure in figures], str(figures[0].n)))
     return lines
 
 
@@ -157,7 +157,7 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def spread(figure: study_lib.Figure, scale: float = 1.0, digits: int = 4) -> str:
+def mean_and_std(figure: study_lib.Figure, scale: float = 1.0, digits: int = 4) -> str:
     """Return "mean ± standard deviation", or the value alone for one seed."""
     mean = f"{scale * figure.mean:.{digits}f}"
     return f"{mean} ± {scale * figure.std:.{digits}f}" if figure.n > 1 else mean

@@ -54,7 +54,7 @@ class Penalty(abc.ABC):
         """Return which of the parts that can become zero are zero: bool [groups], or of the kernel's shape."""
 
     @abc.abstractmethod
-    def spread(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
+    def broadcast(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
         """Return a result of `zeros` in a shape that broadcasts against a kernel of `ndim` dimensions."""
 
     @abc.abstractmethod
@@ -89,7 +89,7 @@ class GroupLasso(Penalty):
         """Return which groups are zero: bool [groups]."""
         return stats.zero_groups(x, kernel.axis)
 
-    def spread(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
+    def broadcast(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
         """Return a result of `zeros` in a shape that broadcasts against a kernel of `ndim` dimensions."""
         return jnp.expand_dims(parts, kernel.other_axes(ndim))
 
@@ -140,7 +140,7 @@ class L1(Penalty):
         del kernel
         return x == 0
 
-    def spread(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
+    def broadcast(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
         """Return `parts`, which has the kernel's shape."""
         del kernel, ndim
         return parts

@@ -59,7 +59,7 @@ class FreezeZeros:
 
     def __call__(self, x: jax.Array, step: Step) -> jax.Array:
         """Return x with zero where the kernel is zero."""
-        dead = step.penalty.spread(step.penalty.zeros(step.param, step.kernel), step.kernel, step.param.ndim)
+        dead = step.penalty.broadcast(step.penalty.zeros(step.param, step.kernel), step.kernel, step.param.ndim)
         return jnp.where((step.steps >= self.from_step) & dead, 0, x)
 
 
