@@ -131,8 +131,8 @@ def test_mean_and_standard_deviation_by_hand(folders):
     mean = (0.33 + 0.36 + 0.35) / 3
     assert figure.mean == pytest.approx(mean)
     assert figure.std == pytest.approx((((0.33 - mean) ** 2 + (0.36 - mean) ** 2 + (0.35 - mean) ** 2) / 2) ** 0.5)
-    assert study_tables.spread(figure) == "0.3467 ± 0.0153"
-    assert study_tables.spread(study.Figure.of([0.5])) == "0.5000", "one seed has no standard deviation"
+    assert study_tables.mean_and_std(figure) == "0.3467 ± 0.0153"
+    assert study_tables.mean_and_std(study.Figure.of([0.5])) == "0.5000", "one seed has no standard deviation"
 
 
 def test_gain_over_single_tasks_by_hand(folders):

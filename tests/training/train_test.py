@@ -1,7 +1,6 @@
 """Runs of the whole job at the smallest size: what they write, refuse and repeat."""
 
 import collections
-import functools
 import json
 
 import jax
@@ -78,19 +77,21 @@ def test_the_best_checkpoint_has_the_statistics_of_one_large_batch(finished, roo
 def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path, monkeypatch):
     """A large lambda prunes within four steps; the reported sparsity is that of the saved parameters.
 
-    The step and the evaluation are each traced, and so compiled, once.
+    The step and the evaluation are each traced, and so compiled, once; the model is compacted once, and the best
+    checkpoint restored once.
     """
     traced = collections.Counter()
-    for module, name in ((step_lib, "train_step"), (evaluation, "eval_sums")):
+    counted = ((step_lib, "train_step"), (evaluation, "eval_sums"), (setup_lib, "compact"))
+    for module, name in (*counted, (checkpoints.Checkpoints, "restore")):
 
-        def counting(original, name, *args, **kwargs):
+        def counting(*args, original=getattr(module, name), name=name, **kwargs):
             traced[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, functools.partial(counting, getattr(module, name), name))
+        monkeypatch.setattr(module, name, counting)
     config.sparsity.update(lambda_=1.0, warmup_steps=0)
     reported = train.train(config, tmp_path)["sparsity"]
-    assert traced == {"train_step": 1, "eval_sums": 1}
+    assert traced == {"train_step": 1, "eval_sums": 1, "compact": 1, "restore": 1}
     assert 0.02 < reported["group"] < 1
     saved = checkpoints.Checkpoints(tmp_path)
     state, _ = saved.restore("best", state_lib.shapes(setup_lib.setup(config)))
