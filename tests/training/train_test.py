@@ -83,8 +83,9 @@ def test_the_penalty_reaches_the_backbone_of_a_run(config, tmp_path, monkeypatch
     traced = collections.Counter()
     counted = ((step_lib, "train_step"), (evaluation, "eval_sums"), (setup_lib, "compact"))
     for module, name in (*counted, (checkpoints.Checkpoints, "restore")):
+        original = getattr(module, name)
 
-        def counting(*args, original=getattr(module, name), name=name, **kwargs):
+        def counting(*args, original=original, name=name, **kwargs):
             traced[name] += 1
             return original(*args, **kwargs)
 
