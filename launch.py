@@ -113,7 +113,7 @@ def run(argv: list[str] | None = None) -> None:
     try:
         app.run(main, argv=argv, flags_parser=_parse)
     except UserError as error:
-        _exit(error)
+        _exit(f"{error} [{error.code}]")
     except Stopped as stopped:
         _exit(stopped, os.EX_TEMPFAIL)
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ LONGEST = (
 
 
 @contextlib.contextmanager
-def raises(code: str, *, naming: str = ""):
+def raises(code: str, *, naming: str):
     """Expect a UserError with this code, whose message contains `naming`: the thing that is wrong, not the wording."""
     with pytest.raises(UserError) as caught:
         yield caught

@@ -32,31 +32,46 @@ BAD = {
     ),
     "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
     "no config": (["--workdir=x"], ["--config=configs/demo.py"]),
-    "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py"]),
+    "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py", "[FILE_MISSING]"]),
     "missing run": (["--config=configs/run.py:/nowhere/run"], ["/nowhere/run/config.json"]),
     "unknown task set": (["--config=configs/celebamask_hq.py:seg+smile"], ["'seg+smile'", "male"]),
-    "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate"]),
-    "stray argument": (["--config=configs/demo.py", "train"], ["'train'", "--config.FIELD=VALUE"]),
+    "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate", "[JOB_UNKNOWN]"]),
+    "stray argument": (
+        ["--config=configs/demo.py", "train"],
+        ["'train'", "--config.FIELD=VALUE", "[ARGUMENT_UNKNOWN]"],
+    ),
     "no data folder": (
         ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=2"],
-        ["/nowhere/NYUD_MT"],
+        ["/nowhere/NYUD_MT", "[DATA_FOLDER_MISSING]"],
     ),
-    "nothing to import": (["--job=import", "--checkpoint=/nowhere/weights.pt"], ["/nowhere/weights.pt"]),
-    "unknown task": (["--config=configs/nyu.py", "--config.tasks=('albedo',)"], ["'albedo'", "segmentation"]),
+    "nothing to import": (
+        ["--job=import", "--checkpoint=/nowhere/weights.pt"],
+        ["/nowhere/weights.pt", "[FILE_MISSING]"],
+    ),
+    "unknown task": (
+        ["--config=configs/nyu.py", "--config.tasks=('albedo',)"],
+        ["'albedo'", "segmentation", "[TASK_UNKNOWN]"],
+    ),
     "tasks of numbers": (["--config=configs/nyu.py", "--config.tasks=(1,)"], ["'1'", "segmentation"]),
     "trials twice": (
         ["--config=configs/sweeps.py:table1:demo", "--job=sweep", "--grid=seed=0"],
-        ["table1:demo", "--grid"],
+        ["table1:demo", "--grid", "[OPTION_CONFLICT]"],
     ),
-    "nothing to register": (["--config=configs/demo.py", "--register=/nowhere/mine.py"], ["/nowhere/mine.py"]),
-    "negative lambda": (["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"], ["lambda_", "-1"]),
+    "nothing to register": (
+        ["--config=configs/demo.py", "--register=/nowhere/mine.py"],
+        ["/nowhere/mine.py", "[FILE_MISSING]"],
+    ),
+    "negative lambda": (
+        ["--config=configs/nyu.py", "--config.sparsity.lambda_=-1"],
+        ["lambda_", "-1", "[OPTION_SPARSITY]"],
+    ),
     "several processes": (
         ["--config=configs/demo.py", "--coordinator=here", "--num_processes=2", "--process_id=2"],
         ["--coordinator='here'", "--num_processes=2", "--process_id=2"],
     ),
     "a job for one process": (
         ["--config=configs/demo.py", "--coordinator=here:1", "--job=compact"],
-        ["--coordinator", "compact"],
+        ["--coordinator", "compact", "[JOB_ONE_PROCESS]"],
     ),
 }
 

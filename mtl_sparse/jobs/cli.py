@@ -53,7 +53,10 @@ def normalize(arguments: Sequence[str]) -> list[str]:
         argument = given.pop(0)
         flag, equals, value = argument.partition("=")
         if flag in _TUPLES:
-            if not equals and given and not given[0].startswith("--"):
+            if not equals:
+                if not given or given[0].startswith("--"):
+                    found.append(argument)  # absl reports the missing value
+                    continue
                 value = given.pop(0)
             if value[:1] not in tuple("([\"'"):
                 value = str(tuple(name.strip() for name in value.split(",") if name.strip()))

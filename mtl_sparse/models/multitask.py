@@ -204,7 +204,7 @@ def _widths(encoded: str, dense: MultiTaskModel) -> widths_lib.Widths:
     except ValueError as error:
         raise UserError(
             "MODEL_WIDTHS_INVALID",
-            f"expected config.model.widths as --job=compact writes it, got {encoded!r}: {error}",
+            f"expected config.model.widths as --job=compact writes it, got {encoded!r:.60}: {error}",
         ) from error
     layers = dense.layers()
     given, wanted = ((len(of.heads), len(of.blocks), of.attach, len(of.stem.features)) for of in (widths, layers))

@@ -56,6 +56,8 @@ def from_state(diagonal: Callable[[Any], Any]) -> MetricFn:
 class AdamMetric:
     """Adam's metric D = sqrt(v) + eps (Deleu & Bengio 2021, arXiv 2102.03869), for any optimizer with Adam's state.
 
+    b1, b2 and eps must equal those of the inner optimizer, whose state does not hold them.
+
     Attributes:
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -87,11 +89,13 @@ class AdamMetric:
         """
         del updates, learning_rate
         adam = adam_state(state)
-        m_correction, v_correction = (1 - b ** adam.count.astype(jnp.float32) for b in (self.b1, self.b2))
+        count = jnp.maximum(adam.count, 1).astype(jnp.float32)
+        m_correction, v_correction = (1 - b**count for b in (self.b1, self.b2))
         corrected = self.kind == "adaptive"
 
         def diagonal(v: jax.Array) -> jax.Array:
-            return jnp.sqrt(v / (v_correction if corrected else 1)) + self.eps
+            d = jnp.sqrt(v / (v_correction if corrected else 1)) + self.eps
+            return jnp.where(adam.count > 0, d, 1)  # 1 while a wrapper such as optax.apply_if_finite skips Adam's steps
 
         def gradient(m: jax.Array, v: jax.Array) -> jax.Array:
             step = m / m_correction

@@ -120,8 +120,9 @@ class GroupMCP(GroupLasso):
     ) -> jax.Array:
         """Return the proximal step, see `Penalty.prox`."""
         weight = threshold * self.typical_weight(kernel)
-        d = jnp.maximum(jnp.ones_like(z) if metric is None else metric, 2 * learning_rate / self.gamma)
-        return prox.group_mcp(z, weight, self.gamma / learning_rate, d, group_axis=kernel.axis)
+        rate, gamma = jnp.asarray(learning_rate, z.dtype), self.gamma or 0.0  # not None, see __post_init__
+        d = jnp.maximum(jnp.ones_like(z) if metric is None else metric, 2 * rate / gamma)
+        return prox.group_mcp(z, weight, gamma / rate, d, group_axis=kernel.axis)
 
 
 @dataclasses.dataclass(frozen=True)

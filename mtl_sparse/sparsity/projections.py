@@ -159,8 +159,8 @@ class ProjectionState(NamedTuple):
 
 def held_paths(projections: Sequence[Projection], kernels: Sequence[ConvGroups], params: Any) -> list[str]:
     """Return the paths of the kernels that a `HoldNorm` among the projections holds."""
-    hold = next((projection for projection in projections if isinstance(projection, HoldNorm)), None)
-    return hold.paths(kernels, params) if hold else []
+    holds = [projection for projection in projections if isinstance(projection, HoldNorm)]
+    return holds[0].paths(kernels, params) if holds else []
 
 
 def initial_norms(paths: Sequence[str], params: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_sparse.sparsity import groups, metrics
-from mtl_sparse.sparsity.penalties import Penalty
+from mtl_sparse.sparsity.penalties import GroupLasso, Penalty
 
 
 def like_reference(
@@ -32,7 +32,7 @@ def like_reference(
         the reference implementation makes every epoch; None is never.
 
     Returns:
-      An optax transformation that takes the extra arguments `lambda_` and `step`, which `proximal` passes on.
+      An optax transformation that takes the extra arguments `proximal_lambda` and `proximal_step` of `proximal`.
 
     Raises:
       ValueError: an argument out of its range.
@@ -41,6 +41,8 @@ def like_reference(
         raise ValueError(f"l2 must be >= 0, got {l2}")
     if restart_every is not None and restart_every < 1:
         raise ValueError(f"restart_every must be >= 1, got {restart_every}")
+    if penalty_in_gradient is not None and type(penalty_in_gradient) is not GroupLasso:
+        raise ValueError(f"penalty_in_gradient must be a GroupLasso, got {type(penalty_in_gradient).__name__}")
     shrink = optax.add_decayed_weights(l2, l2_mask)  # stateless, or with an empty state if it is masked
     inner = optax.with_extra_args_support(adam)
 
@@ -49,16 +51,16 @@ def like_reference(
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        lambda_: jax.Array,
-        step: jax.Array,
+        proximal_lambda: jax.Array,
+        proximal_step: jax.Array,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         if l2:
             updates, _ = shrink.update(updates, shrink.init(params), params)
         if penalty_in_gradient is not None:
-            updates = _add_subgradient(updates, params, lambda_, penalty_in_gradient)
+            updates = _add_subgradient(updates, params, proximal_lambda, penalty_in_gradient)
         if restart_every:
-            state = _restarted(state, step % restart_every != 0)
+            state = _restarted(state, proximal_step % restart_every != 0)
         return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

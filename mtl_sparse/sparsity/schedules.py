@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -40,6 +42,12 @@ class Phases:
         return value if self.end_step is None else jnp.where(count >= self.end_step, 0, value)
 
 
+def concrete(value: Any) -> Any:
+    """Return a scalar with a known value as a Python float; anything else, such as a schedule or a tracer, as it is."""
+    is_scalar = isinstance(value, int | float | np.number | np.ndarray | jax.Array) and np.ndim(value) == 0
+    return float(value) if is_scalar and not isinstance(value, jax.core.Tracer) else value
+
+
 def phased(
     lambda_: optax.ScalarOrSchedule, start_step: int = 0, warmup_steps: int = 0, end_step: int | None = None
 ) -> Callable[[Any], Any]:
@@ -50,7 +58,13 @@ def phased(
       start_step: steps without a penalty before it starts.
       warmup_steps: steps over which lambda then grows linearly from 0.
       end_step: first step without a penalty again; None is never.
+
+    Raises:
+      ValueError: a number that is not >= 0, or a number of steps below 0.
     """
+    lambda_ = concrete(lambda_)
+    if isinstance(lambda_, float) and not lambda_ >= 0:
+        raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
     phases = Phases(start_step, warmup_steps, end_step)
 
     def schedule(count: Any) -> Any:

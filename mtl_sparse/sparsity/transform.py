@@ -12,7 +12,7 @@ from mtl_sparse.sparsity import control, groups, metrics, penalties, projections
 from mtl_sparse.sparsity.control import TargetSparsity
 from mtl_sparse.sparsity.groups import ConvGroups
 from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection, Step
-from mtl_sparse.sparsity.schedules import phased
+from mtl_sparse.sparsity.schedules import concrete, phased
 
 REGROWTH = ("annealed", "free")
 
@@ -50,13 +50,14 @@ def proximal(
 
     Args:
       inner: any optax optimizer; its updates include the learning rate. Extra arguments of `update` are passed on to
-        it, with "lambda_" and "step" (steps taken before) added.
+        it, with "proximal_lambda" and "proximal_step" (steps taken before) added. To accumulate gradients, wrap
+        `proximal`: `optax.MultiSteps(proximal(...), k)`.
       learning_rate: the inner optimizer's: a number or an optax schedule. It scales the penalty as it scales the step.
       lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
         `TargetSparsity`, which finds it while training.
       penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
-      metric: diagonal metric D; None is the Euclidean one. `metrics.AdamMetric()` for optimizers with Adam's state, or
-        `metrics.from_state(function of the inner state)`.
+      metric: diagonal metric D; None is the Euclidean one. `metrics.AdamMetric(b1, b2, eps)` with the inner optimizer's
+        numbers for optimizers with Adam's state, or `metrics.from_state(function of the inner state)`.
       regrowth: "annealed" takes the highest learning rate so far in the threshold of zero groups, so that the zero
         pattern comes to rest as the learning rate falls; "free" takes the current one.
       projections: links after the proximal step, in order: `FreezeZeros`, `KeepStrongest`, `HoldNorm`.
@@ -65,12 +66,15 @@ def proximal(
       An optax transformation whose update needs `params`.
 
     Raises:
-      ValueError: an argument out of its range or unknown; at init, a penalty whose scope matches no kernel, or a metric
-        or projection that does not fit the inner optimizer or the tree.
+      ValueError: an argument out of its range or unknown, or two `HoldNorm`; at init, unless lambda_ is 0, a penalty
+        whose scope matches no kernel, or a metric or projection that does not fit the inner optimizer or the tree.
     """
+    lambda_ = concrete(lambda_)
     if regrowth not in REGROWTH:
         raise ValueError(f"unknown regrowth {regrowth!r}; expected one of {', '.join(REGROWTH)}")
-    if isinstance(lambda_, int | float) and not lambda_ >= 0:
+    if sum(isinstance(projection, HoldNorm) for projection in projections) > 1:
+        raise ValueError("expected one HoldNorm; name all its kernels in one regular expression")
+    if isinstance(lambda_, float) and not lambda_ >= 0:
         raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
     _check_gamma(penalties.make(penalty), metric, learning_rate)
     made = _Proximal(
@@ -87,10 +91,25 @@ def proximal(
 
 def _check_gamma(penalty: penalties.Penalty, metric: Any, learning_rate: Any) -> None:
     is_plain = metric is None or getattr(metric, "kind", "") == "plain"
-    is_number = isinstance(learning_rate, int | float)
-    if isinstance(penalty, penalties.GroupMCP) and is_plain and is_number and (penalty.gamma or 0) <= learning_rate:
+    rate = concrete(learning_rate)
+    is_number = isinstance(rate, float)
+    if isinstance(penalty, penalties.GroupMCP) and is_plain and is_number and (penalty.gamma or 0) <= rate:
         raise ValueError(
-            f"gamma={penalty.gamma} is too small for the plain metric: it must exceed the learning rate {learning_rate}"
+            f"gamma={penalty.gamma} is too small for the plain metric: it must exceed the learning rate {rate}"
+        )
+
+
+def _check_metric(metric: metrics.Metric | None, kernels: Sequence[ConvGroups]) -> None:
+    if metric is None:
+        return
+    known = groups.by_path(metric.gradient)
+    if metric.diagonal is not None:
+        known = {path: leaf for path, leaf in known.items() if path in groups.by_path(metric.diagonal)}
+    missing = [kernel.path for kernel in kernels if kernel.path not in known]
+    if missing:
+        raise ValueError(
+            f"the metric has no entry for the penalized kernels {', '.join(missing[:3])}: choose an inner optimizer "
+            "that has its state for all of them, or another scope of the penalty"
         )
 
 
@@ -121,15 +140,17 @@ class _Proximal:
 
     @property
     def penalizes(self) -> bool:
-        return not (isinstance(self.lambda_, int | float) and self.lambda_ == 0)
+        return not (isinstance(self.lambda_, float) and self.lambda_ == 0)
 
     def init(self, params: optax.Params) -> ProximalState:
-        norms = jnp.zeros([0], jnp.float32)
+        norms, inner = jnp.zeros([0], jnp.float32), self.inner.init(params)
         if self.penalizes:
-            norms = projections.initial_norms(self._held(self.penalty.kernels(params), params), params)
+            kernels = self.penalty.kernels(params)
+            norms = projections.initial_norms(self._held(kernels, params), params)
+            _check_metric(jax.eval_shape(lambda: self.metric(inner, params, 1.0)) if kernels else None, kernels)
         return ProximalState(
             jnp.zeros([], jnp.int32),
-            self.inner.init(params),
+            inner,
             norms,
             jnp.zeros([], jnp.float32),
             jnp.zeros([], jnp.float32),
@@ -141,14 +162,14 @@ class _Proximal:
     ) -> tuple[optax.Updates, ProximalState]:
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
-        extra = {**extra, "lambda_": self._lambda(state.count, state.control), "step": state.count}
+        extra |= {"proximal_lambda": self._lambda(state.count, state.control), "proximal_step": state.count}
         updates, inner = self.inner.update(updates, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
-        if not self.penalizes:
+        kernels = self.penalty.kernels(params) if self.penalizes else ()
+        if not kernels:  # no penalty, or another optimizer has all parameters (`optax.multi_transform`)
             return updates, state._replace(count=count, inner=inner)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         peak = jnp.maximum(state.peak_learning_rate, rate).astype(jnp.float32)
-        kernels = self.penalty.kernels(params)
         metric = self.metric(inner, updates, rate)
         controller: Any = state.control
         penalized = count
@@ -222,7 +243,7 @@ class _Proximal:
 
 def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among them
     learning_rate: optax.ScalarOrSchedule,
-    lambda_: optax.ScalarOrSchedule = 0.0,
+    lambda_: optax.ScalarOrSchedule | TargetSparsity = 0.0,
     *,
     penalty: str | penalties.Penalty = "group_lasso",
     target: TargetSparsity | None = None,
@@ -242,10 +263,11 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
 
     Args:
       learning_rate: a number or an optax schedule.
-      lambda_: strength of the penalty: a number >= 0 or an optax schedule (see `schedules.phased`). With a target, the
-        number that the search starts from.
+      lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
+        `TargetSparsity`. With a target, the number that the search starts from; 0 takes the target's `initial`.
       penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
-      target: finds lambda while training, see `TargetSparsity`. Each kernel then keeps its strongest group.
+      target: finds lambda while training, see `TargetSparsity`. Each kernel then keeps its strongest group. With
+        `optax.inject_hyperparams`, put "lambda_", "debias_step" and "weight_decay_mask" into its `static_args`.
       metric: "adaptive" takes the proximal step in Adam's metric, "plain" the closed-form Euclidean one (eq. 5 of "Less
         is More"); "uncorrected", see `metrics.AdamMetric`.
       fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none.
@@ -261,18 +283,21 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
       An optax transformation whose update needs `params`.
 
     Raises:
-      ValueError: as `proximal`; a target with a lambda_ that is not a number > 0.
+      ValueError: as `proximal`; a target with a lambda_ that is not a number >= 0, or with another target.
     """
     links: list[Projection] = [] if debias_step is None else [FreezeZeros(debias_step)]
-    strength: Any = lambda_
+    strength: Any = concrete(lambda_)
+    if isinstance(strength, TargetSparsity) and target is None:
+        target, strength = strength, strength.initial
     if target is not None:
-        if callable(lambda_):
-            raise ValueError("with a target, lambda_ must be the number that the search starts from, not a schedule")
+        if callable(strength) or isinstance(strength, TargetSparsity):
+            raise ValueError("with a target, lambda_ must be the number that the search starts from")
         phases = target.phases if debias_step is None else dataclasses.replace(target.phases, end_step=debias_step)
-        strength = dataclasses.replace(target, initial=lambda_, phases=phases)
+        initial = target.initial if isinstance(strength, float) and strength == 0 else strength
+        strength = dataclasses.replace(target, initial=initial, phases=phases)
         links.append(KeepStrongest())
-    elif debias_step is not None and not (isinstance(lambda_, int | float) and lambda_ == 0):
-        strength = phased(lambda_, end_step=debias_step)
+    elif debias_step is not None and not (isinstance(strength, float) and strength == 0):
+        strength = phased(strength, end_step=debias_step)
     if fixed_norm:
         links.append(HoldNorm(fixed_norm))
     return proximal(

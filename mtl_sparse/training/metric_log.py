@@ -133,14 +133,16 @@ class _Progress:
     """`clu.periodic_actions.ReportProgress` without TensorFlow, which its module imports."""
 
     def __init__(self, total_steps: int, every_secs: float) -> None:
-        self._total, self._every, self._last = total_steps, every_secs, 0.0
+        self._total, self._every, self._last = total_steps, every_secs, (0, 0.0)
         self._eta: text.Eta | None = None
 
     def __call__(self, step: int) -> None:
         now = time.monotonic()
         if self._eta is None:
-            self._eta, self._last = text.Eta(self._total, step), now
-        elif now - self._last > self._every or step == self._total:
-            steps_per_second = 1 / self._eta.seconds_per_unit(step)
+            self._eta, self._last = text.Eta(self._total, step), (step, now)
+            return
+        last_step, last_time = self._last
+        if now - last_time > self._every or step == self._total:
+            steps_per_second = (step - last_step) / (now - last_time)
             logging.info("%.1f steps/s, %d/%d, %s left", steps_per_second, step, self._total, self._eta.left(step))
-            self._last = now
+            self._last = (step, now)

@@ -159,7 +159,7 @@ def test_a_check_of_the_length_comes_before_anything_is_drawn(name, frames, imag
         assert count == images
         raise UserError("DATA_TOO_FEW_IMAGES", "too short")
 
-    with raises("DATA_TOO_FEW_IMAGES"):
+    with raises("DATA_TOO_FEW_IMAGES", naming="too short"):
         datasets.load(config, check=check)
     assert not (tmp_path / "data").exists()
 

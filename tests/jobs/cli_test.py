@@ -23,7 +23,7 @@ NORMALIZED = {
     "a list": (["--config.tasks", "['a', 'b']"], ["--config.tasks=['a', 'b']"]),
     "a string": (["--config.tasks='a'"], ["--config.tasks='a'"]),
     "an empty value": (["--config.tasks="], ["--config.tasks=()"]),
-    "no value": (["--config.tasks", "--workdir=x"], ["--config.tasks=()", "--workdir=x"]),
+    "no value": (["--config.tasks", "--workdir=x"], ["--config.tasks", "--workdir=x"]),
     "spaces and a trailing comma": (["--config.tasks= a , b,"], ["--config.tasks=('a', 'b')"]),
     "attachment points": (
         ["--config.model.attach", "layer1_0,layer2_0"],

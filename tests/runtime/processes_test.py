@@ -91,7 +91,7 @@ def one(rooms, tmp_path_factory):
     ("count", "devices", "resumes"), [(1, 4, True), (2, 2, False), pytest.param(1, 4, False, marks=pytest.mark.slow)]
 )
 def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_path, count, devices, resumes):
-    """From the start, or from a checkpoint that one device wrote."""
+    """From the start, or from a checkpoint that one device wrote; up to rounding, which may move a pixel at a limit."""
     test, lines, half = one
     if resumes:
         shutil.copytree(half, tmp_path, dirs_exist_ok=True)

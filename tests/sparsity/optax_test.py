@@ -14,6 +14,7 @@ from optax import contrib
 from mtl_sparse.sparsity import (
     AdamMetric,
     FreezeZeros,
+    GroupMCP,
     HoldNorm,
     TargetSparsity,
     freeze_zeros,
@@ -137,7 +138,7 @@ def test_extra_arguments_are_accepted_and_passed_on(name):
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     tx = proximal(inner, 1.0, lambda_=0.5)
     tx.update(tree(1), tx.init(params), params, value=3.0)
-    assert seen["value"] == 3.0 and float(seen["lambda_"]) == 0.5 and int(seen["step"]) == 0
+    assert seen["value"] == 3.0 and float(seen["proximal_lambda"]) == 0.5 and int(seen["proximal_step"]) == 0
 
 
 @pytest.mark.parametrize("name", INNER)
@@ -265,11 +266,69 @@ def test_the_metric_can_be_a_function_of_the_inner_state():
     np.testing.assert_allclose(new, prox.group_lasso(z, 0.1 * 0.5 * 12, d), rtol=1e-4, atol=1e-6)
 
 
-def test_adams_metric_needs_adams_state():
+def test_adams_metric_needs_adams_state_of_all_kernels():
     params = tree(0)
     tx = proximal(optax.sgd(0.1), 0.1, lambda_=0.5, metric=AdamMetric())
     with pytest.raises(ValueError, match="one optax.ScaleByAdamState.*found 0"):
-        tx.update(params, tx.init(params), params)
+        tx.init(params)
+    parts = optax.multi_transform(
+        {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, {"conv": "sgd", "bn": "adam", "dense": "adam"}
+    )
+    with pytest.raises(ValueError, match="no entry for the penalized kernels conv/kernel"):
+        proximal(parts, 0.1, lambda_=0.5, metric=AdamMetric()).init(params)
+
+
+@pytest.mark.parametrize(
+    ("inner", "first"),
+    [
+        (optax.apply_if_finite(optax.adamw(1e-2), 5), jnp.nan),
+        (optax.MultiSteps(optax.adamw(1e-2), 2).gradient_transformation(), 1.0),
+    ],
+    ids=["apply_if_finite", "MultiSteps"],
+)
+def test_steps_that_a_wrapper_inside_skips_keep_the_parameters_finite(inner, first):
+    """Before Adam's first step its moments say nothing of the metric. `first` scales the first gradient."""
+    params = tree(0)
+    tx = proximal(inner, 1e-2, lambda_=1e-2, metric=AdamMetric())
+    state = tx.init(params)
+    for scale, seed in ((first, 1), (1.0, 2), (1.0, 3)):
+        grads = jax.tree.map(functools.partial(jnp.multiply, scale), tree(seed))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)), seed
+        assert (params["conv"]["kernel"] != 0).all(), seed
+
+
+@pytest.mark.parametrize("zero", [0, np.float32(0), jnp.float32(0)], ids=["int", "numpy", "jax"])
+def test_zero_of_any_type_is_no_penalty(zero):
+    ours, _ = run(proximal_adam(1e-2, zero, debias_step=2), tree(0))
+    theirs, _ = run(optax.adamw(1e-2, weight_decay=0.0), tree(0))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_target_can_be_given_as_lambda():
+    ours, state = run(proximal_adam(1e-2, TargetSparsity(0.5, 10, initial=1e-3), debias_step=3), tree(0))
+    theirs, _ = run(proximal_adam(1e-2, target=TargetSparsity(0.5, 10, initial=1e-3), debias_step=3), tree(0))
+    other, _ = run(proximal_adam(1e-2, 1e-3, target=TargetSparsity(0.5, 10), debias_step=3), tree(0))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, other)
+    assert state.control != ()
+
+
+def test_an_optimizer_that_gets_no_parameters_does_nothing():
+    params = tree(0)
+    target = proximal_adam(1e-2, 1e-3, target=TargetSparsity(0.5, 10))
+    tx = optax.multi_transform({"sparse": target, "dense": optax.sgd(0.1)}, jax.tree.map(lambda _: "dense", params))
+    updates, _ = tx.update(params, tx.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -0.1 * b, rtol=1e-6), updates, params)
+
+
+def test_a_learning_rate_of_zero_changes_nothing():
+    params = tree(0)
+    for penalty in ("group_lasso", "l1", GroupMCP(gamma=5.0)):
+        tx = proximal(optax.adamw(0.0), 0.0, lambda_=0.5, penalty=penalty, metric=AdamMetric())
+        updates, _ = tx.update(tree(1), tx.init(params), params)
+        jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), updates)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -541,13 +541,25 @@ BAD_ARGUMENTS = {
     ),
     "start": (lambda: phased(1.0, start_step=-1), "start_step must be >= 0, got -1"),
     "freeze": (lambda: FreezeZeros(-1), "from_step must be >= 0, got -1"),
-    "target of zero lambda": (
-        lambda: transform.proximal_adam(1e-3, 0.0, target=control.Target(0.5, 9)),
-        "> 0 to start from, got 0.0",
+    "target of negative lambda": (
+        lambda: transform.proximal_adam(1e-3, -1.0, target=control.Target(0.5, 9)),
+        "> 0 to start from, got -1.0",
+    ),
+    "two targets": (
+        lambda: transform.proximal_adam(1e-3, control.Target(0.5, 9), target=control.Target(0.5, 9)),
+        "lambda_ must be the number",
+    ),
+    "negative lambda before debiasing": (lambda: transform.proximal_adam(1e-3, -1.0, debias_step=9), ">= 0, got -1"),
+    "negative array": (lambda: transform.proximal_adam(1e-3, jnp.float32(-1)), ">= 0, got -1"),
+    "lambda that is not a number": (lambda: phased(float("nan")), ">= 0, got nan"),
+    "two fixed norms": (lambda: adam(1e-3, 1.0, links=[HoldNorm("a"), HoldNorm("b")]), "one HoldNorm"),
+    "gradient of l1": (
+        lambda: reference.like_reference(optax.adam(1.0), penalty_in_gradient=L1()),
+        "must be a GroupLasso, got L1",
     ),
     "target with a schedule": (
         lambda: transform.proximal_adam(1e-3, lambda step: 1.0, target=control.Target(0.5, 9)),
-        "starts from, not a schedule",
+        "lambda_ must be the number",
     ),
     "restart": (lambda: reference.like_reference(optax.adam(1.0), restart_every=0), "restart_every must be >= 1"),
 }

@@ -106,6 +106,11 @@ BAD_CONFIGS = {
     ),
     "few frames": (lambda c: c.data.embedded.update(frames=5), "OPTION_OUT_OF_RANGE", "data.embedded.frames=5"),
     "zoom out": (lambda c: c.data.update(max_scale=0.5), "OPTION_OUT_OF_RANGE", "data.max_scale=0.5"),
+    "gradient of l1": (
+        lambda c: c.sparsity.update(penalty="l1", penalty_in_gradient=True),
+        "OPTION_SPARSITY",
+        "penalty_in_gradient",
+    ),
     "no samples": (lambda c: c.run.update(sample_frames=0), "OPTION_OUT_OF_RANGE", "run.sample_frames=0"),
     "multiple": (lambda c: c.compact.update(multiple=0), "OPTION_OUT_OF_RANGE", "compact.multiple=0"),
     "learning rates": (
@@ -125,9 +130,9 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_options_are_named(config, case):
-    change, code, *names = BAD_CONFIGS[case]
+    change, code, name, *names = BAD_CONFIGS[case]
     change(config)
-    with raises(code) as caught:
+    with raises(code, naming=name) as caught:
         setup_lib.setup(config)
     assert all(name in str(caught.value) for name in names), caught.value
 

@@ -118,9 +118,9 @@ def projection(arguments, kind):
 HANDED_ON = {
     "sparsity.penalty": ("l1", lambda found: type(found["penalty"]), penalties.L1),
     "sparsity.norm_decays": (True, lambda found: projection(found, HoldNorm).norm, "unpenalized"),
-    "sparsity.start_at": (0.25, lambda found: float(found["lambda_"](9)), 0.0),
+    "sparsity.start_at": (0.25, lambda found: [float(found["lambda_"](count)) > 0 for count in (9, 10)], [False, True]),
     "sparsity.group_weights": ("none", lambda found: found["penalty"].weights, "none"),
-    "sparsity.start_step": (3, lambda found: float(found["lambda_"](2)), 0.0),
+    "sparsity.start_step": (3, lambda found: [float(found["lambda_"](count)) > 0 for count in (2, 3)], [False, True]),
     "sparsity.metric": ("plain", lambda found: found["metric"].kind, "plain"),
     "sparsity.bias_correction": (False, lambda found: found["metric"].kind, "uncorrected"),
     "sparsity.fixed_norm": (False, lambda found: projection(found, HoldNorm), None),
