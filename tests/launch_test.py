@@ -41,7 +41,7 @@ BAD = {
         ["'train'", "--config.FIELD=VALUE", "[ARGUMENT_UNKNOWN]"],
     ),
     "no data folder": (
-        ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=2"],
+        ["--config=configs/nyu.py", "--config.data.folder=/nowhere/NYUD_MT", "--config.train.batch_size=8"],
         ["/nowhere/NYUD_MT", "[DATA_FOLDER_MISSING]"],
     ),
     "nothing to import": (

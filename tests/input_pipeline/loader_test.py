@@ -141,7 +141,8 @@ def test_evaluation_has_every_frame_once_and_pads_the_rest(batch_size, process_c
 
 
 def test_prefetch_keeps_the_order_and_ends():
-    batches = [{"image": np.full((2, 3), i, np.float32)} for i in range(5)]
+    size = 2 * jax.local_device_count()
+    batches = [{"image": np.full((size, 3), i, np.float32)} for i in range(5)]
     got = list(loader.prefetch_to_device(iter(batches)))
     assert [int(batch["image"][0, 0, 0]) for batch in got] == list(range(5))
-    assert got[0]["image"].shape == (jax.local_device_count(), 2 // jax.local_device_count(), 3)
+    assert got[0]["image"].shape == (jax.local_device_count(), 2, 3)

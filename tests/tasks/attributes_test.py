@@ -55,8 +55,9 @@ def test_a_batch_has_the_labels_of_the_tasks_alone(run):
 def test_metrics_do_not_depend_on_the_batch_size(run):
     variables = loader.replicate(state_lib.initial(run).variables)
     evaluator = evaluation.Evaluator(run).evaluate
-    whole = evaluator(variables, batches(run, "train", 12))
-    for batch_size in (1, 5):
+    devices = jax.device_count()
+    whole = evaluator(variables, batches(run, "train", 12 * devices))
+    for batch_size in (devices, 5 * devices):
         values = evaluator(variables, batches(run, "train", batch_size))
         assert values == pytest.approx(whole, rel=1e-5)
     named = {name for name in whole if name.startswith("attribute:Smiling/")}

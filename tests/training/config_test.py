@@ -77,7 +77,7 @@ BAD_CONFIGS = {
     "dtype": (lambda c: c.model.update(dtype="float16"), "OPTION_UNKNOWN_VALUE", "model.dtype=float16"),
     "depth target": (lambda c: c.data.update(depth_target="feet"), "OPTION_UNKNOWN_VALUE", "data.depth_target='feet'"),
     "batch of one": (lambda c: c.train.update(batch_size=1), "OPTION_OUT_OF_RANGE", "train.batch_size=1"),
-    "large batch": (lambda c: c.train.update(batch_size=19), "DATA_TOO_FEW_IMAGES", "train.batch_size=19"),
+    "large batch": (lambda c: c.train.update(batch_size=20), "DATA_TOO_FEW_IMAGES", "train.batch_size=20"),
     "schedule": (lambda c: c.optimizer.update(schedule="step"), "OPTION_UNKNOWN_VALUE", "optimizer.schedule='step'"),
     "learning rate": (
         lambda c: c.optimizer.update(learning_rate=-1.0, min_learning_rate=-2.0),
