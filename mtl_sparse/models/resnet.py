@@ -80,7 +80,8 @@ def _averaged(x: Maps, size: tuple[int, ...]) -> Maps:
     strides = tuple(round(side / wanted) for side, wanted in zip(x.shape[1:3], size, strict=True))
     if strides == (1, 1):
         return x
-    return nn.avg_pool(x, strides, strides, padding="SAME", count_include_pad=False)
+    # jax2onnx's avg_pool takes keywords only.
+    return nn.avg_pool(x, window_shape=strides, strides=strides, padding="SAME", count_include_pad=False)
 
 
 def _ones(x: Maps, stride: int) -> Maps:
@@ -91,8 +92,9 @@ def _ones(x: Maps, stride: int) -> Maps:
 def _averaged_2x2(x: Maps, stride: int) -> Maps:
     """Return means over 2x2 pixels as timm's ResNet-D does: padding counts as zeros at stride 1, and not otherwise."""
     if stride == 1:
-        return nn.avg_pool(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), (2, 2))
-    return nn.avg_pool(x, (2, 2), (stride, stride), padding="SAME", count_include_pad=False)
+        return nn.avg_pool(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), window_shape=(2, 2))
+    strides = (stride, stride)
+    return nn.avg_pool(x, window_shape=(2, 2), strides=strides, padding="SAME", count_include_pad=False)
 
 
 class Block(nn.Module):
