@@ -1,0 +1,187 @@
+"""Exact compaction of any pure JAX function: the same outputs from fewer parameters."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_sparse.compaction import liveness, needs, planning, plans
+from mtl_sparse.compaction import graph as graph_lib
+from mtl_sparse.compaction.carrying import carry
+from mtl_sparse.compaction.facts import Facts
+from mtl_sparse.compaction.graph import Graph
+from mtl_sparse.compaction.indices import restrict
+from mtl_sparse.compaction.plans import Plan
+from mtl_sparse.compaction.rewriting import Program
+from mtl_sparse.runtime.errors import UserError
+
+Function = Callable[..., Any]
+
+
+def compact(
+    fn: Function,
+    params: Any,
+    *inputs: Any,
+    multiple: int = 1,
+    costs: liveness.Costs | None = None,
+    unroll: bool = False,
+) -> tuple[Function, Any]:
+    """Return a function with the same outputs and fewer parameters.
+
+    Channels that zero weights make useless are removed: those that no later layer reads, and those that are always zero.
+
+    Args:
+      fn: pure function of (params, *inputs), such as a Flax module's `apply`. What it computes must be finite.
+      params: pytree of its parameters, as arrays.
+      *inputs: example inputs, pytrees of arrays or of `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
+      multiple: widths are filled up to a multiple of it with channels that are not needed.
+      costs: costs that decide where gathering channels pays; by default as measured on a CPU.
+      unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
+
+    Returns:
+      (small_fn, small_params): `small_fn(small_params, *inputs)` equals `fn(params, *inputs)` up to rounding, at other
+      batch sizes as well. It can be jitted, differentiated, vmapped and exported.
+
+    Raises:
+      UserError: the function has side effects, an output depends on no input, or nothing of the function is left.
+    """
+    found = plan(fn, params, *inputs, multiple=multiple, costs=costs, unroll=unroll)
+    return rewrite(fn, found, unroll=unroll), plans.apply_plan(found, params)
+
+
+def plan(
+    fn: Function,
+    params: Any,
+    *inputs: Any,
+    multiple: int = 1,
+    costs: liveness.Costs | None = None,
+    unroll: bool = False,
+) -> Plan:
+    """Return which entries of each parameter remain.
+
+    Args:
+      fn: see `compact`.
+      params: see `compact`.
+      *inputs: see `compact`.
+      multiple: see `compact`.
+      costs: see `compact`.
+      unroll: see `compact`.
+
+    Returns:
+      The plan, for `apply_plan` and `rewrite`.
+
+    Raises:
+      UserError: see `compact`.
+    """
+    if multiple < 1:
+        raise UserError("OPTION_OUT_OF_RANGE", f"expected multiple >= 1, got multiple={multiple}")
+    leaves = jax.tree_util.tree_leaves(params)
+    if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves):
+        raise UserError(
+            "PARAMS_ABSTRACT",
+            "expected parameters with values, got traced or abstract ones; call compact outside of jit, on the trained "
+            "parameters",
+        )
+    graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
+    _check_outputs(graph)
+    values = [np.asarray(jax.device_get(x)) for x in leaves]
+    found = planning.make(graph, values, planning.Options(costs or liveness.Costs(), multiple))
+    if len(found.constant) == len(graph.outputs):
+        raise UserError(
+            "FUNCTION_DEAD",
+            "expected a function that still depends on its inputs, got one whose zero weights make every output "
+            "constant; prune less",
+        )
+    return found
+
+
+def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
+    """Return the function of the compact parameters.
+
+    Args:
+      fn: the function that the plan was made for, or another of the same parameters, such as the same model in training
+        mode. An output that has entries of removed channels, such as new BatchNorm statistics, loses them.
+      plan: the plan.
+      unroll: as when the plan was made.
+
+    Returns:
+      Function of (what `apply_plan` returns, *inputs). It traces `fn` once for each shape of the inputs. It raises
+      UserError if the parameters are not those of the plan, or if inputs of this size need what the plan removed.
+    """
+    programs: dict[Any, Program] = {}
+
+    def small_fn(params: Any, *inputs: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths = [graph_lib.path_of(path) for path, _ in leaves]
+        plans.check_fits(plan, paths, [np.shape(x) for _, x in leaves])
+        dense = [jax.ShapeDtypeStruct(plan.leaves[p].shape, _dtype(x)) for p, (_, x) in zip(paths, leaves, strict=True)]
+        abstract = graph_lib.abstract(tuple(inputs))
+        flat, input_tree = jax.tree_util.tree_flatten(abstract)
+        key = (treedef, input_tree, *((x.shape, x.dtype) for x in (*dense, *flat)))
+        if key not in programs:
+            programs[key] = _program(fn, plan, jax.tree_util.tree_unflatten(treedef, dense), abstract, unroll)
+        return _call(programs[key], [x for _, x in leaves], jax.tree_util.tree_leaves(inputs))
+
+    return small_fn
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+
+
+def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unroll: bool) -> Program:
+    graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
+    _check_size(graph, plan)
+    holds = [plan.leaves[path].holds for path in graph.paths]
+    carried = carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
+    for path, variable in zip(graph.output_paths, graph.outputs, strict=True):
+        if carried.is_empty(variable) and 0 not in graph.shape(variable):
+            raise UserError(
+                "PLAN_DIFFERS",
+                f"expected a function whose outputs need no more than the plan keeps, got one whose output "
+                f"{path or 'value'} needs removed channels; make the plan of this function",
+            )
+    return Program(graph, carried)
+
+
+def _check_size(graph: Graph, plan: Plan) -> None:
+    """Check that no parameter is read where the plan removed it as unread."""
+    if not any(leaf.unread for leaf in plan.leaves.values()):
+        return
+    found = needs.find(Facts(graph, None))
+    for path, variable in zip(graph.paths, graph.params, strict=True):
+        need = found.of[variable]
+        for axis, entries in plan.leaves[path].unread.items():
+            if need is not None and need[axis][entries].any():
+                raise UserError(
+                    "PLAN_SIZE",
+                    f"expected inputs of the size that the plan was made for, got inputs that read entries of {path} "
+                    "which the plan removed because they met only padding; make the plan at the largest size",
+                )
+
+
+def _call(program: Program, params: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    graph = program.graph
+    arguments = list(zip((*graph.params, *graph.inputs), (*params, *inputs), strict=True))
+    env = program([(variable, jnp.asarray(x)) for variable, x in arguments])
+    outputs = []
+    for variable in graph.outputs:
+        have, shape = program.carried.holds[variable], graph.shape(variable)
+        whole = tuple(
+            np.sort(index) if isinstance(index, np.ndarray) and len(index) < n else None
+            for index, n in zip(have, shape, strict=True)
+        )
+        outputs.append(restrict(jnp.asarray(env[variable]), have, whole, shape))
+    return jax.tree_util.tree_unflatten(graph.output_tree, outputs)
+
+
+def _check_outputs(graph: Graph) -> None:
+    for path, variable in zip(graph.output_paths, graph.outputs, strict=True):
+        if not graph.varies[variable]:
+            raise UserError(
+                "OUTPUT_CONSTANT",
+                f"expected outputs that depend on the inputs, got output {path or 'value'}, which depends on none; return "
+                "only what depends on the inputs",
+            )

@@ -1,0 +1,349 @@
+"""A JAX function as a flat list of equations, with named parameters.
+
+Tracing inlines every call: `jit`, `checkpoint`, custom derivatives, and loops where that is asked. Calls that matter for
+differentiation are remembered as regions, so that the rewritten function can make them again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from mtl_sparse.runtime.errors import UserError
+
+# calls that mean no more than their body
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin", "named_call"})
+# calls that mean their body, and something else when they are differentiated
+_REGIONS = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat2"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One equation.
+
+    Attributes:
+      primitive: what it computes; it has a `name` and a `bind`.
+      params: its static parameters.
+      inputs: variables that it reads.
+      outputs: variables that it writes.
+      where: the module or the scope that it comes from, as far as it is known.
+      call: function of the operands that returns the results, for an equation that has functions as parameters.
+    """
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    where: str
+    call: Callable[..., list[Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return self.primitive.name
+
+    @property
+    def title(self) -> str:
+        """Name of the primitive and where it comes from, for reports."""
+        return f"{self.name} in {self.where}" if self.where else self.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """A call whose differentiation differs from that of its body.
+
+    Attributes:
+      eqn: the call.
+      start: index of its first node.
+      stop: index after its last node.
+      inputs: variables of its operands.
+      outputs: variables of its results.
+    """
+
+    eqn: Any
+    start: int
+    stop: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """Equations in order; a variable is an index of `avals`.
+
+    Attributes:
+      avals: shape and dtype of each variable.
+      nodes: the equations.
+      regions: calls with derivatives of their own, in order; none lies in another.
+      constants: variable -> array, for literals and for arrays that the function closes over.
+      params: variables of the parameters' leaves.
+      inputs: variables of the inputs' leaves.
+      outputs: variables of the outputs' leaves.
+      paths: path of each leaf of the parameters.
+      output_paths: path of each leaf of the outputs.
+      output_tree: tree of the outputs.
+      varies: for each variable, whether it depends on the inputs.
+    """
+
+    avals: list[Any] = dataclasses.field(default_factory=list)
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    regions: list[Region] = dataclasses.field(default_factory=list)
+    constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+    params: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+    output_paths: tuple[str, ...] = ()
+    output_tree: Any = None
+    varies: list[bool] = dataclasses.field(default_factory=list)
+
+    def shape(self, variable: int) -> tuple[int, ...]:
+        """Return the shape of a variable."""
+        return self.avals[variable].shape
+
+    def add(self, aval: Any) -> int:
+        """Add a variable and return it."""
+        self.avals.append(aval)
+        return len(self.avals) - 1
+
+
+def path_of(path: Any) -> str:
+    """Return the path of a leaf as names joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def abstract(tree: Any) -> Any:
+    """Return the tree with each array replaced by its shape and dtype."""
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            x = np.asarray(x)
+        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
+
+    return jax.tree.map(leaf, tree)
+
+
+def trace(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], *, unroll: bool = False) -> Graph:
+    """Trace a function.
+
+    Args:
+      fn: pure function of (params, *inputs).
+      params: pytree of arrays or of `jax.ShapeDtypeStruct`.
+      inputs: pytrees of the same.
+      unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
+
+    Returns:
+      Its graph.
+
+    Raises:
+      UserError: the function has side effects.
+    """
+    params, inputs = abstract(params), abstract(tuple(inputs))
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    if closed.effects:
+        effects = ", ".join(sorted(str(effect) for effect in closed.effects))
+        raise UserError(
+            "FUNCTION_IMPURE",
+            f"expected a function without side effects, got one with {effects}; remove its callbacks and debug prints",
+        )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    out_leaves, out_tree = jax.tree_util.tree_flatten_with_path(out)
+    graph = Graph(
+        paths=tuple(path_of(path) for path, _ in leaves),
+        output_paths=tuple(path_of(path) for path, _ in out_leaves),
+        output_tree=out_tree,
+    )
+    build = _Inliner(graph, unroll)
+    args = [graph.add(var.aval) for var in closed.jaxpr.invars]
+    graph.params, graph.inputs = tuple(args[: len(leaves)]), tuple(args[len(leaves) :])
+    graph.outputs = tuple(build.inline(closed.jaxpr, closed.consts, args, ""))
+    _find_permutations(graph)
+    _drop_dead(graph)
+    _mark_varying(graph)
+    return graph
+
+
+def trace_closed(closed: Any) -> Graph:
+    """Return the graph of a jaxpr whose arguments are all inputs."""
+    graph = Graph()
+    args = [graph.add(var.aval) for var in closed.jaxpr.invars]
+    graph.inputs = tuple(args)
+    graph.outputs = tuple(_Inliner(graph, False).inline(closed.jaxpr, closed.consts, args, ""))
+    _find_permutations(graph)
+    _drop_dead(graph)
+    _mark_varying(graph)
+    return graph
+
+
+class _Inliner:
+    def __init__(self, graph: Graph, unroll: bool) -> None:
+        self._graph, self._unroll, self._in_region = graph, unroll, False
+
+    def inline(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[int], where: str) -> list[int]:
+        """Add the equations of a jaxpr and return the variables of its results."""
+        env = dict(zip(jaxpr.invars, args, strict=True))
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self._constant(var.aval, value)
+
+        def read(atom: Any) -> int:
+            return self._constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            stack = str(eqn.source_info.name_stack)
+            outputs = self._add(eqn, inputs, "/".join(part for part in (where, stack) if part))
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _constant(self, aval: Any, value: Any) -> int:
+        variable = self._graph.add(aval)
+        self._graph.constants[variable] = value
+        return variable
+
+    def _add(self, eqn: Any, inputs: list[int], where: str) -> list[int]:
+        name, graph = eqn.primitive.name, self._graph
+        if name in _CALLS or name in _REGIONS:
+            body, consts = _body(eqn)
+            if name in _CALLS or self._in_region:
+                return self.inline(body, consts, inputs, where)
+            start, self._in_region = len(graph.nodes), True
+            outputs = self.inline(body, consts, inputs, where)
+            self._in_region = False
+            graph.regions.append(Region(eqn, start, len(graph.nodes), tuple(inputs), tuple(outputs)))
+            return outputs
+        if name == "scan" and self._unroll:
+            closed = jax.make_jaxpr(_unrolled(eqn))(*(jax.ShapeDtypeStruct(*_spec(v.aval)) for v in eqn.invars))
+            return self.inline(closed.jaxpr, closed.consts, inputs, where)
+        outputs = [graph.add(var.aval) for var in eqn.outvars]
+        call = as_function(eqn) if any(True for _ in core.jaxprs_in_params(eqn.params)) else None
+        graph.nodes.append(Node(eqn.primitive, dict(eqn.params), tuple(inputs), tuple(outputs), where, call))
+        return outputs
+
+
+def as_function(eqn: Any) -> Callable[..., list[Any]]:
+    """Return an equation as a function of its operands."""
+    places = {var: k for k, var in enumerate(eqn.invars) if not isinstance(var, core.Literal)}
+    jaxpr = core.Jaxpr((), list(places), eqn.outvars, [eqn], eqn.effects)
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    return lambda *operands: list(run(*(operands[k] for k in places.values())))
+
+
+def _spec(aval: Any) -> tuple[tuple[int, ...], Any]:
+    return aval.shape, aval.dtype
+
+
+def _body(eqn: Any) -> tuple[Any, Sequence[Any]]:
+    """Return the jaxpr and the constants of a call's body."""
+    for value in eqn.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            return value.jaxpr, value.consts
+        if isinstance(value, core.Jaxpr):
+            return value, ()
+    raise AssertionError(f"a call of {eqn.primitive.name} without a body")
+
+
+def _unrolled(eqn: Any) -> Callable[..., Any]:
+    """Return a `scan` as a function that repeats its body."""
+    params, body = eqn.params, core.jaxpr_as_fun(eqn.params["jaxpr"])
+    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+    order = range(params["length"])
+
+    def run(*args: Any) -> list[Any]:
+        carry, rows = list(args[first:second]), []
+        for i in reversed(order) if params["reverse"] else order:
+            out = body(*args[:first], *carry, *(jax.lax.index_in_dim(x, i, 0, keepdims=False) for x in args[second:]))
+            carry = list(out[: params["num_carry"]])
+            rows.append(out[params["num_carry"] :])
+        if params["reverse"]:
+            rows.reverse()
+        return [*carry, *(jnp.stack(column) for column in zip(*rows, strict=True))]
+
+    return run
+
+
+def _drop_dead(graph: Graph) -> None:
+    """Remove the nodes whose results no output reads."""
+    read = set(graph.outputs)
+    keep = [False] * len(graph.nodes)
+    for place in reversed(range(len(graph.nodes))):
+        node = graph.nodes[place]
+        if any(i in read for i in node.outputs):
+            keep[place] = True
+            read.update(node.inputs)
+    new_place = np.concatenate([[0], np.cumsum(keep)])
+    graph.nodes = [node for node, kept in zip(graph.nodes, keep, strict=True) if kept]
+    graph.regions = [
+        dataclasses.replace(region, start=int(new_place[region.start]), stop=int(new_place[region.stop]))
+        for region in graph.regions
+    ]
+
+
+def _mark_varying(graph: Graph) -> None:
+    graph.varies = [False] * len(graph.avals)
+    for variable in graph.inputs:
+        graph.varies[variable] = True
+    for node in graph.nodes:
+        if any(graph.varies[i] for i in node.inputs):
+            for variable in node.outputs:
+                graph.varies[variable] = True
+
+
+class Permutation:
+    """Pseudo-primitive: out[..., i, ...] = x[..., order[i], ...] along one axis."""
+
+    name = "permutation"
+
+    @staticmethod
+    def bind(x: Any, *, axis: int, order: np.ndarray) -> Any:
+        """Permute the axis."""
+        return jnp.take(x, order, axis)
+
+
+def _find_permutations(graph: Graph) -> None:
+    """Replace reshape, transpose, reshape by one permutation where it is one, as in a channel shuffle.
+
+    The first two equations remain for other readers; without one they are not evaluated.
+    """
+    made_by = {variable: node for node in graph.nodes for variable in node.outputs}
+    region_of = {
+        graph.nodes[place]: region.start for region in graph.regions for place in range(region.start, region.stop)
+    }
+    for place, last in enumerate(graph.nodes):
+        if last.name != "reshape":
+            continue
+        middle = made_by.get(last.inputs[0])
+        first = made_by.get(middle.inputs[0]) if middle is not None and middle.name == "transpose" else None
+        if first is None or middle is None or first.name != "reshape":
+            continue
+        if region_of.get(first) != region_of.get(last):
+            continue
+        shape = graph.shape(first.inputs[0])
+        if graph.shape(last.outputs[0]) != shape:
+            continue
+        found = _permutation(shape, graph.shape(first.outputs[0]), middle.params["permutation"])
+        if found is not None:
+            axis, order = found
+            graph.nodes[place] = Node(
+                Permutation, {"axis": axis, "order": order}, (first.inputs[0],), last.outputs, last.where
+            )
+
+
+def _permutation(
+    shape: tuple[int, ...], parts: tuple[int, ...], permutation: Sequence[int]
+) -> tuple[int, np.ndarray] | None:
+    """Return (axis, order) if splitting one axis into parts, transposing them and merging again permutes that axis."""
+    extra = len(parts) - len(shape)
+    for axis in range(len(shape)):
+        block = range(axis, axis + extra + 1)
+        outside = [i for i in range(len(parts)) if i not in block]
+        if extra < 1 or (*parts[:axis], *parts[axis + extra + 1 :]) != (*shape[:axis], *shape[axis + 1 :]):
+            continue
+        if all(permutation[i] == i for i in outside) and sorted(permutation[i] for i in block) == list(block):
+            sizes = [parts[i] for i in block]
+            order = np.arange(shape[axis]).reshape(sizes).transpose([permutation[i] - axis for i in block])
+            return axis, order.reshape(-1)
+    return None

@@ -1,0 +1,319 @@
+"""The making of a plan: needs, the order of the channels, and where a product gathers its inputs."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mtl_sparse.compaction import carrying, liveness, needs as needs_lib
+from mtl_sparse.compaction.carrying import Carried
+from mtl_sparse.compaction.facts import Facts
+from mtl_sparse.compaction.graph import Graph
+from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, tidy
+from mtl_sparse.compaction.needs import Needs
+from mtl_sparse.compaction.plans import Leaf, Plan, Product
+from mtl_sparse.compaction.primitives import RULES, rule_of
+
+Axis = tuple[int, int]  # (variable, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A product of activations with weights.
+
+    Attributes:
+      place: index of its node.
+      x: the activations and their summed axis.
+      weights: the weights and their summed axis.
+    """
+
+    place: int
+    x: Axis
+    weights: Axis
+
+
+class Streams:
+    """Axes whose entries correspond, as sets: the channels of a residual stream are one."""
+
+    def __init__(self, graph: Graph) -> None:
+        """Find the sets of a graph."""
+        self._parent: dict[Axis, Axis] = {}
+        self._pinned: set[Axis] = set()
+        for node in graph.nodes:
+            rule = rule_of(node.name)
+            linked: set[tuple[bool, int, int]] = set()
+            for link in rule.links(node, graph):
+                one, other = (node.inputs[link.operand], link.axis), (node.outputs[link.output], link.out_axis)
+                linked |= {(False, link.operand, link.axis), (True, link.output, link.out_axis)}
+                if link.to is None:
+                    self._join(one, other)
+                else:
+                    self._pinned |= {one, other}
+            if not rule.any_order or rule.is_grouped(node):
+                for is_output, variables in ((False, node.inputs), (True, node.outputs)):
+                    for k, variable in enumerate(variables):
+                        for axis in range(len(graph.shape(variable))):
+                            if (is_output, k, axis) not in linked:
+                                self._pinned.add((variable, axis))
+        for variable in (*graph.inputs, *graph.outputs):
+            self._pinned |= {(variable, axis) for axis in range(len(graph.shape(variable)))}
+        self._pinned = {self.of(axis) for axis in self._pinned}
+
+    def of(self, axis: Axis) -> Axis:
+        """Return the representative of the set that an axis is in."""
+        root = axis
+        while (parent := self._parent.get(root, root)) != root:
+            root = parent
+        while axis != root:
+            axis, self._parent[axis] = self._parent.get(axis, root), root
+        return root
+
+    def _join(self, one: Axis, other: Axis) -> None:
+        first, second = self.of(one), self.of(other)
+        if first != second:
+            self._parent[second] = first
+
+    def is_pinned(self, axis: Axis) -> bool:
+        """Return whether the order of the entries must stay."""
+        return self.of(axis) in self._pinned
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a plan.
+
+    Attributes:
+      costs: costs that decide where gathering channels pays.
+      multiple: widths are filled up to a multiple of it.
+    """
+
+    costs: liveness.Costs
+    multiple: int = 1
+
+
+def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
+    """Make a plan.
+
+    Args:
+      graph: the function.
+      values: the leaves of its parameters.
+      options: options of the plan.
+
+    Returns:
+      The plan.
+    """
+    facts = Facts(graph, values)
+    needs_lib.learn(facts)
+    unread = needs_lib.find(Facts(graph, None))
+    streams = Streams(graph)
+    readers = _readers(graph)
+    extra: dict[Axis, np.ndarray] = {}
+    while True:
+        found = needs_lib.find(facts, extra)
+        if _fill(graph, streams, found, options.multiple, extra):
+            continue
+        holds = _keep(graph, streams, readers, found)
+        carried = _carry(graph, found, holds, extra)
+        if carried is not None:
+            break
+    holds = _gathers(graph, streams, readers, found, holds, carried, options)
+    carried = carrying.carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
+    leaves = {}
+    for path, variable, index in zip(graph.paths, graph.params, holds, strict=True):
+        aval = graph.avals[variable]
+        keep = {axis: np.asarray(kept) for axis, kept in enumerate(index) if kept is not None}
+        leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep))
+    products = tuple(_product(graph, facts, found, carried, reader) for reader in readers)
+    barriers = tuple(
+        sorted({node.name for node in graph.nodes if node.name not in RULES and any(map(_matters(graph), node.inputs))})
+    )
+    return Plan(leaves, products, barriers, _constant(graph, found, facts))
+
+
+def _matters(graph: Graph):
+    params = set(graph.params)
+    depends = set(params)
+    for node in graph.nodes:
+        if any(i in depends for i in node.inputs):
+            depends.update(node.outputs)
+    return lambda variable: graph.varies[variable] or variable in depends
+
+
+def _readers(graph: Graph) -> list[Reader]:
+    """Return the products of activations with weights, in order."""
+    found = []
+    for place, node in enumerate(graph.nodes):
+        if node.name == "conv_general_dilated" and node.params["feature_group_count"] == 1:
+            numbers = node.params["dimension_numbers"]
+            pairs = [((0, numbers.lhs_spec[1]), (1, numbers.rhs_spec[1]))]
+        elif node.name == "dot_general":
+            contracted = node.params["dimension_numbers"][0]
+            pairs = [((0, a), (1, b)) for a, b in zip(*contracted, strict=True)]
+        else:
+            continue
+        for one, other in pairs:
+            first, second = (node.inputs[one[0]], one[1]), (node.inputs[other[0]], other[1])
+            if graph.varies[first[0]] != graph.varies[second[0]]:
+                x, weights = (first, second) if graph.varies[first[0]] else (second, first)
+                found.append(Reader(place, x, weights))
+    return found
+
+
+def _mask(needs: Needs, graph: Graph, axis: Axis) -> np.ndarray:
+    need = needs.of[axis[0]]
+    return np.zeros(graph.shape(axis[0])[axis[1]], bool) if need is None else need[axis[1]]
+
+
+def _fill(graph: Graph, streams: Streams, needs: Needs, multiple: int, extra: dict[Axis, np.ndarray]) -> bool:
+    """Ask for further entries, so that widths are multiples; return whether there are any."""
+    if multiple == 1:
+        return False
+    more = False
+    params = set(graph.params)
+    free = {streams.of((i, axis)) for i in params for axis in range(len(graph.shape(i)))}
+    for variable, need in enumerate(needs.of):
+        for axis, mask in enumerate(need or ()):
+            root, count = streams.of((variable, axis)), int(mask.sum())
+            wanted = min(-(-count // multiple) * multiple, len(mask))
+            if root not in free or streams.is_pinned(root) or wanted == count or not count:
+                continue
+            filled = mask.copy()
+            filled[np.flatnonzero(~mask)[: wanted - count]] = True
+            extra[variable, axis] = filled | extra.get((variable, axis), False)
+            more = True
+    return more
+
+
+def _keep(graph: Graph, streams: Streams, readers: Sequence[Reader], needs: Needs) -> list[Indices]:
+    """Return the entries of each parameter that are needed, ordered by the readers of their stream."""
+    by_stream: dict[Axis, list[np.ndarray]] = {}
+    for reader in readers:
+        root = streams.of(reader.x)
+        if not streams.is_pinned(root):
+            by_stream.setdefault(root, []).insert(0, _mask(needs, graph, reader.weights))
+    ranks = {root: np.argsort(liveness.stream_order(masks)) for root, masks in by_stream.items()}
+    holds = []
+    for variable in graph.params:
+        index: list[Index] = []
+        for axis, size in enumerate(graph.shape(variable)):
+            kept = np.flatnonzero(_mask(needs, graph, (variable, axis)))
+            rank = ranks.get(streams.of((variable, axis)))
+            if rank is not None and len(rank) == size:
+                kept = kept[np.argsort(rank[kept])]
+            index.append(tidy(kept, size))
+        holds.append(tuple(index))
+    return holds
+
+
+def _carry(graph: Graph, needs: Needs, holds: Sequence[Indices], extra: dict[Axis, np.ndarray]) -> Carried | None:
+    """Carry the entries forward; None if an equation lacks some, which are then added to `extra`."""
+    lacking = False
+
+    def missing(place: int, error: Missing) -> None:
+        nonlocal lacking
+        node = graph.nodes[place]
+        outs = (needs.of[i] for i in node.outputs)
+        if any(out is not None and all(mask.any() for mask in out) for out in outs):
+            axis = (node.inputs[error.operand], error.axis)
+            extra[axis] = error.mask | extra.get(axis, False)
+            lacking = True
+
+    inputs = [(None,) * len(graph.shape(i)) for i in graph.inputs]
+    carried = carrying.carry(graph, holds, inputs, missing)
+    return None if lacking else carried
+
+
+def _gathers(
+    graph: Graph,
+    streams: Streams,
+    readers: Sequence[Reader],
+    needs: Needs,
+    holds: list[Indices],
+    carried: Carried,
+    options: Options,
+) -> list[Indices]:
+    """Choose which inputs each product reads: all that its activations carry, or ranges of them."""
+    params = {
+        streams.of((variable, axis)): (place, axis)
+        for place, variable in enumerate(graph.params)
+        for axis in range(len(graph.shape(variable)))
+    }
+    counts: dict[Axis, int] = {}
+    for reader in readers:
+        root = streams.of(reader.weights)
+        counts[root] = counts.get(root, 0) + 1
+    result = [list(index) for index in holds]
+    for reader in readers:
+        root = streams.of(reader.weights)
+        size = graph.shape(reader.x[0])[reader.x[1]]
+        index = carried.holds[reader.x[0]][reader.x[1]]
+        mask = _mask(needs, graph, reader.weights)
+        if root not in params or streams.is_pinned(root) or index is UNIFORM or not mask.any():
+            continue
+        have = listed(index, size)
+        wanted = mask[have]
+        if counts[root] == 1:
+            ranges = liveness.choose_ranges(wanted, _macs(graph, carried, reader), options.costs)
+            rows = np.arange(len(have)) if ranges is None else liveness.indices(ranges)
+            kept = have[rows]
+        else:
+            kept = have[wanted]
+        place, axis = params[root]
+        if np.isin(np.flatnonzero(mask), kept).all():
+            result[place][axis] = tidy(kept, size)
+    return [tuple(index) for index in result]
+
+
+def _macs(graph: Graph, carried: Carried, reader: Reader) -> int:
+    """Return how many multiply-accumulates one more input costs for each pixel."""
+    variable, summed = reader.weights
+    shape, index = graph.shape(variable), carried.holds[variable]
+    return math.prod(max(1, held(index[axis], n)) for axis, n in enumerate(shape) if axis != summed)
+
+
+def _unread(needs: Needs, variable: int, keep: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Return the entries that are removed because no equation reads them."""
+    need, found = needs.of[variable], {}
+    for axis, kept in keep.items():
+        size_mask = need[axis] if need is not None else None
+        if size_mask is not None and not size_mask.all():
+            gone = ~size_mask
+            gone[kept] = False
+            if gone.any():
+                found[axis] = np.flatnonzero(gone)
+    return found
+
+
+def _product(graph: Graph, facts: Facts, needs: Needs, carried: Carried, reader: Reader) -> Product:
+    """Return the report of a product."""
+    node = graph.nodes[reader.place]
+    (x, x_axis), (weights, axis) = reader.x, reader.weights
+    size = graph.shape(weights)[axis]
+    kept, have = (held(carried.holds[v][a], size) for v, a in ((weights, axis), (x, x_axis)))
+    because = ""
+    if have > kept:
+        cause = needs.because.get((x, x_axis))
+        because = "other products read them" if cause is None else graph.nodes[cause].title
+    paths = dict(zip(graph.params, graph.paths, strict=True))
+    source, made_by = weights, {v: n for n in graph.nodes for v in n.outputs}
+    while source not in paths and source in made_by and len(made_by[source].inputs) >= 1:
+        source = made_by[source].inputs[0]
+    return Product(
+        paths.get(source, node.title), size, int(facts.zeros(weights, axis).sum()), kept, have, because
+    )
+
+
+def _constant(graph: Graph, needs: Needs, facts: Facts) -> tuple[str, ...]:
+    """Return the paths of the outputs that do not depend on the inputs any more."""
+    reached = [False] * len(graph.avals)
+    for variable in graph.inputs:
+        reached[variable] = True
+    for node in graph.nodes:
+        for variable in node.inputs:
+            need = needs.of[variable]
+            if reached[variable] and need is not None and all(mask.any() for mask in need):
+                for out in node.outputs:
+                    reached[out] = True
+    del facts
+    return tuple(path for path, variable in zip(graph.output_paths, graph.outputs, strict=True) if not reached[variable])

@@ -1,0 +1,234 @@
+"""The plan of a compaction: which entries of each parameter remain."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_sparse.compaction.graph import path_of
+from mtl_sparse.compaction.indices import Index, Indices
+from mtl_sparse.runtime.errors import UserError
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What remains of one parameter.
+
+    Attributes:
+      shape: of the dense parameter.
+      dtype: its name.
+      keep: axis -> the entries that remain, in their new order; an axis that is absent remains whole.
+      unread: axis -> entries that the function does not read at all, whatever their values; they may be read at another
+        size of the inputs.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    keep: Mapping[int, np.ndarray]
+    unread: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def small(self) -> tuple[int, ...]:
+        """Shape of the compact parameter."""
+        return tuple(len(self.keep[axis]) if axis in self.keep else n for axis, n in enumerate(self.shape))
+
+    @property
+    def holds(self) -> Indices:
+        """The entries that the compact parameter holds, axis by axis."""
+        return tuple(self.keep.get(axis) for axis in range(len(self.shape)))
+
+    def cut(self, x: Any) -> Any:
+        """Return the entries of an array of the dense shape that remain."""
+        numpy = jnp if isinstance(x, jax.Array) else np
+        for axis, kept in self.keep.items():
+            x = numpy.take(x, kept, axis)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of activations with weights.
+
+    Attributes:
+      weights: path of the parameter; its primitive and scope where it is computed from several.
+      inputs: entries of the summed axis.
+      zero: entries whose weights are all zero.
+      kept: entries that remain in the weights.
+      carried: entries that remain in the activations.
+      because: the equation that keeps entries in the activations which these weights do not read, or "".
+    """
+
+    weights: str
+    inputs: int
+    zero: int
+    kept: int
+    carried: int
+    because: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which entries of each parameter remain.
+
+    Attributes:
+      leaves: by the parameter's path.
+      products: what was removed in front of each weight; () in a plan that was read from JSON.
+      barriers: primitives without a rule, which keep everything that they read.
+      constant: paths of outputs that depend on no input any more.
+    """
+
+    leaves: Mapping[str, Leaf]
+    products: tuple[Product, ...] = ()
+    barriers: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Number of parameters before and after."""
+        leaves = self.leaves.values()
+        return sum(math.prod(leaf.shape) for leaf in leaves), sum(math.prod(leaf.small) for leaf in leaves)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON: {"format", "parameters": {path: {"shape", "dtype", "keep", "unread"}}}."""
+        leaves = {
+            path: {
+                "shape": leaf.shape,
+                "dtype": leaf.dtype,
+                "keep": {str(axis): kept.tolist() for axis, kept in leaf.keep.items()},
+                "unread": {str(axis): entries.tolist() for axis, entries in leaf.unread.items()},
+            }
+            for path, leaf in self.leaves.items()
+        }
+        return json.dumps({"format": _FORMAT, "parameters": leaves, "constant": self.constant})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+          UserError: the text is no plan.
+        """
+        try:
+            tree = json.loads(text)
+            if tree["format"] != _FORMAT:
+                raise ValueError(f"format {tree['format']}")
+            leaves = {path: _leaf(entry) for path, entry in tree["parameters"].items()}
+            return cls(leaves, constant=tuple(tree["constant"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError("PLAN_UNREADABLE", f"expected the JSON of Plan.to_json, got {error!r}") from error
+
+    def table(self) -> str:
+        """Return a Markdown table of each product: what was removed in front of it, and why zero inputs stay."""
+        before, after = self.parameters
+        lines = [
+            f"{before:,} parameters became {after:,}.",
+            "",
+            "| weights | inputs | zero | kept | carried | kept by |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row.weights} | {row.inputs} | {row.zero} | {row.kept} | {row.carried} | {row.because} |"
+            for row in self.products
+        ]
+        if self.barriers:
+            lines += ["", f"Without a rule, so everything they read remains: {', '.join(self.barriers)}."]
+        if self.constant:
+            lines += ["", f"Constant now, whatever the inputs are: {', '.join(self.constant)}."]
+        return "\n".join(lines)
+
+
+def _leaf(entry: Mapping[str, Any]) -> Leaf:
+    keep, unread = (
+        {int(axis): np.asarray(entries, int) for axis, entries in entry[name].items()} for name in ("keep", "unread")
+    )
+    return Leaf(tuple(entry["shape"]), entry["dtype"], keep, unread)
+
+
+def apply_plan(plan: Plan, tree: Any) -> Any:
+    """Cut parameters, or what belongs to them, by a plan.
+
+    Args:
+      plan: the plan.
+      tree: the parameters, or a tree that has trees like them: the state of an optimizer, running averages, gradients.
+
+    Returns:
+      The tree, in which each leaf whose path ends with the path of a parameter, and which has its shape, is cut. Other
+      leaves stay as they are.
+
+    Raises:
+      UserError: no leaf is one of the plan's parameters, or a parameter has another shape than in the plan.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [path_of(path) for path, _ in leaves]
+    exact = set(paths) >= set(plan.leaves)
+    found, results = 0, []
+    for path, (_, x) in zip(paths, leaves, strict=True):
+        leaf = plan.leaves.get(path) if exact else _by_suffix(plan, path, np.shape(x))
+        if leaf is None:
+            results.append(x)
+            continue
+        if np.shape(x) != leaf.shape:
+            raise UserError(
+                "PLAN_DIFFERS",
+                f"expected {path} of shape {leaf.shape}, as in the plan, got {np.shape(x)}; apply the plan to the "
+                "parameters that it was made for",
+            )
+        found += 1
+        results.append(leaf.cut(x))
+    if not found:
+        raise UserError(
+            "PLAN_DIFFERS",
+            f"expected a tree with the plan's parameters, such as {next(iter(plan.leaves), 'none')}, got one with "
+            f"{paths[0] if paths else 'no leaves'}; apply the plan to the parameters that it was made for",
+        )
+    return jax.tree_util.tree_unflatten(treedef, results)
+
+
+def _by_suffix(plan: Plan, path: str, shape: tuple[int, ...]) -> Leaf | None:
+    parts = path.split("/")
+    for start in range(len(parts)):
+        leaf = plan.leaves.get("/".join(parts[start:]))
+        if leaf is not None:
+            return leaf if leaf.shape == shape else None
+    return None
+
+
+def check_fits(plan: Plan, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Check that parameters are the compact parameters of a plan.
+
+    Args:
+      plan: the plan.
+      paths: of the leaves.
+      shapes: of the leaves.
+
+    Raises:
+      UserError: a leaf is missing, unknown or of another shape.
+    """
+    for path, leaf_shape in _differences(plan, dict(zip(paths, shapes, strict=True))):
+        leaf = plan.leaves.get(path)
+        raise UserError(
+            "PLAN_DIFFERS",
+            f"expected compact parameters with {path} of shape {leaf.small if leaf else 'absent'}, got "
+            f"{'absent' if leaf_shape is None else leaf_shape}; pass what apply_plan returns for this plan",
+        )
+
+
+def _differences(
+    plan: Plan, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    for path in [*plan.leaves, *(path for path in shapes if path not in plan.leaves)]:
+        leaf = plan.leaves.get(path)
+        if leaf is None or shapes.get(path) != leaf.small:
+            yield path, shapes.get(path)
+
+
+def index_of(leaf: Leaf, axis: int) -> Index:
+    """Return the entries that a leaf holds on an axis."""
+    return leaf.keep.get(axis)

@@ -1,0 +1,224 @@
+"""The compact function: the equations of a graph, applied to arrays that hold fewer entries."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_sparse.compaction import graph as graph_lib
+from mtl_sparse.compaction.carrying import Carried, alive, carry
+from mtl_sparse.compaction.graph import Graph, Region
+from mtl_sparse.compaction.indices import UNIFORM, Indices, embed, held, restrict
+from mtl_sparse.runtime.errors import UserError
+
+Env = dict[int, Any]  # variable -> array
+
+
+class Program:
+    """A compact function of one graph.
+
+    Attributes:
+      graph: the graph of the dense function.
+      carried: its compact form.
+    """
+
+    def __init__(self, graph: Graph, carried: Carried, outputs: Sequence[int] | None = None) -> None:
+        """Create a program that computes the graph's outputs, or the given variables."""
+        self.graph, self.carried = graph, carried
+        self._alive = alive(graph, carried, graph.outputs if outputs is None else outputs)
+        self._regions = {region.start: region for region in graph.regions if region.stop > region.start}
+
+    def __call__(self, arguments: Sequence[tuple[int, Any]]) -> Env:
+        """Compute all variables.
+
+        Args:
+          arguments: (variable, array) of the parameters and the inputs.
+
+        Returns:
+          The arrays of the variables that the outputs read.
+        """
+        env: Env = dict(self.graph.constants)
+        env.update(arguments)
+        self._run(0, len(self.graph.nodes), env, regions=True)
+        return env
+
+    def _run(self, start: int, stop: int, env: Env, *, regions: bool) -> None:
+        place = start
+        while place < stop:
+            region = self._regions.get(place) if regions else None
+            if region is not None:
+                self._run_region(region, env)
+                place = region.stop
+                continue
+            if self._alive[place]:
+                self._step(place, env)
+            place += 1
+
+    def _step(self, place: int, env: Env) -> None:
+        node, step = self.graph.nodes[place], self.carried.steps[place]
+        assert step is not None
+        operands = [
+            self._operand(env, variable, target) for variable, target in zip(node.inputs, step.targets, strict=True)
+        ]
+        env.update(zip(node.outputs, step.emit(operands), strict=True))
+
+    def _operand(self, env: Env, variable: int, target: Indices) -> Any:
+        shape = self.graph.shape(variable)
+        if variable in env:
+            have = self.carried.holds[variable]
+            if any(isinstance(i, np.ndarray) and not len(i) for i in target):
+                return env[variable]  # nothing is read of it
+            return restrict(env[variable], have, target, shape)
+        sizes = [held(index, n) for index, n in zip(target, shape, strict=True)]
+        return jnp.zeros(sizes, self.graph.avals[variable].dtype)  # nothing is read of it
+
+    def _run_region(self, region: Region, env: Env) -> None:
+        inside = self._alive[region.start : region.stop]
+        outputs = [i for i in dict.fromkeys(region.outputs) if i not in env]
+        made = {i for place in range(region.start, region.stop) for i in self.graph.nodes[place].outputs}
+        outputs = [i for i in outputs if i in made]
+        if not any(inside):
+            return
+        inputs = [i for i in dict.fromkeys(region.inputs) if i in env and i not in self.graph.constants]
+
+        def body(*arrays: Any) -> list[Any]:
+            local = dict(self.graph.constants)
+            local.update({i: env[i] for i in region.inputs if i in self.graph.constants})
+            local.update(zip(inputs, arrays, strict=True))
+            self._run(region.start, region.stop, local, regions=False)
+            return [local[i] for i in outputs if i in local]
+
+        outputs = [i for i in outputs if self._is_made(i, region)]
+        call = self._differentiable(region, body, inputs, outputs)
+        env.update(zip(outputs, call(*(env[i] for i in inputs)), strict=True))
+
+    def _is_made(self, variable: int, region: Region) -> bool:
+        return any(
+            self._alive[place] and variable in self.graph.nodes[place].outputs
+            for place in range(region.start, region.stop)
+        )
+
+    def _differentiable(
+        self, region: Region, body: Callable[..., list[Any]], inputs: list[int], outputs: list[int]
+    ) -> Callable[..., list[Any]]:
+        """Return the body of a region, with the derivatives of the region."""
+        name = region.eqn.primitive.name
+        if name in ("checkpoint", "remat2"):
+            options = {key: region.eqn.params[key] for key in ("prevent_cse", "policy")}
+            return jax.checkpoint(body, **options)
+        derivative = _Derivative(self, region, inputs, outputs)
+        if name == "custom_jvp_call":
+            forward = jax.custom_jvp(body)
+            forward.defjvp(lambda primals, tangents: derivative.jvp(body, primals, tangents))
+            return forward
+        reverse = jax.custom_vjp(body)
+        reverse.defvjp(lambda *xs: (body(*xs), xs), derivative.vjp)
+        return reverse
+
+
+class _Derivative:
+    """The derivative of a region: that of the dense call, traced and carried as the function itself is."""
+
+    def __init__(self, program: Program, region: Region, inputs: list[int], outputs: list[int]) -> None:
+        self._program, self._region, self._inputs, self._outputs = program, region, inputs, outputs
+
+    def _dense(self, arrays: Sequence[Any]) -> list[Any]:
+        """Call the region as it was, on the operands that are inputs, and return its outputs."""
+        program, region = self._program, self._region
+        given = dict(zip(self._inputs, arrays, strict=True))
+        operands = []
+        for variable in region.inputs:
+            if variable in given:
+                operands.append(given[variable])
+            elif variable in program.graph.constants:
+                operands.append(program.graph.constants[variable])
+            else:  # nothing is read of it
+                aval = program.graph.avals[variable]
+                operands.append(jnp.zeros(aval.shape, aval.dtype))
+        by_variable = dict(zip(region.outputs, graph_lib.as_function(region.eqn)(*operands), strict=True))
+        return [by_variable[i] for i in self._outputs]
+
+    def _holds(self, variables: Sequence[int]) -> list[Indices]:
+        return [self._program.carried.holds[i] for i in variables]
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        """Return the places of the inputs that have derivatives, and of the others."""
+        inexact = [jnp.issubdtype(self._program.graph.avals[i].dtype, jnp.inexact) for i in self._inputs]
+        places = range(len(self._inputs))
+        return [k for k in places if inexact[k]], [k for k in places if not inexact[k]]
+
+    def _apply(
+        self, function: Callable[..., Any], variables: Sequence[int], arrays: Sequence[Any]
+    ) -> tuple[list[Any], list[Indices]]:
+        """Apply a function of dense arrays to compact ones; return the results and what they hold."""
+        program = self._program
+        avals = [program.graph.avals[i] for i in variables]
+        closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+        graph = graph_lib.trace_closed(closed)
+        carried = carry(graph, (), self._holds(variables))
+        run = Program(graph, carried)
+        env = run(list(zip(graph.inputs, arrays, strict=True)))
+        if any(i not in env for i in graph.outputs):
+            raise UserError(
+                "GRADIENT_UNKNOWN",
+                f"expected a derivative of {self._region.eqn.primitive.name} that needs only what the function itself "
+                "needs, got one that needs removed channels; compact the model after its last training step",
+            )
+        return [env[i] for i in graph.outputs], [carried.holds[i] for i in graph.outputs]
+
+    def jvp(self, body: Callable[..., list[Any]], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the outputs and their tangents."""
+        smooth, other = self._split()
+        variables = [self._inputs[k] for k in (*smooth, *other, *smooth)]
+        arrays = [primals[k] for k in (*smooth, *other)] + [tangents[k] for k in smooth]
+
+        def dense(*args: Any) -> list[Any]:
+            fixed, moving = args[len(smooth) : len(primals)], args[: len(smooth)]
+
+            def call(*xs: Any) -> list[Any]:
+                every = dict(zip((*smooth, *other), (*xs, *fixed), strict=True))
+                return self._dense([every[k] for k in range(len(primals))])
+
+            return jax.jvp(call, moving, args[len(primals) :])[1]
+
+        found, holds = self._apply(dense, variables, arrays)
+        shapes = [self._program.graph.shape(i) for i in self._outputs]
+        results = [
+            embed(x, mine, want, shape)
+            for x, mine, want, shape in zip(found, holds, self._holds(self._outputs), shapes, strict=True)
+        ]
+        return body(*primals), results
+
+    def vjp(self, primals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the cotangents of the inputs."""
+        smooth, other = self._split()
+        variables = [self._inputs[k] for k in (*smooth, *other)] + self._outputs
+        scaled = [
+            ct / _repeats(index, self._program.graph.shape(i))
+            for ct, i, index in zip(cotangents, self._outputs, self._holds(self._outputs), strict=True)
+        ]
+        arrays = [primals[k] for k in (*smooth, *other)] + scaled
+
+        def dense(*args: Any) -> list[Any]:
+            fixed = args[len(smooth) : len(primals)]
+
+            def call(*xs: Any) -> list[Any]:
+                every = dict(zip((*smooth, *other), (*xs, *fixed), strict=True))
+                return self._dense([every[k] for k in range(len(primals))])
+
+            return list(jax.vjp(call, *args[: len(smooth)])[1](list(args[len(primals) :])))
+
+        found, holds = self._apply(dense, variables, arrays)
+        result: list[Any] = [None] * len(primals)
+        for k, x, mine in zip(smooth, found, holds, strict=True):
+            variable = self._inputs[k]
+            want, shape = self._program.carried.holds[variable], self._program.graph.shape(variable)
+            result[k] = embed(x, mine, want, shape, total=True).astype(primals[k].dtype)
+        return tuple(result)
+
+
+def _repeats(holds: Indices, shape: Sequence[int]) -> int:
+    """Return how often an array is repeated along its uniform axes."""
+    return int(np.prod([n for index, n in zip(holds, shape, strict=True) if index is UNIFORM], initial=1))
