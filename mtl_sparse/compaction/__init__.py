@@ -1,8 +1,8 @@
 """Exact compaction: removal of the channels that zero groups make useless.
 
-  compact: a JAX function with the same outputs and fewer parameters.
-  plan, apply_plan, rewrite: its parts.
-  Link, register_rule: a rule for a primitive that has none.
+compact: a JAX function with the same outputs and fewer parameters.
+plan, apply_plan, rewrite: its parts.
+Link, register_rule: a rule for a primitive that has none.
 """
 
 from mtl_sparse.compaction.function import compact, plan, rewrite

@@ -30,7 +30,9 @@ class Carried:
         return any(isinstance(index, np.ndarray) and not len(index) for index in self.holds[variable])
 
 
-def carry(graph: Graph, params: Sequence[Indices], inputs: Sequence[Indices], missing: OnMissing | None = None) -> Carried:
+def carry(
+    graph: Graph, params: Sequence[Indices], inputs: Sequence[Indices], missing: OnMissing | None = None
+) -> Carried:
     """Carry the entries that the parameters hold forward through a graph.
 
     Args:

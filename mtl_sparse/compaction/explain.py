@@ -22,7 +22,7 @@ def explain(
     Args:
       model: the model before compaction.
       variables: its variables.
-      small: the compact model.
+      small: the compact model. It may have fewer tasks.
       small_variables: its variables.
       size: (height, width) of the images.
 
@@ -34,6 +34,8 @@ def explain(
     before, after = costs.layers(model, size), costs.layers(small, size)
     zeros, zeros_after = _zero_groups(variables), _zero_groups(small_variables)
     reads, constants = _reads(small)
+    kept = {task for task, *_ in small.heads}
+    dropped = tuple(f"head_{task}/" for task, *_ in model.heads if task not in kept)
     rows = []
     for layer, old in before.items():
         new = after.get(layer)
@@ -48,7 +50,8 @@ def explain(
             "macs": old.macs,
             "macs_after": new.macs if new else 0,
         }
-        rows.append(row | {"why": _why(row, old, new, reads, constants)})
+        why = "removed: its task was dropped" if layer.startswith(dropped) else _why(row, old, new, reads, constants)
+        rows.append(row | {"why": why})
     return rows
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -110,7 +111,9 @@ class Facts:
 
 def squeezed(x: np.ndarray) -> np.ndarray:
     """Return an array with each axis along which it is only repeated (by NumPy's broadcasting) held once."""
-    return x[tuple(slice(0, 1) if step == 0 and n > 1 else slice(None) for step, n in zip(x.strides, x.shape, strict=True))]
+    return x[
+        tuple(slice(0, 1) if step == 0 and n > 1 else slice(None) for step, n in zip(x.strides, x.shape, strict=True))
+    ]
 
 
 def _is_numeric(aval: Any) -> bool:
@@ -174,7 +177,8 @@ def evaluate(node: Node, operands: Sequence[Any], outputs: Sequence[Any]) -> lis
         if node.name in _SHAPED:
             found = _SHAPED[node.name](operands[0], **node.params)
             return [np.broadcast_to(found.astype(outputs[0].dtype), outputs[0].shape)]
-        values = bind(node, [jnp.asarray(x) for x in operands], node.params)
+        with jax.ensure_compile_time_eval():
+            values = bind(node, [jnp.asarray(x) for x in operands], node.params)
     return [np.asarray(x) if _is_numeric(x) else None for x in values]
 
 

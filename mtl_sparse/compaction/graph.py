@@ -18,7 +18,8 @@ from mtl_sparse.runtime.errors import UserError
 # calls that mean no more than their body
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_lin", "named_call"})
 # calls that mean their body, and something else when they are differentiated
-_REGIONS = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "checkpoint", "remat2"})
+_CHECKPOINTS = frozenset({"checkpoint", "remat2"})
+_REGIONS = _CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class Graph:
     Attributes:
       avals: shape and dtype of each variable.
       nodes: the equations.
-      regions: calls with derivatives of their own, in order; none lies in another.
+      regions: calls with derivatives of their own; one that lies in another comes before it.
       constants: variable -> array, for literals and for arrays that the function closes over.
       params: variables of the parameters' leaves.
       inputs: variables of the inputs' leaves.
@@ -210,7 +211,7 @@ class _Inliner:
             body, consts = _body(eqn)
             if name in _CALLS or self._in_region:
                 return self.inline(body, consts, inputs, where)
-            start, self._in_region = len(graph.nodes), True
+            start, self._in_region = len(graph.nodes), name not in _CHECKPOINTS
             outputs = self.inline(body, consts, inputs, where)
             self._in_region = False
             graph.regions.append(Region(eqn, start, len(graph.nodes), tuple(inputs), tuple(outputs)))

@@ -10,7 +10,7 @@ Compaction has three steps: `tracing` finds what is needed, `ordering` orders th
 writes the new model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mtl_sparse.compaction import building, liveness, ordering, tracing
 from mtl_sparse.compaction.weights import Weights
 from mtl_sparse.models import multitask, resnet
 from mtl_sparse.models import widths as widths_lib
+from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
 
 
@@ -27,15 +28,19 @@ def compact(
     model: multitask.MultiTaskModel,
     variables: Mapping[str, Any],
     *,
+    tasks: Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
     multiple: int = 1,
     costs: liveness.Costs | None = None,
 ) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
     """Return the physically smaller model with the same outputs, and its variables.
 
+    With `tasks`, the other heads are removed, together with everything that only they read.
+
     Args:
       model: dense or compact already. Heads of a kind that is not the project's stay as they are.
       variables: {"params", "batch_stats"} of the model.
+      tasks: names of the tasks whose heads remain, in the order of the model; None is all.
       size: (height, width) of the images. If given, the atrous taps that would meet only padding at this size (and at
         any smaller one) are removed, too.
       multiple: widths are filled up to a multiple of it with channels that are not needed.
@@ -45,13 +50,16 @@ def compact(
       (model, variables): the model with its `widths` set, and NumPy arrays of the dtype they had.
 
     Raises:
-      UserError: the model is not a MultiTaskModel, the variables belong to another model, or the multiple is below 1.
+      UserError: the model is not a MultiTaskModel, the variables belong to another model, the multiple is below 1, or
+        as `choose_tasks`.
     """
     if not isinstance(model, multitask.MultiTaskModel):
         raise UserError("MODEL_UNSUPPORTED", f"expected a MultiTaskModel to compact, got {type(model).__name__}")
     if multiple < 1:
         raise UserError("OPTION_OUT_OF_RANGE", f"expected compact.multiple >= 1, got compact.multiple={multiple}")
     _check_fits(model, variables)
+    if tasks is not None:
+        model, variables = _with_tasks(model, variables, tasks)
     weights = Weights.from_variables(variables)
     feature_size = None
     if size is not None:
@@ -63,6 +71,66 @@ def compact(
     streams = ordering.order_streams(traced, multiple)
     widths, written = _build(model, weights, options, traced, streams)
     return model.clone(widths=widths), written.to_variables()
+
+
+def choose_tasks(tasks: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks whose heads remain, in the order of `known`.
+
+    Args:
+      tasks: their names, in any order.
+      known: the tasks of the model.
+
+    Raises:
+      UserError: a name is unknown or repeated, there is none, or `tasks` is a string.
+    """
+    names = ", ".join(known)
+    if isinstance(tasks, str):
+        raise UserError("OPTION_TYPE", f"expected tasks to be a sequence of names, got {tasks!r}; pass ({tasks!r},)")
+    if not tasks:
+        raise UserError(
+            "OPTION_MISSING", f"expected at least one task in compact.tasks, got none; name some of {names}"
+        )
+    for task in tasks:
+        if task not in known:
+            near = ", ".join(text.nearest(task, known))
+            raise UserError(
+                "TASK_UNKNOWN",
+                f"expected compact.tasks to name tasks of the model ({names}), got {task!r}; "
+                + (f"nearest: {near}" if near else "name some of these"),
+            )
+        if list(tasks).count(task) > 1:
+            raise UserError(
+                "TASK_REPEATED", f"expected each task once in compact.tasks, got {task!r} more than once; name it once"
+            )
+    return tuple(task for task in known if task in tasks)
+
+
+def _with_tasks(
+    model: multitask.MultiTaskModel, variables: Mapping[str, Any], tasks: Sequence[str]
+) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+    """Return the model without the heads of other tasks and without the layers after its last attachment point."""
+    kept = choose_tasks(tasks, [task for task, *_ in model.heads])
+    chosen = [i for i, (task, *_) in enumerate(model.heads) if task in kept]
+    attach = tuple(model.attach[i] for i in chosen) if model.attach else ()
+    fewer = model.clone(heads=tuple(model.heads[i] for i in chosen), attach=attach, widths=None)
+    if model.widths is not None:
+        blocks = _until(model.widths.blocks, fewer.layers().blocks)
+        heads = tuple(model.widths.heads[i] for i in chosen)
+        fewer = fewer.clone(widths=widths_lib.Widths(model.widths.stem, blocks, heads, attach))
+    flat = traverse_util.flatten_dict(dict(variables), sep="/")
+    return fewer, traverse_util.unflatten_dict({path: flat[path] for path in multitask.shapes(fewer)}, sep="/")
+
+
+def _until(blocks: Sequence[widths_lib.Block], dense: Sequence[widths_lib.Block]) -> tuple[widths_lib.Block, ...]:
+    """Return the blocks of a compact model up to the last layer of `dense`, the blocks of the dense model."""
+    kept = tuple(blocks[: len(dense)])
+    if not dense or dense[-1].shortcut != "none":
+        return kept
+    # The last attachment point is inside the last block.
+    last, count = kept[-1], len(dense[-1].features)
+    if last.dead >= count or not last.features[-1]:  # what is left of the block is removed already
+        return (*kept[:-1], widths_lib.Block((0,) * count, "none"))
+    return (*kept[:-1], widths_lib.Block(last.features[:count], "none", last.dead, last.reads))
 
 
 def _build(

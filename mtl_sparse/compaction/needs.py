@@ -77,9 +77,7 @@ def find(facts: Facts, extra: Extra | None = None) -> Needs:
     return Needs(of, because)
 
 
-def _blame(
-    graph: Graph, place: int, outs: list[Need], of: list[Need], because: dict[tuple[int, int], int]
-) -> None:
+def _blame(graph: Graph, place: int, outs: list[Need], of: list[Need], because: dict[tuple[int, int], int]) -> None:
     """Record why an equation's operands are needed whole: itself, or what needs its results whole."""
     node = graph.nodes[place]
     linked = {(link.operand, link.axis): link for link in rule_of(node.name).links(node, graph)}

@@ -260,7 +260,8 @@ def _gathers(
         else:
             kept = have[wanted]
         place, axis = params[root]
-        if np.isin(np.flatnonzero(mask), kept).all():
+        own = _mask(needs, graph, (graph.params[place], axis))
+        if np.isin(np.flatnonzero(own), kept).all():
             result[place][axis] = tidy(kept, size)
     return [tuple(index) for index in result]
 
@@ -299,9 +300,7 @@ def _product(graph: Graph, facts: Facts, needs: Needs, carried: Carried, reader:
     source, made_by = weights, {v: n for n in graph.nodes for v in n.outputs}
     while source not in paths and source in made_by and len(made_by[source].inputs) >= 1:
         source = made_by[source].inputs[0]
-    return Product(
-        paths.get(source, node.title), size, int(facts.zeros(weights, axis).sum()), kept, have, because
-    )
+    return Product(paths.get(source, node.title), size, int(facts.zeros(weights, axis).sum()), kept, have, because)
 
 
 def _constant(graph: Graph, needs: Needs, facts: Facts) -> tuple[str, ...]:
@@ -316,4 +315,6 @@ def _constant(graph: Graph, needs: Needs, facts: Facts) -> tuple[str, ...]:
                 for out in node.outputs:
                     reached[out] = True
     del facts
-    return tuple(path for path, variable in zip(graph.output_paths, graph.outputs, strict=True) if not reached[variable])
+    return tuple(
+        path for path, variable in zip(graph.output_paths, graph.outputs, strict=True) if not reached[variable]
+    )

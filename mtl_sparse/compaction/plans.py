@@ -220,9 +220,7 @@ def check_fits(plan: Plan, paths: Sequence[str], shapes: Sequence[tuple[int, ...
         )
 
 
-def _differences(
-    plan: Plan, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+def _differences(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     for path in [*plan.leaves, *(path for path in shapes if path not in plan.leaves)]:
         leaf = plan.leaves.get(path)
         if leaf is None or shapes.get(path) != leaf.small:

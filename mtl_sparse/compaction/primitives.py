@@ -6,13 +6,13 @@ from typing import Any
 from mtl_sparse.compaction.graph import Graph, Node
 from mtl_sparse.compaction.products import Conv, Dot
 from mtl_sparse.compaction.rules import Elementwise, Link, Linked, Reduce, Rule, Shape
-from mtl_sparse.compaction.shaping import Broadcast, Concatenate, Pad, Relabel, Reshape, Slice, Split
+from mtl_sparse.compaction.shaping import Broadcast, Concatenate, Pad, Relabel, Reshape, Slice, Split, Tile
 from mtl_sparse.runtime.errors import UserError
 
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or optimization_barrier
+    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
     polygamma population_count pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor complex sharding_constraint
     layout_constraint name pvary device_put
@@ -23,6 +23,17 @@ def _moved(node: Node, graph: Graph) -> list[Link]:
     """Return the links of a transpose."""
     del graph
     return [Link(0, axis, 0, place) for place, axis in enumerate(node.params["permutation"])]
+
+
+def _side_by_side(node: Node, graph: Graph) -> list[Link]:
+    """Return the links of each operand to its own result."""
+    return [Link(k, axis, k, axis) for k, i in enumerate(node.inputs) for axis in range(len(graph.shape(i)))]
+
+
+def _stacked(node: Node, graph: Graph) -> list[Link]:
+    """Return the links of operands that are joined along a new axis."""
+    rank, at = len(graph.shape(node.inputs[0])), node.params["axis"]
+    return [Link(k, axis, 0, axis + (axis >= at % (rank + 1))) for k in range(len(node.inputs)) for axis in range(rank)]
 
 
 def _squeezed(node: Node, graph: Graph) -> list[Link]:
@@ -147,6 +158,9 @@ RULES: dict[str, Rule] = {name: Elementwise() for name in _ELEMENTWISE} | {
     "conv_general_dilated": Conv(),
     "broadcast_in_dim": Broadcast(),
     "reshape": Reshape(),
+    "optimization_barrier": Linked(_side_by_side, keeps="values", any_order=True),
+    "stack": Linked(_stacked, keeps="values", any_order=True),
+    "tile": Tile(),
     "transpose": Linked(_moved, keeps="values"),
     "squeeze": Linked(_squeezed, keeps="values"),
     "concatenate": Concatenate(),

@@ -308,9 +308,7 @@ class Conv(Rule):
         params = {**node.params, "feature_group_count": groups}
         if flat:
             params["window_strides"] = (1,) * len(at.k_spatial)
-        return Step(
-            (tuple(x), tuple(kernel)), (tuple(outs),), lambda operands: facts_lib.bind(node, operands, params)
-        )
+        return Step((tuple(x), tuple(kernel)), (tuple(outs),), lambda operands: facts_lib.bind(node, operands, params))
 
     def _is_flat(self, node: Node, graph: Graph, at: _Layout, x: Sequence[Index]) -> bool:
         """Return whether the result is the same everywhere because the input is, and there is no padding."""

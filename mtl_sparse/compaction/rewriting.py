@@ -28,7 +28,10 @@ class Program:
         """Create a program that computes the graph's outputs, or the given variables."""
         self.graph, self.carried = graph, carried
         self._alive = alive(graph, carried, graph.outputs if outputs is None else outputs)
-        self._regions = {region.start: region for region in graph.regions if region.stop > region.start}
+        self._regions: dict[int, list[Region]] = {}  # by their start, the outermost first
+        for region in reversed(graph.regions):
+            if region.stop > region.start:
+                self._regions.setdefault(region.start, []).append(region)
 
     def __call__(self, arguments: Sequence[tuple[int, Any]]) -> Env:
         """Compute all variables.
@@ -41,13 +44,13 @@ class Program:
         """
         env: Env = dict(self.graph.constants)
         env.update(arguments)
-        self._run(0, len(self.graph.nodes), env, regions=True)
+        self._run(0, len(self.graph.nodes), env, None)
         return env
 
-    def _run(self, start: int, stop: int, env: Env, *, regions: bool) -> None:
+    def _run(self, start: int, stop: int, env: Env, within: Region | None) -> None:
         place = start
         while place < stop:
-            region = self._regions.get(place) if regions else None
+            region = self._next(place, within)
             if region is not None:
                 self._run_region(region, env)
                 place = region.stop
@@ -55,6 +58,13 @@ class Program:
             if self._alive[place]:
                 self._step(place, env)
             place += 1
+
+    def _next(self, place: int, within: Region | None) -> Region | None:
+        """Return the outermost region that starts at a place inside another region."""
+        regions = self._regions.get(place, [])
+        if within in regions:
+            regions = regions[regions.index(within) + 1 :]
+        return regions[0] if regions else None
 
     def _step(self, place: int, env: Env) -> None:
         node, step = self.graph.nodes[place], self.carried.steps[place]
@@ -87,7 +97,7 @@ class Program:
             local = dict(self.graph.constants)
             local.update({i: env[i] for i in region.inputs if i in self.graph.constants})
             local.update(zip(inputs, arrays, strict=True))
-            self._run(region.start, region.stop, local, regions=False)
+            self._run(region.start, region.stop, local, region)
             return [local[i] for i in outputs if i in local]
 
         outputs = [i for i in outputs if self._is_made(i, region)]

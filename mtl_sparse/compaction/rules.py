@@ -93,17 +93,14 @@ class Rule:
                 reached[link.operand] = True
                 mask = out[link.out_axis]
                 if link.to is not None:
-                    mask = (link.to >= 0) & mask[link.to]
+                    mask = (link.to >= 0) & mask[link.to] if len(mask) else np.zeros(len(link.to), bool)
                 needs[link.operand][link.axis] = needs[link.operand][link.axis] | mask
         for masks, unlinked in zip(needs, free, strict=True):
             for axis, whole in enumerate(unlinked):
                 if whole:
                     masks[axis] = np.ones(len(masks[axis]), bool)
         linked = [not all(whole) for whole in free]
-        return [
-            masks if reach or not some else None
-            for masks, reach, some in zip(needs, reached, linked, strict=True)
-        ]
+        return [masks if reach or not some else None for masks, reach, some in zip(needs, reached, linked, strict=True)]
 
     def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
         """Return the constant slices of each result."""
@@ -180,22 +177,28 @@ class Elementwise(Rule):
     keeps = "values"
 
     def links(self, node: Node, graph: Graph) -> Sequence[Link]:
-        """Return links of each axis."""
+        """Return links of each axis; an operand with one entry where the result has more is repeated."""
+        shape = graph.shape(node.outputs[0])
         return [
             Link(k, axis, j, axis)
             for k, i in enumerate(node.inputs)
             for j in range(len(node.outputs))
-            for axis in range(len(graph.shape(i)))
+            for axis, size in enumerate(graph.shape(i))
+            if size == shape[axis]
         ]
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the equation for the entries that all operands hold."""
-        rank = len(graph.shape(node.outputs[0]))
-        index: list[Index] = [UNIFORM if any(ins) else None] * rank
-        for mine in ins:
-            if mine:
-                index = [meet(one, other) for one, other in zip(index, mine, strict=True)]
-        targets = [index if mine else () for mine in ins]
+        shape = graph.shape(node.outputs[0])
+        index: list[Index] = [UNIFORM if any(graph.shape(i) for i in node.inputs) else None] * len(shape)
+        repeated = [[n != size for n, size in zip(graph.shape(i), shape, strict=False)] for i in node.inputs]
+        for mine, once in zip(ins, repeated, strict=True):
+            for axis, other in enumerate(mine):
+                index[axis] = index[axis] if once[axis] else meet(index[axis], other)
+        targets = [
+            [mine[axis] if once[axis] else index[axis] for axis in range(len(mine))]
+            for mine, once in zip(ins, repeated, strict=True)
+        ]
         return self.step(node, graph, targets, [index] * len(node.outputs))
 
     def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
@@ -238,8 +241,8 @@ def _all_constant(node: Node, facts: Facts, axis: int) -> Known | None:
         known = facts.along(i, axis)
         if known is None:
             return None
-        mask &= known.mask
-        operands.append(known.values)
+        mask = mask & known.mask  # an operand with one entry is repeated
+        operands.append(np.broadcast_to(known.values, size))
     if not mask.any():
         return None
     aval = type(graph.avals[out])((size,), graph.avals[out].dtype)

@@ -125,6 +125,42 @@ class Concatenate(Rule):
         return Step(tuple(targets), (tuple(shared),), emit)
 
 
+class Tile(Rule):
+    """A repetition of the operand along its axes."""
+
+    keeps = "values"
+
+    def links(self, node: Node, graph: Graph) -> Sequence[Link]:
+        """Return a link for each repetition of each axis."""
+        shape, out = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
+        extra, links = len(out) - len(shape), []
+        for axis, n in enumerate(shape):
+            times = out[axis + extra] // n if n else 1
+            steps = [None] if times == 1 else [r * n + np.arange(n) for r in range(times)]
+            links += [Link(0, axis, 0, axis + extra, to) for to in steps]
+        return links
+
+    def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
+        """Return the repetition of what the operand holds."""
+        shape, out = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
+        extra = len(out) - len(shape)
+        holds: list[Index] = [UNIFORM] * extra
+        reps = []
+        for n, total, index in zip(shape, out[extra:], ins[0], strict=True):
+            times = total // n if n else 1
+            reps.append(1 if index is UNIFORM else times)
+            if index is UNIFORM or times == 1:
+                holds.append(index)
+            else:
+                parts = [r * n + listed(index, n) for r in range(times)]
+                holds.append(tidy(np.concatenate(parts), total))
+
+        def emit(operands: list[Any]) -> list[Any]:
+            return [jnp.tile(operands[0], (*(1,) * extra, *reps))]
+
+        return Step((tuple(ins[0]),), (tuple(holds),), emit)
+
+
 class Pad(Rule):
     """Padding: what the operand holds, and what is added."""
 
@@ -173,7 +209,11 @@ class Pad(Rule):
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the padding of what the operand holds."""
-        shape, out_shape, config = graph.shape(node.inputs[0]), graph.shape(node.outputs[0]), node.params["padding_config"]
+        shape, out_shape, config = (
+            graph.shape(node.inputs[0]),
+            graph.shape(node.outputs[0]),
+            node.params["padding_config"],
+        )
         target, out, tables, plain = [], [], {}, []
         for link, index in zip(self.links(node, graph), ins[0], strict=True):
             axis = link.axis
@@ -215,9 +255,7 @@ class Relabel(Rule):
         shape = graph.shape(node.inputs[0])
         if node.name == "rev":
             reversed_axes = node.params["dimensions"]
-            return [
-                Link(0, a, 0, a, np.arange(n)[::-1] if a in reversed_axes else None) for a, n in enumerate(shape)
-            ]
+            return [Link(0, a, 0, a, np.arange(n)[::-1] if a in reversed_axes else None) for a, n in enumerate(shape)]
         axis, order = node.params["axis"], node.params["order"]
         return [Link(0, a, 0, a, np.argsort(order) if a == axis else None) for a in range(len(shape))]
 
@@ -232,7 +270,9 @@ class Relabel(Rule):
                 outs.append(None)
             else:
                 outs.append(tidy(link.to[listed(index, shape[link.axis])], shape[link.axis]))
-        return Step((tuple(ins[0]),), (tuple(outs),), lambda operands: [lax.rev(operands[0], turned)] if turned else operands)
+        return Step(
+            (tuple(ins[0]),), (tuple(outs),), lambda operands: [lax.rev(operands[0], turned)] if turned else operands
+        )
 
 
 class Broadcast(Rule):
