@@ -37,6 +37,9 @@ class Facts:
 
     Attributes:
       graph: the graph.
+      known: for each variable, its constant slices by axis.
+      foldable: weights which can hold the product with constant inputs in their place.
+      folded: sums whose result one of its operands can hold, because it is constant: the result -> the other operand.
     """
 
     def __init__(self, graph: Graph, values: Sequence[np.ndarray] | None) -> None:
@@ -55,6 +58,8 @@ class Facts:
         self._made_by = {variable: node for node in graph.nodes for variable in node.outputs}
         self._zeros: dict[tuple[int, int], np.ndarray] = {}
         self.known: list[dict[int, Known]] = [{} for _ in graph.avals]
+        self.foldable: set[int] = set()
+        self.folded: dict[int, int] = {}
 
     def value(self, variable: int) -> np.ndarray | None:
         """Return the value of a variable that depends on no input; None if it is not known."""
@@ -93,6 +98,14 @@ class Facts:
                     found = np.broadcast_to(found, size) if len(found) != size else found
             self._zeros[variable, axis] = found
         return found
+
+    def idle(self, variable: int, axis: int, weights: int) -> np.ndarray:
+        """Return which inputs of a product with weights are not needed, because they are zero or can be folded."""
+        if weights in self.foldable and self.graph.varies[variable]:
+            known = self.known[variable].get(axis)
+            if known is not None:
+                return known.mask
+        return self.zeros(variable, axis)
 
     def along(self, variable: int, axis: int) -> Known | None:
         """Return the constant slices of a variable along an axis; None if there are none."""

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_sparse.compaction import liveness, needs, planning, plans
 from mtl_sparse.compaction import graph as graph_lib
+from mtl_sparse.compaction import liveness, needs, planning, plans
 from mtl_sparse.compaction.carrying import carry
 from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph

@@ -17,7 +17,8 @@ class _Uniform:
 
 UNIFORM: Final = _Uniform()
 
-# None is all entries in order; an array [k] of int is those entries, in that order
+# None is all entries in order; an array [k] of int is those entries, in that order. The entry after the last one, if it
+# is held, is that of weights which read a constant 1.
 Index = None | np.ndarray | _Uniform
 Indices = tuple[Index, ...]
 
@@ -72,11 +73,18 @@ def meet(one: Index, other: Index) -> Index:
     return first[np.isin(first, second)]
 
 
+def without_constant(index: Index, size: int) -> tuple[Index, bool]:
+    """Return the entries without that of a constant 1, and whether that was among them."""
+    if isinstance(index, np.ndarray) and (index == size).any():
+        return index[index != size], True
+    return index, False
+
+
 def positions(have: Index, want: np.ndarray, size: int) -> np.ndarray:
     """Return where an array that holds `have` has the entries `want`, which it must hold."""
     if have is None:
         return want
-    table = np.full(size, -1)
+    table = np.full(size + 1, -1)
     table[np.asarray(have)] = np.arange(len(np.asarray(have)))
     found = table[want]
     if (found < 0).any():
@@ -88,10 +96,10 @@ def lacks(have: Index, want: Index, size: int) -> np.ndarray | None:
     """Return the entries `want` as a mask if an array that holds `have` lacks some of them, else None."""
     if have is None or have is UNIFORM or want is UNIFORM or have is want:
         return None
-    mask, wanted = np.zeros(size, bool), np.zeros(size, bool)
+    mask, wanted = np.zeros(size + 1, bool), np.zeros(size + 1, bool)
     mask[np.asarray(have)] = True
     wanted[listed(want, size)] = True
-    return wanted if (wanted & ~mask).any() else None
+    return wanted[:size] if (wanted & ~mask).any() else None
 
 
 def ranges(places: np.ndarray) -> list[tuple[int, int]]:
@@ -151,7 +159,7 @@ def embed(x: Any, have: Indices, want: Indices, shape: Sequence[int], *, total: 
             x = jnp.broadcast_to(x, (*x.shape[:axis], held(target, size), *x.shape[axis + 1 :]))
         elif mine is not UNIFORM and (mine is not None or target is not None):
             wanted = listed(target, size)
-            table = np.full(size, x.shape[axis])  # the place of a zero that is appended
+            table = np.full(size + 1, x.shape[axis])  # the place of a zero that is appended
             table[listed(mine, size)] = np.arange(x.shape[axis])
             if (table[wanted] == x.shape[axis]).any():
                 pads = [(0, 0, 0)] * x.ndim

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mtl_sparse.compaction import carrying, liveness, needs as needs_lib
+from mtl_sparse.compaction import carrying, liveness
+from mtl_sparse.compaction import needs as needs_lib
 from mtl_sparse.compaction.carrying import Carried
 from mtl_sparse.compaction.facts import Facts
-from mtl_sparse.compaction.graph import Graph
+from mtl_sparse.compaction.graph import Graph, Node
 from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, tidy
 from mtl_sparse.compaction.needs import Needs
 from mtl_sparse.compaction.plans import Leaf, Plan, Product
@@ -105,6 +106,7 @@ def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
     """
     facts = Facts(graph, values)
     needs_lib.learn(facts)
+    folds = Folds(graph, facts)
     unread = needs_lib.find(Facts(graph, None))
     streams = Streams(graph)
     readers = _readers(graph)
@@ -115,20 +117,118 @@ def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
             continue
         holds = _keep(graph, streams, readers, found)
         carried = _carry(graph, found, holds, extra)
-        if carried is not None:
+        if carried is not None and not folds.drop_failed(carried):
             break
     holds = _gathers(graph, streams, readers, found, holds, carried, options)
+    constants = folds.constants(found)
+    for place, (axis, _) in constants.items():
+        if axis is not None:
+            size = graph.shape(graph.params[place])[axis]
+            rows = np.append(listed(holds[place][axis], size), size)
+            holds[place] = (*holds[place][:axis], rows, *holds[place][axis + 1 :])
     carried = carrying.carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
     leaves = {}
-    for path, variable, index in zip(graph.paths, graph.params, holds, strict=True):
+    for place, (path, variable, index) in enumerate(zip(graph.paths, graph.params, holds, strict=True)):
         aval = graph.avals[variable]
         keep = {axis: np.asarray(kept) for axis, kept in enumerate(index) if kept is not None}
-        leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep))
+        constant = constants.get(place, (None, None))[1]
+        leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep), constant)
     products = tuple(_product(graph, facts, found, carried, reader) for reader in readers)
     barriers = tuple(
         sorted({node.name for node in graph.nodes if node.name not in RULES and any(map(_matters(graph), node.inputs))})
     )
     return Plan(leaves, products, barriers, _constant(graph, found, facts))
+
+
+_SAME = frozenset({"convert_element_type", "copy", "device_put", "transpose", "reshape", "squeeze", "broadcast_in_dim"})
+
+
+class Folds:
+    """Constants that parameters can take over from the layers that put them out."""
+
+    def __init__(self, graph: Graph, facts: Facts) -> None:
+        """Find the parameters that can, and mark them in the facts."""
+        self._graph, self._facts = graph, facts
+        self._made_by = {variable: node for node in graph.nodes for variable in node.outputs}
+        self._uses: dict[int, int] = {}
+        for variable in (*graph.outputs, *(i for node in graph.nodes for i in node.inputs)):
+            self._uses[variable] = self._uses.get(variable, 0) + 1
+        self._rows: list[tuple[Reader, int, int]] = []  # (reader, place of the parameter, its summed axis)
+        self._biases: dict[int, tuple[int, int, int]] = {}  # result -> (place of the parameter, operand, axis)
+        for reader in _readers(graph):
+            node = graph.nodes[reader.place]
+            one = node.name != "dot_general" or len(node.params["dimension_numbers"][0][0]) == 1
+            source = self._source(reader.weights)
+            if source is not None and one:
+                self._rows.append((reader, *source))
+                facts.foldable.add(reader.weights[0])
+        for node in graph.nodes:
+            self._find_bias(node)
+
+    def _source(self, axis: Axis) -> tuple[int, int] | None:
+        """Return (place, axis) of the parameter that a variable is, moved or cast; None if it is more or used twice."""
+        graph, (variable, own) = self._graph, axis
+        while variable not in graph.params:
+            node = self._made_by.get(variable)
+            if node is None or node.name not in _SAME or self._uses[variable] > 1:
+                return None
+            links = [link for link in rule_of(node.name).links(node, graph) if link.out_axis == own]
+            if not links or (node.name == "reshape" and not self._only_moves(node)):
+                return None
+            variable, own = node.inputs[0], links[0].axis
+        return (graph.params.index(variable), own) if self._uses[variable] == 1 else None
+
+    def _only_moves(self, node: Node) -> bool:
+        linked = {link.out_axis for link in rule_of(node.name).links(node, self._graph)}
+        return all(n == 1 or axis in linked for axis, n in enumerate(self._graph.shape(node.outputs[0])))
+
+    def _find_bias(self, node: Node) -> None:
+        """Find a sum of something constant with a parameter that has one entry for each channel."""
+        graph, facts = self._graph, self._facts
+        if node.name != "add" or not graph.varies[node.outputs[0]]:
+            return
+        for k in range(2):
+            constant, bias = node.inputs[k], node.inputs[1 - k]
+            made_by = self._made_by.get(constant)
+            if graph.varies[bias] or self._uses[constant] > 1 or made_by is None or made_by.name in _PRODUCTS:
+                continue
+            for axis, known in facts.known[node.outputs[0]].items():
+                source = self._source((bias, axis)) if len(graph.shape(bias)) > axis and known.mask.all() else None
+                if source is not None and graph.shape(graph.params[source[0]]) == (len(known.mask),):
+                    self._biases[node.outputs[0]] = (source[0], k, axis)
+                    facts.folded[node.outputs[0]] = k
+
+    def drop_failed(self, carried: Carried) -> bool:
+        """Give up the sums whose constant operand is still computed; return whether there were any."""
+        failed = [
+            out for out, (_, k, _) in self._biases.items() if not carried.is_empty(self._made_by[out].inputs[k])
+        ]
+        for out in failed:
+            del self._biases[out], self._facts.folded[out]
+        return bool(failed)
+
+    def constants(self, needs: Needs) -> dict[int, tuple[int | None, np.ndarray]]:
+        """Return what the parameters take over: place -> (axis of the entry that reads 1 or None, values)."""
+        graph, facts = self._graph, self._facts
+        found: dict[int, tuple[int | None, np.ndarray]] = {}
+        for reader, place, axis in self._rows:
+            known = facts.known[reader.x[0]].get(reader.x[1])
+            value, need = facts.value(graph.params[place]), needs.of[reader.weights[0]]
+            if known is None or value is None or need is None or not all(m.any() for a, m in enumerate(need) if a != reader.weights[1]):
+                continue
+            spread = [1] * value.ndim
+            spread[axis] = -1
+            inputs = np.where(known.mask, known.values, 0).astype(np.float64).reshape(spread)
+            row = (value.astype(np.float64) * inputs).sum(axis, keepdims=True)
+            if row.any():
+                found[place] = (axis, row.astype(value.dtype))
+        for out, (place, _, axis) in self._biases.items():
+            if needs.of[out] is not None:
+                found[place] = (None, facts.known[out][axis].values.astype(graph.avals[graph.params[place]].dtype))
+        return found
+
+
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def _matters(graph: Graph):
@@ -280,7 +380,7 @@ def _unread(needs: Needs, variable: int, keep: Mapping[int, np.ndarray]) -> dict
         size_mask = need[axis] if need is not None else None
         if size_mask is not None and not size_mask.all():
             gone = ~size_mask
-            gone[kept] = False
+            gone[kept[kept < len(gone)]] = False
             if gone.any():
                 found[axis] = np.flatnonzero(gone)
     return found

@@ -24,15 +24,20 @@ class Leaf:
     Attributes:
       shape: of the dense parameter.
       dtype: its name.
-      keep: axis -> the entries that remain, in their new order; an axis that is absent remains whole.
+      keep: axis -> the entries that remain, in their new order; an axis that is absent remains whole. The entry after
+        the last one is that of weights which read a constant 1.
       unread: axis -> entries that the function does not read at all, whatever their values; they may be read at another
         size of the inputs.
+      constant: values that the parameter takes over from what was removed: those of the entry that reads a constant 1,
+        with the shape of the dense parameter but one entry on that axis, or of the whole parameter; None if there are
+        none.
     """
 
     shape: tuple[int, ...]
     dtype: str
     keep: Mapping[int, np.ndarray]
     unread: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    constant: np.ndarray | None = None
 
     @property
     def small(self) -> tuple[int, ...]:
@@ -44,9 +49,20 @@ class Leaf:
         """The entries that the compact parameter holds, axis by axis."""
         return tuple(self.keep.get(axis) for axis in range(len(self.shape)))
 
-    def cut(self, x: Any) -> Any:
-        """Return the entries of an array of the dense shape that remain."""
+    def cut(self, x: Any, constants: bool) -> Any:
+        """Return the entries of an array of the dense shape that remain.
+
+        Args:
+          x: the array.
+          constants: whether it takes over `constant`; otherwise zeros stand for an entry that reads a constant 1.
+        """
         numpy = jnp if isinstance(x, jax.Array) else np
+        reads = [axis for axis, kept in self.keep.items() if (kept == self.shape[axis]).any()]
+        if self.constant is not None and constants and not reads:
+            x = numpy.asarray(self.constant, x.dtype)
+        for axis in reads:
+            one = self.constant if constants else np.zeros_like(self.constant)
+            x = numpy.concatenate([x, numpy.asarray(one, x.dtype)], axis)
         for axis, kept in self.keep.items():
             x = numpy.take(x, kept, axis)
         return x
@@ -96,13 +112,15 @@ class Plan:
         return sum(math.prod(leaf.shape) for leaf in leaves), sum(math.prod(leaf.small) for leaf in leaves)
 
     def to_json(self) -> str:
-        """Return the plan as JSON: {"format", "parameters": {path: {"shape", "dtype", "keep", "unread"}}}."""
+        """Return the plan as JSON: {"format", "parameters": {path: {"shape", "dtype", "keep", "unread",
+        "constant"}}}."""
         leaves = {
             path: {
                 "shape": leaf.shape,
                 "dtype": leaf.dtype,
                 "keep": {str(axis): kept.tolist() for axis, kept in leaf.keep.items()},
                 "unread": {str(axis): entries.tolist() for axis, entries in leaf.unread.items()},
+                "constant": None if leaf.constant is None else leaf.constant.tolist(),
             }
             for path, leaf in self.leaves.items()
         }
@@ -148,15 +166,18 @@ def _leaf(entry: Mapping[str, Any]) -> Leaf:
     keep, unread = (
         {int(axis): np.asarray(entries, int) for axis, entries in entry[name].items()} for name in ("keep", "unread")
     )
-    return Leaf(tuple(entry["shape"]), entry["dtype"], keep, unread)
+    constant = None if entry["constant"] is None else np.asarray(entry["constant"])
+    return Leaf(tuple(entry["shape"]), entry["dtype"], keep, unread, constant)
 
 
-def apply_plan(plan: Plan, tree: Any) -> Any:
+def apply_plan(plan: Plan, tree: Any, *, constants: bool = True) -> Any:
     """Cut parameters, or what belongs to them, by a plan.
 
     Args:
       plan: the plan.
-      tree: the parameters, or a tree that has trees like them: the state of an optimizer, running averages, gradients.
+      tree: the parameters, or a tree that has trees like them, such as the state of an optimizer.
+      constants: whether the parameters take over the constants that removed layers put out. Pass False for gradients and
+        other trees that are not parameters but have their paths; trees that only contain such trees never take them.
 
     Returns:
       The tree, in which each leaf whose path ends with the path of a parameter, and which has its shape, is cut. Other
@@ -181,7 +202,7 @@ def apply_plan(plan: Plan, tree: Any) -> Any:
                 "parameters that it was made for",
             )
         found += 1
-        results.append(leaf.cut(x))
+        results.append(leaf.cut(x, constants and exact))
     if not found:
         raise UserError(
             "PLAN_DIFFERS",

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mtl_sparse.compaction import facts as facts_lib
 from mtl_sparse.compaction.facts import Facts, Known
 from mtl_sparse.compaction.graph import Graph, Node
-from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, meet, tidy
+from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, meet, restrict, tidy, without_constant
 from mtl_sparse.compaction.rules import Link, Need, Rule, Step
 
 
@@ -56,6 +57,25 @@ class Dot(Rule):
                 place += 1
         return links
 
+    def _with_constant(self, node: Node, graph: Graph, ins: Sequence[Indices], k: int, real: Index) -> Step:
+        """Return the product of weights with an entry that reads a constant 1."""
+        axis, rank = node.params["dimension_numbers"][0][k][0], len(graph.shape(node.outputs[0]))
+        places = {link.axis: link.out_axis for link in self.links(node, graph) if link.operand == k}
+        out: list[Index] = [UNIFORM] * rank
+        for own, place in places.items():
+            out[place] = ins[k][own]
+
+        def emit(operands: list[Any]) -> list[Any]:
+            row = jnp.squeeze(operands[0], axis)
+            kept = [place for own, place in sorted(places.items())]
+            return [lax.broadcast_in_dim(row, [1 if i not in kept else row.shape[kept.index(i)] for i in range(rank)], kept)]
+
+        mine = list(ins)
+        mine[k] = _replaced(ins[k], axis, real)
+        return _sum_with(
+            self.carry(node, graph, mine), Step((), (tuple(out),), emit), graph, node, k, axis, real, ins[k]
+        )
+
     def _free(self, node: Node, graph: Graph, k: int) -> list[int]:
         contracted, batch = node.params["dimension_numbers"]
         used = (*contracted[k], *batch[k])
@@ -84,7 +104,10 @@ class Dot(Rule):
             for place, axis in enumerate(contracted[k]):
                 spread = [1] * len(sizes)
                 spread[place] = sizes[place]
-                product &= ~facts.zeros(node.inputs[k], axis).reshape(spread)
+                idle = facts.idle(node.inputs[k], axis, node.inputs[1 - k]) if len(sizes) == 1 else facts.zeros(
+                    node.inputs[k], axis
+                )
+                product &= ~idle.reshape(spread)
             value = facts.value(node.inputs[k])
             if value is not None and value.size:
                 need = needs[k] or []
@@ -125,6 +148,12 @@ class Dot(Rule):
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the product over the entries that both operands hold."""
         contracted, batch = node.params["dimension_numbers"]
+        if len(contracted[0]) == 1:
+            for k in range(2):
+                axis = contracted[k][0]
+                real, constant = without_constant(ins[k][axis], graph.shape(node.inputs[k])[axis])
+                if constant:
+                    return self._with_constant(node, graph, ins, k, real)
         targets = [list(mine) for mine in ins]
         for a, b in zip(*contracted, strict=True):
             index = _common(ins[1][b], ins[0][a])
@@ -137,6 +166,48 @@ class Dot(Rule):
         for link in self.links(node, graph):
             outs[link.out_axis] = targets[link.operand][link.axis]
         return self.step(node, graph, targets, [outs])
+
+
+def _sum_with(
+    step: Step, constant: Step, graph: Graph, node: Node, k: int, axis: int, real: Index, whole: Indices
+) -> Step:
+    """Return the step of a product whose weights hold an entry that reads a constant 1.
+
+    Args:
+      step: the product with the other entries.
+      constant: the product of a constant 1 with that entry alone, in place of both operands.
+      graph: the graph.
+      node: the product.
+      k: which operand the weights are.
+      axis: their summed axis.
+      real: the other entries that they hold.
+      whole: what the weights hold.
+
+    Returns:
+      The sum of both.
+    """
+    shape = graph.shape(node.outputs[0])
+    out = tuple(meet(one, other) for one, other in zip(step.outputs[0], constant.outputs[0], strict=True))
+    weights_shape = graph.shape(node.inputs[k])
+    empty = any(isinstance(index, np.ndarray) and not len(index) for index in step.targets[k])
+
+    def emit(operands: list[Any]) -> list[Any]:
+        last = restrict(operands[k], whole, _replaced(whole, axis, np.array([weights_shape[axis]])), weights_shape)
+        y = restrict(constant.emit([last])[0], constant.outputs[0], out, shape)
+        if empty:
+            return [y]
+        mine = list(operands)
+        mine[k] = restrict(operands[k], whole, step.targets[k], weights_shape)
+        return [restrict(step.emit(mine)[0], step.outputs[0], out, shape) + y]
+
+    targets = list(step.targets)
+    targets[k] = whole
+    del real
+    return Step(tuple(targets), (out,), emit)
+
+
+def _replaced(index: Indices, axis: int, now: Index) -> Indices:
+    return (*index[:axis], now, *index[axis + 1 :])
 
 
 def _nothing(mine: Indices) -> Indices:
@@ -234,7 +305,10 @@ class Conv(Rule):
         if value is not None:
             alive = _pattern(value, at)
         alive = alive[:, groups][:, :, outputs]
-        zeros = facts.zeros(node.inputs[0], at.x_channel).reshape(at.groups, at.inputs)[groups]
+        idle = facts.idle(node.inputs[0], at.x_channel, node.inputs[1]) if at.groups == 1 else facts.zeros(
+            node.inputs[0], at.x_channel
+        )
+        zeros = idle.reshape(at.groups, at.inputs)[groups]
         inputs = (alive & ~zeros.T[:, :, None]).any((1, 2))
         x = [np.ones(n, bool) for n in graph.shape(node.inputs[0])]
         kernel = [np.ones(n, bool) for n in graph.shape(node.inputs[1])]
@@ -283,6 +357,9 @@ class Conv(Rule):
         if node.params["batch_group_count"] > 1:
             return super().carry(node, graph, ins)
         numbers, at = node.params["dimension_numbers"], _Layout.of(node, graph)
+        real, constant = without_constant(ins[1][at.k_in], at.inputs)
+        if constant:
+            return self._with_constant(node, graph, ins, real)
         x, kernel = list(ins[0]), list(ins[1])
         shape = graph.shape(node.outputs[0])
         if at.groups == 1:
@@ -309,6 +386,25 @@ class Conv(Rule):
         if flat:
             params["window_strides"] = (1,) * len(at.k_spatial)
         return Step((tuple(x), tuple(kernel)), (tuple(outs),), lambda operands: facts_lib.bind(node, operands, params))
+
+    def _with_constant(self, node: Node, graph: Graph, ins: Sequence[Indices], real: Index) -> Step:
+        """Return the convolution of weights with an entry that reads a map of ones."""
+        numbers, at = node.params["dimension_numbers"], _Layout.of(node, graph)
+        shape = list(graph.shape(node.inputs[0]))
+        shape[numbers.lhs_spec[0]] = shape[at.x_channel] = 1
+        uniform = [UNIFORM if axis in numbers.lhs_spec[2:] else None for axis in range(len(shape))]
+        flat = self._is_flat(node, graph, at, uniform)
+        params = dict(node.params)
+        if flat:
+            shape, params["window_strides"] = [1] * len(shape), (1,) * len(at.k_spatial)
+        out: list[Index] = [UNIFORM if flat else None] * len(shape)
+        out[numbers.out_spec[0]], out[at.out_channel] = UNIFORM, ins[1][at.k_out]
+
+        def emit(operands: list[Any]) -> list[Any]:
+            return facts_lib.bind(node, [jnp.ones(shape, operands[0].dtype), operands[0]], params)
+
+        step = self.carry(node, graph, (ins[0], _replaced(ins[1], at.k_in, real)))
+        return _sum_with(step, Step((), (tuple(out),), emit), graph, node, 1, at.k_in, real, ins[1])
 
     def _is_flat(self, node: Node, graph: Graph, at: _Layout, x: Sequence[Index]) -> bool:
         """Return whether the result is the same everywhere because the input is, and there is no padding."""

@@ -6,17 +6,16 @@ without a link is needed whole. A primitive without a rule has no links: it is a
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax import lax
 
 from mtl_sparse.compaction import facts as facts_lib
-from mtl_sparse.compaction import indices
 from mtl_sparse.compaction.facts import Facts, Known
 from mtl_sparse.compaction.graph import Graph, Node
-from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, held, listed, meet, tidy
+from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, held, meet
 
 Need = list[np.ndarray] | None  # for each axis, which entries are needed; None if nothing is
 Shape = tuple[int, ...]
@@ -189,6 +188,8 @@ class Elementwise(Rule):
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the equation for the entries that all operands hold."""
+        if node.name == "add" and (alone := _alone(ins)) is not None:
+            return self._second(node, graph, ins, alone)
         shape = graph.shape(node.outputs[0])
         index: list[Index] = [UNIFORM if any(graph.shape(i) for i in node.inputs) else None] * len(shape)
         repeated = [[n != size for n, size in zip(graph.shape(i), shape, strict=False)] for i in node.inputs]
@@ -200,6 +201,18 @@ class Elementwise(Rule):
             for mine, once in zip(ins, repeated, strict=True)
         ]
         return self.step(node, graph, targets, [index] * len(node.outputs))
+
+    def _second(self, node: Node, graph: Graph, ins: Sequence[Indices], k: int) -> Step:
+        """Return the step of a sum that is its operand k."""
+        shape, mine = graph.shape(node.outputs[0]), graph.shape(node.inputs[k])
+        out = tuple(UNIFORM if n != size else i for i, n, size in zip(ins[k], mine, shape, strict=True))
+        return Step(tuple(ins), (out,), lambda operands: [operands[k]])
+
+    def needs(self, node: Node, facts: Facts, outs: Sequence[Need]) -> list[Need]:
+        """Return what the operands need; a constant that is folded into the other operand of a sum needs nothing."""
+        needs = super().needs(node, facts, outs)
+        folded = facts.folded.get(node.outputs[0])
+        return needs if folded is None else [None if k == folded else need for k, need in enumerate(needs)]
 
     def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
         """Return the slices whose operands are all constant, and products with zero."""
@@ -224,6 +237,12 @@ class Elementwise(Rule):
             if known is not None and known.mask.any():
                 found[axis] = known
         return [found]
+
+
+def _alone(ins: Sequence[Indices]) -> int | None:
+    """Return the operand of a sum that holds something, if the other holds nothing: it was folded into this one."""
+    empty = [any(isinstance(index, np.ndarray) and not len(index) for index in mine) for mine in ins]
+    return empty.index(False) if sum(empty) == 1 and len(ins) == 2 and all(ins) else None
 
 
 def _all_constant(node: Node, facts: Facts, axis: int) -> Known | None:
@@ -304,6 +323,20 @@ class Reduce(Linked):
             for axis in node.params["axes"]:
                 needs[0][axis] = needs[0][axis] & ~facts.zeros(node.inputs[0], axis)
         return needs
+
+    def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
+        """Return the constant slices of the result; a sum of a constant is a multiple of it."""
+        found = super().known(node, facts)
+        if not self._total or not facts.graph.varies[node.inputs[0]]:
+            return found
+        shape, out = facts.graph.shape(node.inputs[0]), node.outputs[0]
+        times = math.prod(shape[axis] for axis in node.params["axes"])
+        for link in self.links(node, facts.graph):
+            known = facts.known[node.inputs[0]].get(link.axis)
+            if known is not None:
+                values = (known.values * times).astype(facts.graph.avals[out].dtype)
+                found[0][link.out_axis] = Known(known.mask, values)
+        return found
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the sum over the entries that the operand holds, which are all that are not zero."""

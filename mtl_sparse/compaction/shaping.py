@@ -408,6 +408,8 @@ class Reshape(Rule):
                     target[axis] = UNIFORM
                 for axis in other:
                     out[axis] = UNIFORM
+            elif len(one) == len(other) == 1:
+                target[one[0]] = out[other[0]] = mine[0]
             elif len(other) == 1:
                 lists = [listed(None if i is UNIFORM else i, before[a]) for i, a in zip(mine, one, strict=True)]
                 for axis, index in zip(one, mine, strict=True):
