@@ -121,6 +121,9 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         # --job=compact, and the compact models of --job=benchmark and --job=export.
         compact=create(
+            # Tasks whose heads stay, such as "depth" or "depth,normals"; everything that only the other heads read is
+            # removed with them. "": all. The report at the end of a training is of all tasks.
+            tasks="",
             multiple=4,  # widths are padded to a multiple of it; on a CPU, 4 was faster than 1, the smallest model
             drop_taps=True,  # also remove kernel taps of atrous convolutions that only meet padding at data.size
         ),

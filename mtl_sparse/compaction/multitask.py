@@ -108,29 +108,17 @@ def choose_tasks(tasks: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 def _with_tasks(
     model: multitask.MultiTaskModel, variables: Mapping[str, Any], tasks: Sequence[str]
 ) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
-    """Return the model without the heads of other tasks and without the layers after its last attachment point."""
+    """Return the model without the heads of other tasks and without the blocks after its last attachment point."""
     kept = choose_tasks(tasks, [task for task, *_ in model.heads])
     chosen = [i for i, (task, *_) in enumerate(model.heads) if task in kept]
     attach = tuple(model.attach[i] for i in chosen) if model.attach else ()
     fewer = model.clone(heads=tuple(model.heads[i] for i in chosen), attach=attach, widths=None)
     if model.widths is not None:
-        blocks = _until(model.widths.blocks, fewer.layers().blocks)
+        blocks = model.widths.blocks[: len(fewer.layers().blocks)]
         heads = tuple(model.widths.heads[i] for i in chosen)
         fewer = fewer.clone(widths=widths_lib.Widths(model.widths.stem, blocks, heads, attach))
     flat = traverse_util.flatten_dict(dict(variables), sep="/")
     return fewer, traverse_util.unflatten_dict({path: flat[path] for path in multitask.shapes(fewer)}, sep="/")
-
-
-def _until(blocks: Sequence[widths_lib.Block], dense: Sequence[widths_lib.Block]) -> tuple[widths_lib.Block, ...]:
-    """Return the blocks of a compact model up to the last layer of `dense`, the blocks of the dense model."""
-    kept = tuple(blocks[: len(dense)])
-    if not dense or dense[-1].shortcut != "none":
-        return kept
-    # The last attachment point is inside the last block.
-    last, count = kept[-1], len(dense[-1].features)
-    if last.dead >= count or not last.features[-1]:  # what is left of the block is removed already
-        return (*kept[:-1], widths_lib.Block((0,) * count, "none"))
-    return (*kept[:-1], widths_lib.Block(last.features[:count], "none", last.dead, last.reads))
 
 
 def _build(

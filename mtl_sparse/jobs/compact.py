@@ -1,6 +1,7 @@
 """`--job=compact`: the compact model of a run as a separate run, and the table that explains it."""
 
 import contextlib
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from mtl_sparse.report.schema import CompactLayer, Results
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import checkpoints, evaluation, results
+from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
 from mtl_sparse.training import setup as setup_lib
 
@@ -25,13 +27,15 @@ _TOLERANCE = 1e-4  # largest difference of outputs, over the largest output
 def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """Write the compact model of a run as a separate run, in `<workdir>/compact`.
 
-    Evaluates it on the test split, and explains what was removed in a table, compact.json and plots/compact.png.
+    Its tasks are those of config.compact.tasks; the heads of the others are removed, with everything that only they
+    read. Evaluates it on the test split, and explains what was removed in a table, compact.json and plots/compact.png.
 
     Returns:
       The compact run's folder.
 
     Raises:
-      UserError: the run is not finished or has other options, its backbone is dead, or the outputs differ.
+      UserError: the run is not finished or has other options, compact.tasks has a task that it does not have, its
+        backbone is dead, or the outputs differ.
     """
     run = setup_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
@@ -43,10 +47,10 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
 def _compact(run, workdir):
     expected = Results.read(workdir / "results.json").test
     with contextlib.closing(checkpoints.Checkpoints(workdir)) as saved:
-        best = results.Best.load(run, saved)
+        best = dataclasses.replace(results.Best.load(run, saved), tasks=config_lib.compact_tasks(run.config))
     rows, error = best.explain(), best.difference()
     layers = [CompactLayer.from_json(row) for row in rows]
-    if not any(layer.zero for layer in layers):
+    if not any(layer.zero for layer in layers) and best.tasks == tuple(run.config.tasks):
         logging.warning("This run has no zero groups: its compact model has the same channels")
     if not any(layer.groups_after for layer in layers if layer.layer.startswith("backbone/")):
         raise UserError("BACKBONE_DEAD", f"the backbone of {workdir} is dead: compaction would leave no layer of it")
@@ -62,7 +66,7 @@ def _compact(run, workdir):
         files.write_json(folder / "compact.json", [layer.to_json() for layer in layers])
         plots.save(plots.compact_layers(layers), folder / "plots" / "compact.png")
     print("\n" + tables.compact_table(layers))
-    change = np.nanmax([abs(found[name] - value) for name, value in expected.items()])
+    change = np.nanmax([abs(found[name] - value) for name, value in expected.items() if name in found])
     sentence = explain.compare_sentence(rows, best.state.variables, best.compact[1])
     print(f"\n{sentence}; outputs equal to {error:.0e} of the largest, test metrics to {change:.0e}")
     print(f"the compact model is a separate run: --config=configs/run.py:{folder} --job=evaluate")
@@ -72,11 +76,14 @@ def _compact(run, workdir):
 def _write_run(best, workdir, folder):
     """Write the compact model into `folder` as a finished run; return its results."""
     model, variables = best.compact
-    config = best.run.config.copy_and_resolve_references()
-    config.model.widths = model.widths.to_json()
+    config = _config(best.run.config, best.tasks, model)
     small = setup_lib.setup(config)
     folder_lib.claim(folder, config, small.data)
-    params = {**best.state.params, "model": variables["params"]}
+    learned = best.state.params["weighting"]
+    params = {
+        "model": variables["params"],
+        "weighting": {task: learned[task] for task in best.tasks if task in learned},
+    }
     opt_state = jax.device_get(small.tx.init(jax.tree.map(jnp.asarray, params)))
     inner = opt_state.inner_state._replace(control=best.state.opt_state.inner_state.control)
     state = best.state.replace(
@@ -90,6 +97,17 @@ def _write_run(best, workdir, folder):
             shutil.copy(workdir / "metrics.jsonl", folder / "metrics.jsonl")
         found = results.write(small, evaluation.Evaluator(small), folder, results.Best.load(small, saved))
     return Results.from_json(found)
+
+
+def _config(config, tasks, model):
+    """Return the config of the compact run, with the options that depend on the tasks cut to `tasks`."""
+    small = config.copy_and_resolve_references()
+    if len(config.loss.weights) == len(config.tasks):  # weights that are not used may be of another number of tasks
+        pairs = zip(config.tasks, config.loss.weights, strict=True)
+        small.loss.weights = tuple(weight for task, weight in pairs if task in tasks)
+    small.tasks, small.compact.tasks = tuple(tasks), ""
+    small.model.attach, small.model.widths = model.attach, model.widths.to_json()
+    return small
 
 
 @contextlib.contextmanager

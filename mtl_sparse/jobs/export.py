@@ -24,14 +24,15 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """Write a run's model to `<workdir>/export/model.stablehlo` or `model.onnx`, with a JSON file on how to call it.
 
     The file takes normalized images, float32 [B, H, W, 3], with H and W as in config.data.size and any B. It returns
-    the raw predictions of each task. The outputs of the written file are compared with the model's before it is kept.
+    the raw predictions of each task; a compact model has the tasks of config.compact.tasks. The outputs of the written
+    file are compared with the model's before it is kept.
 
     Returns:
       The path of the file.
 
     Raises:
       UserError: OPTION_UNKNOWN_VALUE for export.format, EXTRA_MISSING if the converter is not installed,
-        EXPORT_NOT_EXACT if the file's outputs differ.
+        EXPORT_NOT_EXACT if the file's outputs differ, or as `setup.compact`.
     """
     if config.export.format not in _FORMATS:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from input_pipeline.labels import VOID
+from mtl_sparse.compaction import multitask
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
@@ -95,6 +96,20 @@ def check(config) -> None:
     _check_train(config)
     optimizer.check(config)
     weighting.check(config.loss.weighting, config.loss.weights, config.tasks)
+    compact_tasks(config)
+
+
+def compact_tasks(config) -> tuple[str, ...]:
+    """Return the tasks of compact.tasks, in the order of config.tasks: all if the option is "".
+
+    Raises:
+      UserError: a name is not in config.tasks or is repeated, or there are only commas.
+    """
+    given = config.compact.tasks
+    if not given:
+        return tuple(config.tasks)
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    return multitask.choose_tasks(names, tuple(config.tasks))
 
 
 def _check_types(values):

@@ -32,11 +32,13 @@ class Best:
       run: that the checkpoint is of.
       state: restored from the checkpoint.
       progress: JSON values saved with it, see `loop.Progress`.
+      tasks: tasks whose heads the compact model has; None is all of the run.
     """
 
     run: setup_lib.Run
     state: state_lib.TrainState
     progress: dict[str, Any]
+    tasks: tuple[str, ...] | None = None
 
     @classmethod
     def load(cls, run: setup_lib.Run, saved: checkpoints.Checkpoints) -> "Best":
@@ -50,15 +52,19 @@ class Best:
     @functools.cached_property
     def compact(self) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
         """(model, variables) without dead channels."""
-        return setup_lib.compact(self.run.config, self.run.model, self.state.variables)
+        tasks = self.run.config.tasks if self.tasks is None else self.tasks
+        return setup_lib.compact(self.run.config, self.run.model, self.state.variables, tasks=tasks)
 
     def explain(self) -> list[dict]:
         """Return what compaction removes from each layer, see `explain.explain`."""
         return explain.explain(self.run.model, self.state.variables, *self.compact, self._size)
 
     def difference(self) -> float:
-        """Return the largest difference between the two models' outputs, see `exactness.difference`."""
-        return exactness.difference(self.run.model, self.state.variables, *self.compact, self._size)
+        """Return the largest difference between the two models' outputs, see `exactness.difference`.
+
+        The compact model comes first, because it may have fewer tasks: those of the first model are compared.
+        """
+        return exactness.difference(*self.compact, self.run.model, self.state.variables, self._size)
 
     def summary(self) -> str:
         """Return one sentence on what compaction saves; times both models at batch 1 in run.summary_rounds rounds."""

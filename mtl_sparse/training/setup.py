@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -145,7 +145,21 @@ def load_model(workdir: str | pathlib.Path, config) -> tuple[multitask.MultiTask
     return model, checkpoints.read_variables(workdir, multitask.shapes(model))
 
 
-def compact(config, model: multitask.MultiTaskModel, variables) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
-    """Return the (model, variables) without dead channels, by config.compact and for images of config.data.size."""
+def compact(
+    config, model: multitask.MultiTaskModel, variables, *, tasks: Sequence[str] | None = None
+) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+    """Return the (model, variables) without dead channels, by config.compact and for images of config.data.size.
+
+    Args:
+      config: the run's.
+      model: its model.
+      variables: {"params", "batch_stats"} of the model.
+      tasks: tasks whose heads remain; None is those of config.compact.tasks.
+
+    Raises:
+      UserError: as `config.compact_tasks` or `compaction.multitask.compact`.
+    """
+    if tasks is None:
+        tasks = config_lib.compact_tasks(config)
     size = tuple(config.data.size) if config.compact.drop_taps else None
-    return multitask_compaction.compact(model, variables, size=size, multiple=config.compact.multiple)
+    return multitask_compaction.compact(model, variables, tasks=tasks, size=size, multiple=config.compact.multiple)

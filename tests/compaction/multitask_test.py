@@ -12,6 +12,7 @@ from flax import traverse_util
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from mtl_sparse.compaction import exactness
 from mtl_sparse.compaction.liveness import Costs, choose_ranges
 from mtl_sparse.models import multitask, resnet, widths
 from mtl_sparse.sparsity import stats
@@ -151,6 +152,82 @@ def test_the_outputs_stay_in_float64(depth, share, scope, dead):
         small, small_variables = compact(model, variables, size=SIZE)
         assert {leaf.dtype for leaf in jax.tree.leaves(small_variables)} == {np.dtype("float64")}
         assert_same_outputs(model, variables, small, small_variables, 1e-10, dtype=np.float64)
+
+
+NAMES = tuple(name for name, *_ in HEADS)
+KEPT = dict(kept=st.sets(st.sampled_from(NAMES), min_size=1, max_size=2))
+
+
+def check_kept_tasks(kept, depth, seed, share, scope, dead, multiple, taps, attach=(), stem="deep"):
+    """Tasks dropped from the dense and from the compact model: outputs stay, and both are models like any other."""
+    points = resnet.points(depth)
+    attach = tuple(points[place % len(points)] for place in attach)
+    model, variables = with_zeros(depth, seed, share, scope, dead, attach=attach, stem=stem)
+    options = {"multiple": multiple, "size": SIZE if taps else None}
+    every = compact(model, variables, **options)
+    expected = {name: raw for name, raw in outputs(model, variables).items() if name in kept}
+    for old in ((model, variables), every):
+        small, small_variables = compact(*old, tasks=sorted(kept), **options)
+        assert small.heads == tuple(head for head in HEADS if head[0] in kept), "in the order of the model"
+        assert exactness.largest_difference(expected, outputs(small, small_variables)) < 1e-5
+        assert count(small_variables) < count(every[1])
+        assert len(small.widths.blocks) == len(small.clone(widths=None).layers().blocks)
+        again, again_variables = compact(small, small_variables, **options)
+        assert again.widths == small.widths
+        jax.tree.map(np.testing.assert_array_equal, again_variables, small_variables)
+
+
+def test_the_outputs_of_the_tasks_that_are_kept_stay():
+    # The last head that remains reads inside a block that only the dropped head reads whole.
+    kept, attach = {"depth", "segmentation"}, (4, 5, 12)
+    check_kept_tasks(kept, 18, 4, 0.5, "all", [], 4, True, attach, "resnet_d")
+
+
+@pytest.mark.slow
+@settings(max_examples=150, **UNHURRIED)
+@given(**CASES, **KEPT)
+def test_the_outputs_of_the_tasks_that_are_kept_stay_for_many_patterns(**case):
+    check_kept_tasks(**case)
+
+
+def test_what_only_dropped_heads_read_is_removed_with_them():
+    model, params, statistics = dense(18)
+    params, features = dict(params), params["head_depth/aspp0/kernel"].shape[2]
+    for path, kernel in params.items():
+        if path.startswith("head_depth") and kernel.ndim == 4 and kernel.shape[2] == features:
+            params[path] = np.where(np.arange(features)[:, None] % 4 > 0, 0, kernel)
+    nest = functools.partial(traverse_util.unflatten_dict, sep="/")
+    free = Costs(mac=1.0, copy=0.0, split=0.0)
+    variables = {"params": nest(params), "batch_stats": nest(statistics)}
+    small, small_variables = compact(model, variables, tasks=["depth"], costs=free)
+    _, every = compact(model, variables, costs=free)
+    heads = {name: sum(leaf.size for leaf in jax.tree.leaves(every["params"][f"head_{name}"])) for name in NAMES}
+    alone = count(every) - heads["segmentation"] - heads["attribute:Male"]
+    conv = params["backbone/layer4_1/conv2/kernel"]
+    outputs_removed = features - features // 4
+    assert count(small_variables) <= alone - outputs_removed * (9 * conv.shape[2] + 2), "its filters, and its BatchNorm"
+    assert small_variables["params"]["backbone"]["layer4_1"]["conv2"]["kernel"].shape[3] == features // 4
+    # The same model trained without the other heads.
+    only = {path: leaf for path, leaf in params.items() if not path.startswith(("head_seg", "head_att"))}
+    norms = {path: leaf for path, leaf in statistics.items() if not path.startswith(("head_seg", "head_att"))}
+    given = {"params": nest(only), "batch_stats": nest(norms)}
+    expected, expected_variables = compact(model.clone(heads=HEADS[1:2]), given, costs=free)
+    assert small.widths == expected.widths
+    jax.tree.map(np.testing.assert_array_equal, small_variables, expected_variables)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_layers_after_the_last_head_that_is_kept_are_removed(twice):
+    attach = ("layer4_1", "layer2_1", "layer3_0/conv1")
+    given = with_zeros(18, 1, 0.3, attach=attach)
+    given = compact(*given) if twice else given
+    small, small_variables = compact(*given, tasks=("depth",))
+    assert small.attach == small.widths.attach == ("layer2_1",) and len(small.widths.blocks) == 4
+    assert not any(name.startswith(("layer3", "layer4")) for name in small_variables["params"]["backbone"])
+    small, small_variables = compact(*given, tasks=("attribute:Male", "depth"))
+    assert small.attach == small.widths.attach == ("layer2_1", "layer3_0/conv1"), "in the order of the model"
+    assert set(small_variables["params"]["backbone"]["layer3_0"]) == {"conv1", "bn1"}
+    assert small.widths.blocks[-1].shortcut == "none" and "layer3_1" not in small_variables["params"]["backbone"]
 
 
 def independent_count(depth, params):
@@ -345,6 +422,28 @@ def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
     assert_same_outputs(model, given, small, small_variables, 1e-5)
 
 
+def test_a_head_of_another_kind_is_kept_or_dropped(monkeypatch):
+    monkeypatch.setitem(multitask.HEADS, "mean", MeanHead)
+    model, given = with_a_mean_head()
+    expected = outputs(model, given)
+    small, small_variables = compact(model, given, tasks=("mine",))
+    assert exactness.largest_difference({"mine": expected["mine"]}, outputs(small, small_variables)) < 1e-5
+    _, every = compact(model, given)
+    features = given["params"]["head_mine"]["Dense_0"]["kernel"].shape[0]
+    stream = small_variables["params"]["backbone"]["layer4_1"]["conv2"]["kernel"].shape[3]
+    assert stream == features, "it reads every feature"
+    wanted = np.arange(features) % 4 == 0
+    for name in ("aspp0", "aspp1", "aspp2", "aspp3", "pool"):
+        layer = given["params"]["head_segmentation"][name]
+        layer["kernel"] = np.where(wanted[:, None], layer["kernel"], 0)
+    expected = outputs(model, given)
+    small, small_variables = compact(model, given, tasks=("segmentation",))
+    assert exactness.largest_difference(outputs(small, small_variables), expected) < 1e-5
+    assert "head_mine" not in small_variables["params"]
+    assert small_variables["params"]["backbone"]["layer4_1"]["conv2"]["kernel"].shape[3] == features // 4
+    assert every["params"]["backbone"]["layer4_1"]["conv2"]["kernel"].shape[3] == features
+
+
 @settings(max_examples=2, **UNHURRIED)
 @given(first=st.sampled_from([1, 4]), second=st.sampled_from([1, 4, 8]), seed=st.integers(0, 2**16), **DEPTH)
 def test_a_compact_model_that_lost_more_groups_is_compacted_further(depth, first, second, seed):
@@ -386,5 +485,14 @@ def test_bad_input():
         compact(resnet.ResNet(18), variables)
     with raises("OPTION_OUT_OF_RANGE", naming="compact.multiple=0"):
         compact(model, variables, multiple=0)
+    for tasks, code, name in (
+        (["depht"], "TASK_UNKNOWN", "nearest: depth"),
+        (["depth", "normals"], "TASK_UNKNOWN", "segmentation, depth, attribute:Male"),
+        (["depth", "depth"], "TASK_REPEATED", "'depth'"),
+        ([], "OPTION_MISSING", "segmentation, depth, attribute:Male"),
+        ("depth", "OPTION_TYPE", "('depth',)"),
+    ):
+        with raises(code, naming=name):
+            compact(model, variables, tasks=tasks)
     with pytest.raises(ValueError, match="widths"):
         widths.Widths.from_json('{"stem": {}}')

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import pathlib
@@ -11,12 +12,13 @@ import pytest
 from configs import run as run_config
 from mtl_sparse.compaction import exactness, explain
 from mtl_sparse.jobs import compact as compact_job
-from mtl_sparse.jobs import evaluate, train
-from mtl_sparse.models import costs, multitask
+from mtl_sparse.jobs import evaluate, export, train
+from mtl_sparse.models import costs, multitask, widths
 from mtl_sparse.report import schema, tables
 from mtl_sparse.sparsity import compact
+from mtl_sparse.training import checkpoints, results
+from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
-from mtl_sparse.training import results
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from tests.compaction import multitask_test
@@ -70,6 +72,106 @@ def test_the_compact_run_is_an_ordinary_run(compacted):
     assert (small / "metrics.jsonl").read_text() == steps, "training has ended: only the report is written again"
 
 
+@pytest.fixture(scope="module")
+def reduced(sparse_run, tmp_path_factory):
+    """Return (config, folder of a run, folder of its compact run of one of its two tasks)."""
+    config, original = sparse_run
+    config = config.copy_and_resolve_references()
+    config.compact.tasks = "depth"
+    folder = shutil.copytree(original, tmp_path_factory.mktemp("reduced") / "run")
+    return config, folder, compact_job.run_job(config, folder)
+
+
+def test_a_compact_run_of_fewer_tasks_has_their_test_metrics(reduced, compacted):
+    _, folder, small = reduced
+    expected, found = (schema.Results.read(path / "results.json") for path in (folder, small))
+    assert set(found.test) == {name for name in expected.test if name.startswith("depth/")} and len(found.test) > 2
+    for name, value in found.test.items():
+        assert value == pytest.approx(expected.test[name], abs=1e-4), name
+    assert set(found.headlines) == {"depth"}
+    assert found.size.trained.parameters < expected.size.compact.parameters
+    why = {row["layer"]: row["why"] for row in json.loads((small / "compact.json").read_text())}
+    dropped = {layer for layer, text in why.items() if text == "removed: its task was dropped"}
+    assert dropped == {layer for layer in why if layer.startswith("head_segmentation/")} and len(dropped) > 5
+    assert why["backbone/layer4_0/conv2"].startswith("removed: "), "only the other head read it"
+    every = {row["layer"]: row["why"] for row in json.loads((compacted[2] / "compact.json").read_text())}
+    assert not any("dropped" in text for text in every.values())
+
+
+def test_a_compact_run_of_fewer_tasks_is_an_ordinary_run(reduced):
+    original, folder, small = reduced
+    config = run_config.get_config(str(small))
+    assert (config.tasks, config.model.attach, config.compact.tasks) == (("depth",), ("layer1_0",), "")
+    before = schema.Results.read(small / "results.json").test
+    assert evaluate.run_job(config, small)["test"] == before
+    assert schema.Results.from_json(train.train(config, small)).test == before, "it has ended: only the report is anew"
+    model, variables = setup_lib.load_model(small, config)
+    whole, whole_variables = setup_lib.load_model(folder, original)
+    images = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
+    actual, expected = model.apply(variables, images), whole.apply(whole_variables, images)
+    assert set(actual) == {"depth"} and exactness.largest_difference(actual, expected) < 1e-5
+    config.model.init_from = str(small)
+    state = state_lib.initial(setup_lib.setup(config))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
+    with contextlib.closing(checkpoints.Checkpoints(small)) as saved:
+        leaves, *_ = saved.read("best")
+    assert {name for name in leaves if name.startswith("params/weighting")} == {"params/weighting/depth"}
+
+
+def test_the_report_of_a_run_has_all_its_tasks(reduced):
+    config, folder, small = reduced
+    expected = schema.Results.read(folder / "results.json")
+    assert {name.partition("/")[0] for name in expected.test} == {"segmentation", "depth"}
+    found = schema.Results.from_json(evaluate.run_job(config, folder))  # config has compact.tasks
+    assert found.size == expected.size and found.test == expected.test
+    assert found.size.compact.parameters > schema.Results.read(small / "results.json").size.compact.parameters
+
+
+def test_export_has_the_tasks_of_the_option(reduced):
+    config, folder, _ = reduced
+    path = export.run_job(config, folder)
+    assert json.loads((folder / "export" / f"{path.name}.json").read_text())["outputs"] == {"depth": 1}
+    config = config.copy_and_resolve_references()
+    config.compact.tasks = "normals"
+    with raises("TASK_UNKNOWN", naming="compact.tasks"):
+        export.run_job(config, folder)
+
+
+def test_options_that_depend_on_the_tasks_are_those_of_the_tasks_kept(config):
+    small = multitask.MultiTaskModel(multitask_test.HEADS[1:], attach=("layer2_1", "layer3_0"))
+    small = small.clone(widths=small.layers())
+    config.tasks = multitask_test.NAMES
+    config.model.attach = ("layer4_1", *small.attach)
+    config.loss.update(weighting="fixed", weights=(1.0, 2.0, 3.0))
+    config.compact.tasks = "attribute:Male, depth"
+    kept = config_lib.compact_tasks(config)
+    assert kept == ("depth", "attribute:Male"), "in the order of config.tasks"
+    cut = compact_job._config(config, kept, small)
+    assert (cut.tasks, cut.loss.weights, cut.compact.tasks) == (kept, (2.0, 3.0), "")
+    assert cut.model.attach == small.attach and widths.Widths.from_json(cut.model.widths) == small.widths
+    config_lib.check(cut)
+    config.loss.update(weighting="equal", weights=(1.0,))
+    assert compact_job._config(config, kept, small).loss.weights == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "code", "name"),
+    [
+        ("depht", "TASK_UNKNOWN", "nearest: depth"),
+        ("depth,normals", "TASK_UNKNOWN", "'normals'"),
+        ("depth,depth", "TASK_REPEATED", "'depth'"),
+        (" ,", "OPTION_MISSING", "compact.tasks"),
+    ],
+)
+def test_tasks_that_the_run_does_not_have_are_refused(reduced, tasks, code, name):
+    config, folder, small = reduced
+    config, before = config.copy_and_resolve_references(), (small / "results.json").stat().st_mtime_ns
+    config.compact.tasks = tasks
+    with raises(code, naming=name):
+        compact_job.run_job(config, folder)
+    assert (small / "results.json").stat().st_mtime_ns == before
+
+
 def test_the_readmes_way_to_load_it(compacted, tmp_path, monkeypatch):
     _, folder, small = compacted
     (script,) = re.findall(r"```python\n(from configs import run\n.*?)```", README, re.S)
@@ -95,8 +197,9 @@ def test_training_starts_from_the_compact_model(compacted):
 
 
 @pytest.mark.slow
-def test_training_continues_from_the_compact_model(compacted, tmp_path):
-    _, _, small = compacted
+@pytest.mark.parametrize("kind", ["compacted", "reduced"])
+def test_training_continues_from_the_compact_model(kind, request, tmp_path):
+    _, _, small = request.getfixturevalue(kind)
     config = run_config.get_config(str(small))
     config.train.epochs = 1
     config.model.init_from = str(small)
