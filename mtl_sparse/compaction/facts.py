@@ -26,6 +26,11 @@ class Known:
     mask: np.ndarray
     values: np.ndarray
 
+    @classmethod
+    def nothing(cls, size: int, dtype: Any) -> "Known":
+        """Return that no slice is known to be constant."""
+        return cls(np.zeros(size, bool), np.zeros(size, dtype))
+
     @property
     def zeros(self) -> np.ndarray:
         """Which slices are zero everywhere."""

@@ -178,10 +178,9 @@ def _call(program: Program, params: Sequence[Any], inputs: Sequence[Any]) -> Any
 
 
 def _check_outputs(graph: Graph) -> None:
-    for path, variable in zip(graph.output_paths, graph.outputs, strict=True):
-        if not graph.varies[variable]:
-            raise UserError(
-                "OUTPUT_CONSTANT",
-                f"expected outputs that depend on the inputs, got output {path or 'value'}, which depends on none; return "
-                "only what depends on the inputs",
-            )
+    if graph.outputs and not any(graph.varies[variable] for variable in graph.outputs):
+        raise UserError(
+            "OUTPUT_CONSTANT",
+            f"expected outputs that depend on the inputs, got {', '.join(graph.output_paths) or 'none'}, which depends on "
+            "none; pass the inputs as arguments of the function after the parameters",
+        )

@@ -17,6 +17,7 @@ from mtl_sparse.compaction.plans import Leaf, Plan, Product
 from mtl_sparse.compaction.primitives import RULES, rule_of
 
 Axis = tuple[int, int]  # (variable, axis)
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,18 @@ class Streams:
         for variable in (*graph.inputs, *graph.outputs):
             self._pinned |= {(variable, axis) for axis in range(len(graph.shape(variable)))}
         self._pinned = {self.of(axis) for axis in self._pinned}
+
+        self._before: dict[int, int] = {}  # a variable that depends on the inputs through one operand -> that operand
+        for node in graph.nodes:
+            varying = [i for i in node.inputs if graph.varies[i]]
+            if len(varying) == 1 and node.name not in _PRODUCTS:
+                self._before.update(dict.fromkeys(node.outputs, varying[0]))
+
+    def point(self, variable: int) -> int:
+        """Return the sum, the concatenation or the product that a variable follows from."""
+        while variable in self._before:
+            variable = self._before[variable]
+        return variable
 
     def of(self, axis: Axis) -> Axis:
         """Return the representative of the set that an axis is in."""
@@ -113,14 +126,14 @@ def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
     extra: dict[Axis, np.ndarray] = {}
     while True:
         found = needs_lib.find(facts, extra)
-        if _fill(graph, streams, found, options.multiple, extra):
+        if _fill(graph, streams, readers, found, options.multiple, extra):
             continue
         holds = _keep(graph, streams, readers, found)
         carried = _carry(graph, found, holds, extra)
         if carried is not None and not folds.drop_failed(carried):
             break
     holds = _gathers(graph, streams, readers, found, holds, carried, options)
-    constants = folds.constants(found)
+    constants = folds.constants(found, holds)
     for place, (axis, _) in constants.items():
         if axis is not None:
             size = graph.shape(graph.params[place])[axis]
@@ -140,7 +153,9 @@ def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
     return Plan(leaves, products, barriers, _constant(graph, found, facts))
 
 
-_SAME = frozenset({"convert_element_type", "copy", "device_put", "transpose", "reshape", "squeeze", "broadcast_in_dim"})
+_SAME = frozenset(
+    {"broadcast_in_dim", "convert_element_type", "copy", "device_put", "reshape", "slice", "squeeze", "transpose"}
+)
 
 
 class Folds:
@@ -173,14 +188,16 @@ class Folds:
             if node is None or node.name not in _SAME or self._uses[variable] > 1:
                 return None
             links = [link for link in rule_of(node.name).links(node, graph) if link.out_axis == own]
-            if not links or (node.name == "reshape" and not self._only_moves(node)):
+            if not links or links[0].to is not None or not self._only_moves(node):
                 return None
             variable, own = node.inputs[0], links[0].axis
         return (graph.params.index(variable), own) if self._uses[variable] == 1 else None
 
     def _only_moves(self, node: Node) -> bool:
-        linked = {link.out_axis for link in rule_of(node.name).links(node, self._graph)}
-        return all(n == 1 or axis in linked for axis, n in enumerate(self._graph.shape(node.outputs[0])))
+        """Return whether an equation moves the entries of its operand, and leaves none out."""
+        links = [link for link in rule_of(node.name).links(node, self._graph) if link.to is None]
+        shape, linked = self._graph.shape(node.inputs[0]), {link.axis for link in links if link.operand == 0}
+        return all(n == 1 or axis in linked for axis, n in enumerate(shape))
 
     def _find_bias(self, node: Node) -> None:
         """Find a sum of something constant with a parameter that has one entry for each channel."""
@@ -200,25 +217,33 @@ class Folds:
 
     def drop_failed(self, carried: Carried) -> bool:
         """Give up the sums whose constant operand is still computed; return whether there were any."""
-        failed = [
-            out for out, (_, k, _) in self._biases.items() if not carried.is_empty(self._made_by[out].inputs[k])
-        ]
+        failed = [out for out, (_, k, _) in self._biases.items() if not carried.is_empty(self._made_by[out].inputs[k])]
         for out in failed:
             del self._biases[out], self._facts.folded[out]
         return bool(failed)
 
-    def constants(self, needs: Needs) -> dict[int, tuple[int | None, np.ndarray]]:
-        """Return what the parameters take over: place -> (axis of the entry that reads 1 or None, values)."""
+    def constants(self, needs: Needs, holds: Sequence[Indices]) -> dict[int, tuple[int | None, np.ndarray]]:
+        """Return what the parameters take over: place -> (axis of the entry that reads 1 or None, values).
+
+        Weights take over the constants that they do not read any more.
+        """
         graph, facts = self._graph, self._facts
         found: dict[int, tuple[int | None, np.ndarray]] = {}
         for reader, place, axis in self._rows:
             known = facts.known[reader.x[0]].get(reader.x[1])
             value, need = facts.value(graph.params[place]), needs.of[reader.weights[0]]
-            if known is None or value is None or need is None or not all(m.any() for a, m in enumerate(need) if a != reader.weights[1]):
+            if (
+                known is None
+                or value is None
+                or need is None
+                or not all(m.any() for a, m in enumerate(need) if a != reader.weights[1])
+            ):
                 continue
             spread = [1] * value.ndim
             spread[axis] = -1
-            inputs = np.where(known.mask, known.values, 0).astype(np.float64).reshape(spread)
+            gone = known.mask.copy()
+            gone[listed(holds[place][axis], len(gone))] = False
+            inputs = np.where(gone, known.values, 0).astype(np.float64).reshape(spread)
             row = (value.astype(np.float64) * inputs).sum(axis, keepdims=True)
             if row.any():
                 found[place] = (axis, row.astype(value.dtype))
@@ -226,9 +251,6 @@ class Folds:
             if needs.of[out] is not None:
                 found[place] = (None, facts.known[out][axis].values.astype(graph.avals[graph.params[place]].dtype))
         return found
-
-
-_PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def _matters(graph: Graph):
@@ -265,13 +287,21 @@ def _mask(needs: Needs, graph: Graph, axis: Axis) -> np.ndarray:
     return np.zeros(graph.shape(axis[0])[axis[1]], bool) if need is None else need[axis[1]]
 
 
-def _fill(graph: Graph, streams: Streams, needs: Needs, multiple: int, extra: dict[Axis, np.ndarray]) -> bool:
+def _fill(
+    graph: Graph,
+    streams: Streams,
+    readers: Sequence[Reader],
+    needs: Needs,
+    multiple: int,
+    extra: dict[Axis, np.ndarray],
+) -> bool:
     """Ask for further entries, so that widths are multiples; return whether there are any."""
     if multiple == 1:
         return False
     more = False
     params = set(graph.params)
     free = {streams.of((i, axis)) for i in params for axis in range(len(graph.shape(i)))}
+    free -= {streams.of(reader.weights) for reader in readers}  # they read what the activations hold
     for variable, need in enumerate(needs.of):
         for axis, mask in enumerate(need or ()):
             root, count = streams.of((variable, axis)), int(mask.sum())
@@ -287,12 +317,13 @@ def _fill(graph: Graph, streams: Streams, needs: Needs, multiple: int, extra: di
 
 def _keep(graph: Graph, streams: Streams, readers: Sequence[Reader], needs: Needs) -> list[Indices]:
     """Return the entries of each parameter that are needed, ordered by the readers of their stream."""
-    by_stream: dict[Axis, list[np.ndarray]] = {}
+    by_stream: dict[Axis, dict[int, list[np.ndarray]]] = {}
     for reader in readers:
         root = streams.of(reader.x)
         if not streams.is_pinned(root):
-            by_stream.setdefault(root, []).insert(0, _mask(needs, graph, reader.weights))
-    ranks = {root: np.argsort(liveness.stream_order(masks)) for root, masks in by_stream.items()}
+            masks = by_stream.setdefault(root, {}).setdefault(streams.point(reader.x[0]), [])
+            masks.insert(0, _mask(needs, graph, reader.weights))
+    ranks = {root: np.argsort(_order(list(points.values()))) for root, points in by_stream.items()}
     holds = []
     for variable in graph.params:
         index: list[Index] = []
@@ -304,6 +335,18 @@ def _keep(graph: Graph, streams: Streams, readers: Sequence[Reader], needs: Need
             index.append(tidy(kept, size))
         holds.append(tuple(index))
     return holds
+
+
+def _order(points: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Return an order of a stream's channels, given the masks of the readers at each of its points.
+
+    Many readers at one point, such as the branches of several heads, count as one, so that those before them also find
+    their channels in few ranges.
+    """
+    masks: list[np.ndarray] = []
+    for at_point in points:
+        masks = [*(at_point if len(at_point) <= 2 else [np.logical_or.reduce(at_point)]), *masks]
+    return liveness.stream_order(masks)
 
 
 def _carry(graph: Graph, needs: Needs, holds: Sequence[Indices], extra: dict[Axis, np.ndarray]) -> Carried | None:
@@ -356,6 +399,9 @@ def _gathers(
         if counts[root] == 1:
             ranges = liveness.choose_ranges(wanted, _macs(graph, carried, reader), options.costs)
             rows = np.arange(len(have)) if ranges is None else liveness.indices(ranges)
+            wanted_rows = min(-(-len(rows) // options.multiple) * options.multiple, len(have))
+            others = np.setdiff1d(np.arange(len(have)), rows)
+            rows = np.sort(np.concatenate([rows, others[: wanted_rows - len(rows)]]))
             kept = have[rows]
         else:
             kept = have[wanted]

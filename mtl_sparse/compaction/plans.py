@@ -113,7 +113,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON: {"format", "parameters": {path: {"shape", "dtype", "keep", "unread",
-        "constant"}}}."""
+        "constant"}}}.
+        """
         leaves = {
             path: {
                 "shape": leaf.shape,

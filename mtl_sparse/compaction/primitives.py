@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from mtl_sparse.compaction.facts import Facts, Known
 from mtl_sparse.compaction.graph import Graph, Node
 from mtl_sparse.compaction.products import Conv, Dot
 from mtl_sparse.compaction.rules import Elementwise, Link, Linked, Reduce, Rule, Shape
@@ -147,6 +150,19 @@ def _scattered(node: Node, graph: Graph) -> list[Link]:
     return links
 
 
+class _ScatterAdd(Linked):
+    """A scatter that adds: zeros added to zeros are zeros."""
+
+    def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
+        """Return the slices that are zero in the operand and in the updates."""
+        zeros: dict[int, list[np.ndarray]] = {}
+        for link in self.links(node, facts.graph):
+            zeros.setdefault(link.out_axis, []).append(facts.zeros(node.inputs[link.operand], link.axis))
+        dtype = facts.graph.avals[node.outputs[0]].dtype
+        masks = {axis: one & other for axis, (one, other) in zeros.items()}
+        return [{axis: Known(mask, np.zeros(len(mask), dtype)) for axis, mask in masks.items() if mask.any()}]
+
+
 def _barrier(node: Node, graph: Graph) -> list[Link]:
     del node, graph
     return []
@@ -194,8 +210,8 @@ RULES: dict[str, Rule] = {name: Elementwise() for name in _ELEMENTWISE} | {
     "dynamic_update_slice": Linked(_updated),
     "gather": Linked(_gathered, _gather_sizes),
     "scatter": Linked(_scattered),
-    "scatter-add": Linked(_scattered),
-    "scatter_add": Linked(_scattered),
+    "scatter-add": _ScatterAdd(_scattered),
+    "scatter_add": _ScatterAdd(_scattered),
     "scatter-mul": Linked(_scattered),
     "scatter_max": Linked(_scattered),
     "scatter_min": Linked(_scattered),

@@ -11,7 +11,18 @@ from jax import lax
 from mtl_sparse.compaction import facts as facts_lib
 from mtl_sparse.compaction.facts import Facts, Known
 from mtl_sparse.compaction.graph import Graph, Node
-from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, meet, restrict, tidy, without_constant
+from mtl_sparse.compaction.indices import (
+    UNIFORM,
+    Index,
+    Indices,
+    Missing,
+    held,
+    listed,
+    meet,
+    restrict,
+    tidy,
+    without_constant,
+)
 from mtl_sparse.compaction.rules import Link, Need, Rule, Step
 
 
@@ -68,7 +79,9 @@ class Dot(Rule):
         def emit(operands: list[Any]) -> list[Any]:
             row = jnp.squeeze(operands[0], axis)
             kept = [place for own, place in sorted(places.items())]
-            return [lax.broadcast_in_dim(row, [1 if i not in kept else row.shape[kept.index(i)] for i in range(rank)], kept)]
+            return [
+                lax.broadcast_in_dim(row, [1 if i not in kept else row.shape[kept.index(i)] for i in range(rank)], kept)
+            ]
 
         mine = list(ins)
         mine[k] = _replaced(ins[k], axis, real)
@@ -104,8 +117,10 @@ class Dot(Rule):
             for place, axis in enumerate(contracted[k]):
                 spread = [1] * len(sizes)
                 spread[place] = sizes[place]
-                idle = facts.idle(node.inputs[k], axis, node.inputs[1 - k]) if len(sizes) == 1 else facts.zeros(
-                    node.inputs[k], axis
+                idle = (
+                    facts.idle(node.inputs[k], axis, node.inputs[1 - k])
+                    if len(sizes) == 1
+                    else facts.zeros(node.inputs[k], axis)
                 )
                 product &= ~idle.reshape(spread)
             value = facts.value(node.inputs[k])
@@ -305,8 +320,10 @@ class Conv(Rule):
         if value is not None:
             alive = _pattern(value, at)
         alive = alive[:, groups][:, :, outputs]
-        idle = facts.idle(node.inputs[0], at.x_channel, node.inputs[1]) if at.groups == 1 else facts.zeros(
-            node.inputs[0], at.x_channel
+        idle = (
+            facts.idle(node.inputs[0], at.x_channel, node.inputs[1])
+            if at.groups == 1
+            else facts.zeros(node.inputs[0], at.x_channel)
         )
         zeros = idle.reshape(at.groups, at.inputs)[groups]
         inputs = (alive & ~zeros.T[:, :, None]).any((1, 2))

@@ -107,23 +107,33 @@ class Rule:
         found: list[dict[int, Known]] = [{} for _ in node.outputs]
         if not self.keeps:
             return found
+        by_axis: dict[tuple[int, int], list[Link]] = {}
         for link in self.links(node, graph):
+            by_axis.setdefault((link.output, link.out_axis), []).append(link)
+        for (j, axis), links in by_axis.items():
+            out = node.outputs[j]
+            known = self._along(node, facts, links, Known.nothing(graph.shape(out)[axis], graph.avals[out].dtype))
+            if known is not None and known.mask.any():
+                found[j][axis] = known
+        return found
+
+    def _along(self, node: Node, facts: Facts, links: Sequence[Link], nothing: Known) -> Known | None:
+        """Return the constant slices along an axis of a result, given the links to it; None if there are none."""
+        mask, values = nothing.mask.copy(), nothing.values.copy()
+        for place, link in enumerate(links):
             known = facts.along(node.inputs[link.operand], link.axis)
             if known is None:
+                if link.to is None:
+                    return None
                 continue
-            mask = known.mask if self.keeps == "values" else known.zeros
-            if not mask.any():
-                continue
-            out = node.outputs[link.output]
-            n, dtype = graph.shape(out)[link.out_axis], graph.avals[out].dtype
-            before = found[link.output].get(link.out_axis) or Known(np.zeros(n, bool), np.zeros(n, dtype))
-            places = np.flatnonzero(mask) if link.to is None else link.to[mask]
-            sources = np.flatnonzero(mask)[places >= 0]
-            places = places[places >= 0]
-            now, values = before.mask.copy(), before.values.copy()
-            now[places], values[places] = True, known.values[sources]
-            found[link.output][link.out_axis] = Known(now, values)
-        return found
+            constant = known.mask if self.keeps == "values" else known.zeros
+            if link.to is None:  # every operand must hold the same constant
+                mask = constant if place == 0 else mask & constant & (values == known.values)
+                values = known.values.astype(values.dtype)
+            else:
+                inside = constant & (link.to >= 0)
+                mask[link.to[inside]], values[link.to[inside]] = True, known.values[inside]
+        return Known(mask, values)
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the equation of the compact function, given the entries that the operands hold."""
