@@ -27,10 +27,11 @@ def compact(
     multiple: int = 1,
     costs: liveness.Costs | None = None,
     unroll: bool = False,
+    also: Sequence[tuple[Any, ...]] = (),
 ) -> tuple[Function, Any]:
     """Return a function with the same outputs and fewer parameters.
 
-    Channels that zero weights make useless are removed: those that no later layer reads, and those that are always zero.
+    Channels that zero weights make useless are removed: those that no later layer reads, and those that are constant.
 
     Args:
       fn: pure function of (params, *inputs), such as a Flax module's `apply`. What it computes must be finite.
@@ -39,6 +40,8 @@ def compact(
       multiple: widths are filled up to a multiple of it with channels that are not needed.
       costs: costs that decide where gathering channels pays; by default as measured on a CPU.
       unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
+      also: further examples of the inputs, of other sizes. Needed where the function reads more of its parameters at
+        another size than at this one; a compact function that lacks something says so.
 
     Returns:
       (small_fn, small_params): `small_fn(small_params, *inputs)` equals `fn(params, *inputs)` up to rounding, at other
@@ -47,7 +50,7 @@ def compact(
     Raises:
       UserError: the function has side effects, an output depends on no input, or nothing of the function is left.
     """
-    found = plan(fn, params, *inputs, multiple=multiple, costs=costs, unroll=unroll)
+    found = plan(fn, params, *inputs, multiple=multiple, costs=costs, unroll=unroll, also=also)
     return rewrite(fn, found, unroll=unroll), plans.apply_plan(found, params)
 
 
@@ -58,6 +61,7 @@ def plan(
     multiple: int = 1,
     costs: liveness.Costs | None = None,
     unroll: bool = False,
+    also: Sequence[tuple[Any, ...]] = (),
 ) -> Plan:
     """Return which entries of each parameter remain.
 
@@ -68,6 +72,7 @@ def plan(
       multiple: see `compact`.
       costs: see `compact`.
       unroll: see `compact`.
+      also: see `compact`.
 
     Returns:
       The plan, for `apply_plan` and `rewrite`.
@@ -87,7 +92,8 @@ def plan(
     graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
     _check_outputs(graph)
     values = [np.asarray(jax.device_get(x)) for x in leaves]
-    found = planning.make(graph, values, planning.Options(costs or liveness.Costs(), multiple))
+    others = [graph_lib.trace(fn, params, more, unroll=unroll) for more in also]
+    found = planning.make(graph, others, values, planning.Options(costs or liveness.Costs(), multiple))
     if len(found.constant) == len(graph.outputs):
         raise UserError(
             "FUNCTION_DEAD",
@@ -158,7 +164,7 @@ def _check_size(graph: Graph, plan: Plan) -> None:
                 raise UserError(
                     "PLAN_SIZE",
                     f"expected inputs of the size that the plan was made for, got inputs that read entries of {path} "
-                    "which the plan removed because they met only padding; make the plan at the largest size",
+                    "which the plan removed as unread; make the plan with inputs of this size in `also`",
                 )
 
 
@@ -181,6 +187,6 @@ def _check_outputs(graph: Graph) -> None:
     if graph.outputs and not any(graph.varies[variable] for variable in graph.outputs):
         raise UserError(
             "OUTPUT_CONSTANT",
-            f"expected outputs that depend on the inputs, got {', '.join(graph.output_paths) or 'none'}, which depends on "
-            "none; pass the inputs as arguments of the function after the parameters",
+            f"expected outputs that depend on the inputs, got {', '.join(graph.output_paths) or 'one'} that depend on "
+            "none; pass the inputs as arguments of the function, after the parameters",
         )

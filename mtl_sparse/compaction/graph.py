@@ -1,7 +1,7 @@
 """A JAX function as a flat list of equations, with named parameters.
 
-Tracing inlines every call: `jit`, `checkpoint`, custom derivatives, and loops where that is asked. Calls that matter for
-differentiation are remembered as regions, so that the rewritten function can make them again.
+Tracing inlines every call: `jit`, `checkpoint`, custom derivatives, and loops where that is asked. Calls that matter
+for differentiation are remembered as regions, so that the rewritten function can make them again.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import numpy as np
 
 from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph
-from mtl_sparse.compaction.primitives import RULES, rule_of
+from mtl_sparse.compaction.primitives import rule_of
 from mtl_sparse.compaction.rules import Need
 
 Extra = Mapping[tuple[int, int], np.ndarray]  # (variable, axis) -> entries that are needed for other reasons
@@ -72,7 +72,9 @@ def find(facts: Facts, extra: Extra | None = None) -> Needs:
             before = of[variable]
             of[variable] = need if before is None else [a | b for a, b in zip(before, need, strict=True)]
         _blame(graph, place, outs, of, because)
-    for variable in (*graph.params, *graph.inputs):
+    for variable in graph.params:
+        if of[variable] is None and variable in by_variable:
+            of[variable] = [np.zeros(n, bool) for n in graph.shape(variable)]
         settle(variable)
     return Needs(of, because)
 
@@ -96,8 +98,3 @@ def _blame(graph: Graph, place: int, outs: list[Need], of: list[Need], because: 
                     because[variable, axis] = cause
             elif node.name not in ("dot_general", "conv_general_dilated"):
                 because[variable, axis] = place
-
-
-def barriers(graph: Graph) -> list[str]:
-    """Return the names of the primitives without a rule that read a variable."""
-    return sorted({node.name for node in graph.nodes if node.name not in RULES and node.inputs})

@@ -10,87 +10,13 @@ from mtl_sparse.compaction import carrying, liveness
 from mtl_sparse.compaction import needs as needs_lib
 from mtl_sparse.compaction.carrying import Carried
 from mtl_sparse.compaction.facts import Facts
-from mtl_sparse.compaction.graph import Graph, Node
+from mtl_sparse.compaction.folding import Folds
+from mtl_sparse.compaction.graph import Graph
 from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, tidy
 from mtl_sparse.compaction.needs import Needs
 from mtl_sparse.compaction.plans import Leaf, Plan, Product
-from mtl_sparse.compaction.primitives import RULES, rule_of
-
-Axis = tuple[int, int]  # (variable, axis)
-_PRODUCTS = ("dot_general", "conv_general_dilated")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """A product of activations with weights.
-
-    Attributes:
-      place: index of its node.
-      x: the activations and their summed axis.
-      weights: the weights and their summed axis.
-    """
-
-    place: int
-    x: Axis
-    weights: Axis
-
-
-class Streams:
-    """Axes whose entries correspond, as sets: the channels of a residual stream are one."""
-
-    def __init__(self, graph: Graph) -> None:
-        """Find the sets of a graph."""
-        self._parent: dict[Axis, Axis] = {}
-        self._pinned: set[Axis] = set()
-        for node in graph.nodes:
-            rule = rule_of(node.name)
-            linked: set[tuple[bool, int, int]] = set()
-            for link in rule.links(node, graph):
-                one, other = (node.inputs[link.operand], link.axis), (node.outputs[link.output], link.out_axis)
-                linked |= {(False, link.operand, link.axis), (True, link.output, link.out_axis)}
-                if link.to is None:
-                    self._join(one, other)
-                else:
-                    self._pinned |= {one, other}
-            if not rule.any_order or rule.is_grouped(node):
-                for is_output, variables in ((False, node.inputs), (True, node.outputs)):
-                    for k, variable in enumerate(variables):
-                        for axis in range(len(graph.shape(variable))):
-                            if (is_output, k, axis) not in linked:
-                                self._pinned.add((variable, axis))
-        for variable in (*graph.inputs, *graph.outputs):
-            self._pinned |= {(variable, axis) for axis in range(len(graph.shape(variable)))}
-        self._pinned = {self.of(axis) for axis in self._pinned}
-
-        self._before: dict[int, int] = {}  # a variable that depends on the inputs through one operand -> that operand
-        for node in graph.nodes:
-            varying = [i for i in node.inputs if graph.varies[i]]
-            if len(varying) == 1 and node.name not in _PRODUCTS:
-                self._before.update(dict.fromkeys(node.outputs, varying[0]))
-
-    def point(self, variable: int) -> int:
-        """Return the sum, the concatenation or the product that a variable follows from."""
-        while variable in self._before:
-            variable = self._before[variable]
-        return variable
-
-    def of(self, axis: Axis) -> Axis:
-        """Return the representative of the set that an axis is in."""
-        root = axis
-        while (parent := self._parent.get(root, root)) != root:
-            root = parent
-        while axis != root:
-            axis, self._parent[axis] = self._parent.get(axis, root), root
-        return root
-
-    def _join(self, one: Axis, other: Axis) -> None:
-        first, second = self.of(one), self.of(other)
-        if first != second:
-            self._parent[second] = first
-
-    def is_pinned(self, axis: Axis) -> bool:
-        """Return whether the order of the entries must stay."""
-        return self.of(axis) in self._pinned
+from mtl_sparse.compaction.primitives import RULES
+from mtl_sparse.compaction.streams import Axis, Reader, Streams, find_readers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +32,12 @@ class Options:
     multiple: int = 1
 
 
-def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
+def make(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray], options: Options) -> Plan:
     """Make a plan.
 
     Args:
       graph: the function.
+      others: the function at other sizes of its inputs, for which the plan must serve as well.
       values: the leaves of its parameters.
       options: options of the plan.
 
@@ -120,10 +47,10 @@ def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
     facts = Facts(graph, values)
     needs_lib.learn(facts)
     folds = Folds(graph, facts)
-    unread = needs_lib.find(Facts(graph, None))
+    unread = needs_lib.find(Facts(graph, None), _elsewhere(graph, others, None))
     streams = Streams(graph)
-    readers = _readers(graph)
-    extra: dict[Axis, np.ndarray] = {}
+    readers = find_readers(graph)
+    extra = _elsewhere(graph, others, values)
     while True:
         found = needs_lib.find(facts, extra)
         if _fill(graph, streams, readers, found, options.multiple, extra):
@@ -147,142 +74,34 @@ def make(graph: Graph, values: Sequence[np.ndarray], options: Options) -> Plan:
         constant = constants.get(place, (None, None))[1]
         leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep), constant)
     products = tuple(_product(graph, facts, found, carried, reader) for reader in readers)
-    barriers = tuple(
-        sorted({node.name for node in graph.nodes if node.name not in RULES and any(map(_matters(graph), node.inputs))})
-    )
-    return Plan(leaves, products, barriers, _constant(graph, found, facts))
+    return Plan(leaves, products, _barriers(graph), _constant(graph, found))
 
 
-_SAME = frozenset(
-    {"broadcast_in_dim", "convert_element_type", "copy", "device_put", "reshape", "slice", "squeeze", "transpose"}
-)
-
-
-class Folds:
-    """Constants that parameters can take over from the layers that put them out."""
-
-    def __init__(self, graph: Graph, facts: Facts) -> None:
-        """Find the parameters that can, and mark them in the facts."""
-        self._graph, self._facts = graph, facts
-        self._made_by = {variable: node for node in graph.nodes for variable in node.outputs}
-        self._uses: dict[int, int] = {}
-        for variable in (*graph.outputs, *(i for node in graph.nodes for i in node.inputs)):
-            self._uses[variable] = self._uses.get(variable, 0) + 1
-        self._rows: list[tuple[Reader, int, int]] = []  # (reader, place of the parameter, its summed axis)
-        self._biases: dict[int, tuple[int, int, int]] = {}  # result -> (place of the parameter, operand, axis)
-        for reader in _readers(graph):
-            node = graph.nodes[reader.place]
-            one = node.name != "dot_general" or len(node.params["dimension_numbers"][0][0]) == 1
-            source = self._source(reader.weights)
-            if source is not None and one:
-                self._rows.append((reader, *source))
-                facts.foldable.add(reader.weights[0])
-        for node in graph.nodes:
-            self._find_bias(node)
-
-    def _source(self, axis: Axis) -> tuple[int, int] | None:
-        """Return (place, axis) of the parameter that a variable is, moved or cast; None if it is more or used twice."""
-        graph, (variable, own) = self._graph, axis
-        while variable not in graph.params:
-            node = self._made_by.get(variable)
-            if node is None or node.name not in _SAME or self._uses[variable] > 1:
-                return None
-            links = [link for link in rule_of(node.name).links(node, graph) if link.out_axis == own]
-            if not links or links[0].to is not None or not self._only_moves(node):
-                return None
-            variable, own = node.inputs[0], links[0].axis
-        return (graph.params.index(variable), own) if self._uses[variable] == 1 else None
-
-    def _only_moves(self, node: Node) -> bool:
-        """Return whether an equation moves the entries of its operand, and leaves none out."""
-        links = [link for link in rule_of(node.name).links(node, self._graph) if link.to is None]
-        shape, linked = self._graph.shape(node.inputs[0]), {link.axis for link in links if link.operand == 0}
-        return all(n == 1 or axis in linked for axis, n in enumerate(shape))
-
-    def _find_bias(self, node: Node) -> None:
-        """Find a sum of something constant with a parameter that has one entry for each channel."""
-        graph, facts = self._graph, self._facts
-        if node.name != "add" or not graph.varies[node.outputs[0]]:
-            return
-        for k in range(2):
-            constant, bias = node.inputs[k], node.inputs[1 - k]
-            made_by = self._made_by.get(constant)
-            if graph.varies[bias] or self._uses[constant] > 1 or made_by is None or made_by.name in _PRODUCTS:
-                continue
-            for axis, known in facts.known[node.outputs[0]].items():
-                source = self._source((bias, axis)) if len(graph.shape(bias)) > axis and known.mask.all() else None
-                if source is not None and graph.shape(graph.params[source[0]]) == (len(known.mask),):
-                    self._biases[node.outputs[0]] = (source[0], k, axis)
-                    facts.folded[node.outputs[0]] = k
-
-    def drop_failed(self, carried: Carried) -> bool:
-        """Give up the sums whose constant operand is still computed; return whether there were any."""
-        failed = [out for out, (_, k, _) in self._biases.items() if not carried.is_empty(self._made_by[out].inputs[k])]
-        for out in failed:
-            del self._biases[out], self._facts.folded[out]
-        return bool(failed)
-
-    def constants(self, needs: Needs, holds: Sequence[Indices]) -> dict[int, tuple[int | None, np.ndarray]]:
-        """Return what the parameters take over: place -> (axis of the entry that reads 1 or None, values).
-
-        Weights take over the constants that they do not read any more.
-        """
-        graph, facts = self._graph, self._facts
-        found: dict[int, tuple[int | None, np.ndarray]] = {}
-        for reader, place, axis in self._rows:
-            known = facts.known[reader.x[0]].get(reader.x[1])
-            value, need = facts.value(graph.params[place]), needs.of[reader.weights[0]]
-            if (
-                known is None
-                or value is None
-                or need is None
-                or not all(m.any() for a, m in enumerate(need) if a != reader.weights[1])
-            ):
-                continue
-            spread = [1] * value.ndim
-            spread[axis] = -1
-            gone = known.mask.copy()
-            gone[listed(holds[place][axis], len(gone))] = False
-            inputs = np.where(gone, known.values, 0).astype(np.float64).reshape(spread)
-            row = (value.astype(np.float64) * inputs).sum(axis, keepdims=True)
-            if row.any():
-                found[place] = (axis, row.astype(value.dtype))
-        for out, (place, _, axis) in self._biases.items():
-            if needs.of[out] is not None:
-                found[place] = (None, facts.known[out][axis].values.astype(graph.avals[graph.params[place]].dtype))
-        return found
-
-
-def _matters(graph: Graph):
-    params = set(graph.params)
-    depends = set(params)
-    for node in graph.nodes:
-        if any(i in depends for i in node.inputs):
-            depends.update(node.outputs)
-    return lambda variable: graph.varies[variable] or variable in depends
-
-
-def _readers(graph: Graph) -> list[Reader]:
-    """Return the products of activations with weights, in order."""
-    found = []
-    for place, node in enumerate(graph.nodes):
-        if node.name == "conv_general_dilated" and node.params["feature_group_count"] == 1:
-            numbers = node.params["dimension_numbers"]
-            pairs = [((0, numbers.lhs_spec[1]), (1, numbers.rhs_spec[1]))]
-        elif node.name == "dot_general":
-            contracted = node.params["dimension_numbers"][0]
-            pairs = [((0, a), (1, b)) for a, b in zip(*contracted, strict=True)]
-        else:
-            continue
-        for one, other in pairs:
-            first, second = (node.inputs[one[0]], one[1]), (node.inputs[other[0]], other[1])
-            if graph.varies[first[0]] != graph.varies[second[0]]:
-                x, weights = (first, second) if graph.varies[first[0]] else (second, first)
-                found.append(Reader(place, x, weights))
+def _elsewhere(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray] | None) -> dict[Axis, np.ndarray]:
+    """Return the entries of the parameters of a graph that other graphs of the function need."""
+    found: dict[Axis, np.ndarray] = {}
+    for other in others:
+        facts = Facts(other, values)
+        needs_lib.learn(facts)
+        needs = needs_lib.find(facts)
+        for mine, variable in zip(graph.params, other.params, strict=True):
+            for axis, mask in enumerate(needs.of[variable] or ()):
+                found[mine, axis] = mask | found.get((mine, axis), False)
     return found
 
 
-def _mask(needs: Needs, graph: Graph, axis: Axis) -> np.ndarray:
+def _barriers(graph: Graph) -> tuple[str, ...]:
+    """Return the primitives without a rule that read a parameter or an input, or what follows from them."""
+    depends, found = {*graph.params, *graph.inputs}, set()
+    for node in graph.nodes:
+        if any(i in depends for i in node.inputs):
+            depends.update(node.outputs)
+            if node.name not in RULES:
+                found.add(node.name)
+    return tuple(sorted(found))
+
+
+def _needed(needs: Needs, graph: Graph, axis: Axis) -> np.ndarray:
     need = needs.of[axis[0]]
     return np.zeros(graph.shape(axis[0])[axis[1]], bool) if need is None else need[axis[1]]
 
@@ -322,13 +141,13 @@ def _keep(graph: Graph, streams: Streams, readers: Sequence[Reader], needs: Need
         root = streams.of(reader.x)
         if not streams.is_pinned(root):
             masks = by_stream.setdefault(root, {}).setdefault(streams.point(reader.x[0]), [])
-            masks.insert(0, _mask(needs, graph, reader.weights))
+            masks.insert(0, _needed(needs, graph, reader.weights))
     ranks = {root: np.argsort(_order(list(points.values()))) for root, points in by_stream.items()}
     holds = []
     for variable in graph.params:
         index: list[Index] = []
         for axis, size in enumerate(graph.shape(variable)):
-            kept = np.flatnonzero(_mask(needs, graph, (variable, axis)))
+            kept = np.flatnonzero(_needed(needs, graph, (variable, axis)))
             rank = ranks.get(streams.of((variable, axis)))
             if rank is not None and len(rank) == size:
                 kept = kept[np.argsort(rank[kept])]
@@ -391,7 +210,7 @@ def _gathers(
         root = streams.of(reader.weights)
         size = graph.shape(reader.x[0])[reader.x[1]]
         index = carried.holds[reader.x[0]][reader.x[1]]
-        mask = _mask(needs, graph, reader.weights)
+        mask = _needed(needs, graph, reader.weights)
         if root not in params or streams.is_pinned(root) or index is UNIFORM or not mask.any():
             continue
         have = listed(index, size)
@@ -406,7 +225,7 @@ def _gathers(
         else:
             kept = have[wanted]
         place, axis = params[root]
-        own = _mask(needs, graph, (graph.params[place], axis))
+        own = _needed(needs, graph, (graph.params[place], axis))
         if np.isin(np.flatnonzero(own), kept).all():
             result[place][axis] = tidy(kept, size)
     return [tuple(index) for index in result]
@@ -449,7 +268,7 @@ def _product(graph: Graph, facts: Facts, needs: Needs, carried: Carried, reader:
     return Product(paths.get(source, node.title), size, int(facts.zeros(weights, axis).sum()), kept, have, because)
 
 
-def _constant(graph: Graph, needs: Needs, facts: Facts) -> tuple[str, ...]:
+def _constant(graph: Graph, needs: Needs) -> tuple[str, ...]:
     """Return the paths of the outputs that do not depend on the inputs any more."""
     reached = [False] * len(graph.avals)
     for variable in graph.inputs:
@@ -460,7 +279,6 @@ def _constant(graph: Graph, needs: Needs, facts: Facts) -> tuple[str, ...]:
             if reached[variable] and need is not None and all(mask.any() for mask in need):
                 for out in node.outputs:
                     reached[out] = True
-    del facts
     return tuple(
         path for path, variable in zip(graph.output_paths, graph.outputs, strict=True) if not reached[variable]
     )

@@ -112,9 +112,7 @@ class Plan:
         return sum(math.prod(leaf.shape) for leaf in leaves), sum(math.prod(leaf.small) for leaf in leaves)
 
     def to_json(self) -> str:
-        """Return the plan as JSON: {"format", "parameters": {path: {"shape", "dtype", "keep", "unread",
-        "constant"}}}.
-        """
+        """Return the plan as JSON, with the fields of `Leaf` for each parameter's path."""
         leaves = {
             path: {
                 "shape": leaf.shape,
@@ -177,8 +175,8 @@ def apply_plan(plan: Plan, tree: Any, *, constants: bool = True) -> Any:
     Args:
       plan: the plan.
       tree: the parameters, or a tree that has trees like them, such as the state of an optimizer.
-      constants: whether the parameters take over the constants that removed layers put out. Pass False for gradients and
-        other trees that are not parameters but have their paths; trees that only contain such trees never take them.
+      constants: whether the parameters take over the constants that removed layers put out. Pass False for gradients,
+        and for other trees with the same paths. A tree that only contains such trees never takes them.
 
     Returns:
       The tree, in which each leaf whose path ends with the path of a parameter, and which has its shape, is cut. Other

@@ -14,8 +14,8 @@ from mtl_sparse.runtime.errors import UserError
 
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
+    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
     polygamma population_count pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor complex sharding_constraint
     layout_constraint name pvary device_put
@@ -232,11 +232,11 @@ def register_rule(
 
     Args:
       primitive: name of the primitive, as a jaxpr shows it.
-      links: function of (node, graph) that returns the axes that correspond, as a list of `Link`; `node.params` has the
-        primitive's parameters, `graph.shape(node.inputs[0])` the shape of its first operand. Entry i of a linked axis of
-        a result must depend on no other entry than i of the operand's axis. An axis without a link is needed whole.
-      adapt: function of (node, operands, sizes of the results) that returns the primitive's parameters for operands that
-        hold fewer entries; None if they do not depend on the sizes.
+      links: function of (node, graph) that returns the axes that correspond, as a list of `Link`. `node.params` has the
+        primitive's parameters, `graph.shape(node.inputs[0])` the shape of its first operand. Entry i of a linked axis
+        of a result must depend on no other entry than i of the operand's axis. An axis without a link is needed whole.
+      adapt: function of (node, operands, sizes of the results) that returns the primitive's parameters for operands
+        that hold fewer entries; None if they do not depend on the sizes.
 
     Raises:
       UserError: the primitive has a rule of this package.

@@ -34,7 +34,7 @@ def _no_products(node: Node, graph: Graph, ins: Sequence[Indices], links: Sequen
         if not graph.varies[node.inputs[link.operand]]:
             out[link.out_axis] = ins[link.operand][link.axis]
     sizes = [held(index, n) for index, n in zip(out, shape, strict=True)]
-    return Step(tuple(_nothing(mine) for mine in ins), (tuple(out),), lambda operands: [jnp.zeros(sizes, dtype)])
+    return Step(tuple(_nothing(mine) for mine in ins), (tuple(out),), lambda _: [jnp.zeros(sizes, dtype)])
 
 
 def _common(one: Index, other: Index) -> Index:
@@ -85,9 +85,7 @@ class Dot(Rule):
 
         mine = list(ins)
         mine[k] = _replaced(ins[k], axis, real)
-        return _sum_with(
-            self.carry(node, graph, mine), Step((), (tuple(out),), emit), graph, node, k, axis, real, ins[k]
-        )
+        return _sum_with(self.carry(node, graph, mine), Step((), (tuple(out),), emit), graph, node, k, axis, ins[k])
 
     def _free(self, node: Node, graph: Graph, k: int) -> list[int]:
         contracted, batch = node.params["dimension_numbers"]
@@ -127,16 +125,16 @@ class Dot(Rule):
             if value is not None and value.size:
                 need = needs[k] or []
                 masks = [np.ones_like(m) if axis in contracted[k] else m for axis, m in enumerate(need)]
-                x = _restricted(facts_lib.squeezed(value) if all(m.all() for m in masks) else value, masks) != 0
-                others = tuple(axis for axis in range(x.ndim) if axis not in contracted[k])
-                x = x.any(others)
-                order = np.argsort(np.argsort(contracted[k]))
-                product &= x.transpose(order) if x.ndim else x
-        return [product.any(tuple(i for i in range(len(sizes)) if i != k)) for k in range(len(sizes))]
+                part = _restricted(facts_lib.squeezed(value) if all(m.all() for m in masks) else value, masks)
+                others = tuple(axis for axis in range(part.ndim) if axis not in contracted[k])
+                x = np.asarray((part != 0).any(others))
+                product &= x.transpose(np.argsort(np.argsort(contracted[k])))
+        return [np.asarray(product.any(tuple(i for i in range(len(sizes)) if i != k))) for k in range(len(sizes))]
 
     def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
         """Return the slices of the result that are sums of constants."""
-        graph, found = facts.graph, {}
+        graph = facts.graph
+        found: dict[int, Known] = {}
         contracted, _ = node.params["dimension_numbers"]
         dtype = graph.avals[node.outputs[0]].dtype
         for link in self.links(node, graph):
@@ -183,9 +181,7 @@ class Dot(Rule):
         return self.step(node, graph, targets, [outs])
 
 
-def _sum_with(
-    step: Step, constant: Step, graph: Graph, node: Node, k: int, axis: int, real: Index, whole: Indices
-) -> Step:
+def _sum_with(step: Step, constant: Step, graph: Graph, node: Node, k: int, axis: int, whole: Indices) -> Step:
     """Return the step of a product whose weights hold an entry that reads a constant 1.
 
     Args:
@@ -195,7 +191,6 @@ def _sum_with(
       node: the product.
       k: which operand the weights are.
       axis: their summed axis.
-      real: the other entries that they hold.
       whole: what the weights hold.
 
     Returns:
@@ -217,7 +212,6 @@ def _sum_with(
 
     targets = list(step.targets)
     targets[k] = whole
-    del real
     return Step(tuple(targets), (out,), emit)
 
 
@@ -421,7 +415,7 @@ class Conv(Rule):
             return facts_lib.bind(node, [jnp.ones(shape, operands[0].dtype), operands[0]], params)
 
         step = self.carry(node, graph, (ins[0], _replaced(ins[1], at.k_in, real)))
-        return _sum_with(step, Step((), (tuple(out),), emit), graph, node, 1, at.k_in, real, ins[1])
+        return _sum_with(step, Step((), (tuple(out),), emit), graph, node, 1, at.k_in, ins[1])
 
     def _is_flat(self, node: Node, graph: Graph, at: _Layout, x: Sequence[Index]) -> bool:
         """Return whether the result is the same everywhere because the input is, and there is no padding."""
@@ -440,7 +434,8 @@ class Conv(Rule):
         inner = listed(None if kernel[at.k_in] is UNIFORM else kernel[at.k_in], at.inputs)
         have = None if x[at.x_channel] is UNIFORM else x[at.x_channel]
         all_of = listed(have, at.groups * at.inputs)
-        whole = np.isin(np.arange(at.groups)[:, None] * at.inputs + inner, all_of).all(1)
+        rows = np.arange(at.groups)[:, None] * at.inputs + inner
+        whole = np.asarray(np.isin(rows, all_of).all(1))
         group_of = held_out // at.outputs
         _, first = np.unique(group_of, return_index=True)
         groups = group_of[np.sort(first)]
@@ -460,7 +455,7 @@ class Conv(Rule):
 
 def _pattern(kernel: np.ndarray, at: _Layout) -> np.ndarray:
     """Return which weights differ from zero at some place of the kernel: [I, G, O]."""
-    alive = (kernel != 0).any(at.k_spatial) if at.k_spatial else kernel != 0
+    alive: np.ndarray = np.asarray((kernel != 0).any(at.k_spatial))
     if at.k_in > at.k_out:
         alive = alive.T
     return alive.reshape(at.inputs, at.groups, at.outputs)

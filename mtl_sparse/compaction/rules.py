@@ -6,7 +6,6 @@ without a link is needed whole. A primitive without a rule has no links: it is a
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -333,20 +332,6 @@ class Reduce(Linked):
             for axis in node.params["axes"]:
                 needs[0][axis] = needs[0][axis] & ~facts.zeros(node.inputs[0], axis)
         return needs
-
-    def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
-        """Return the constant slices of the result; a sum of a constant is a multiple of it."""
-        found = super().known(node, facts)
-        if not self._total or not facts.graph.varies[node.inputs[0]]:
-            return found
-        shape, out = facts.graph.shape(node.inputs[0]), node.outputs[0]
-        times = math.prod(shape[axis] for axis in node.params["axes"])
-        for link in self.links(node, facts.graph):
-            known = facts.known[node.inputs[0]].get(link.axis)
-            if known is not None:
-                values = (known.values * times).astype(facts.graph.avals[out].dtype)
-                found[0][link.out_axis] = Known(known.mask, values)
-        return found
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the sum over the entries that the operand holds, which are all that are not zero."""

@@ -365,7 +365,8 @@ class Reshape(Rule):
 
     def known(self, node: Node, facts: Facts) -> list[dict[int, Known]]:
         """Return the constant slices of axes that stay or are merged, and the zeros of axes that are split."""
-        graph, found = facts.graph, {}
+        graph = facts.graph
+        found: dict[int, Known] = {}
         before, after = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
         for one, other in self._segments(node, graph):
             sizes = [before[axis] for axis in one]
@@ -387,9 +388,9 @@ class Reshape(Rule):
                 elif len(one) == 1:
                     zeros = known.zeros.reshape([after[i] for i in other])
                     for k, out_axis in enumerate(other):
-                        mask = zeros.all(tuple(i for i in range(len(other)) if i != k))
-                        if mask.any():
-                            found[out_axis] = Known(mask, np.zeros(len(mask), known.values.dtype))
+                        all_zero = np.asarray(zeros.all(tuple(i for i in range(len(other)) if i != k)))
+                        if all_zero.any():
+                            found[out_axis] = Known(all_zero, np.zeros(len(all_zero), known.values.dtype))
         return [found]
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
@@ -438,7 +439,7 @@ def _outer(masks: Sequence[np.ndarray]) -> np.ndarray:
 def _project(mask: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     """Return the masks of an axis's parts that contain its mask."""
     x = mask.reshape(sizes)
-    return [x.any(tuple(i for i in range(len(sizes)) if i != k)) for k in range(len(sizes))]
+    return [np.asarray(x.any(tuple(i for i in range(len(sizes)) if i != k))) for k in range(len(sizes))]
 
 
 def _rectangle(entries: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
