@@ -9,12 +9,13 @@ import numpy as np
 
 from mtl_sparse.compaction import graph as graph_lib
 from mtl_sparse.compaction import liveness, needs, planning, plans
-from mtl_sparse.compaction.carrying import carry
+from mtl_sparse.compaction.carrying import Carried, carry
 from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph
-from mtl_sparse.compaction.indices import restrict
+from mtl_sparse.compaction.indices import Index, Indices, restrict, tidy
 from mtl_sparse.compaction.plans import Plan
 from mtl_sparse.compaction.rewriting import Program
+from mtl_sparse.compaction.streams import Streams
 from mtl_sparse.runtime.errors import UserError
 
 Function = Callable[..., Any]
@@ -108,7 +109,8 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
 
     Args:
       fn: the function that the plan was made for, or another of the same parameters, such as the same model in training
-        mode. An output that has entries of removed channels, such as new BatchNorm statistics, loses them.
+        mode. An output that has entries of removed channels, such as new BatchNorm statistics, loses them, and has the
+        order of the compact parameters.
       plan: the plan.
       unroll: as when the plan was made.
 
@@ -149,7 +151,23 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
                 f"expected a function whose outputs need no more than the plan keeps, got one whose output "
                 f"{path or 'value'} needs removed channels; make the plan of this function",
             )
-    return Program(graph, carried)
+    return Program(graph, carried, _returned(graph, carried))
+
+
+def _returned(graph: Graph, carried: Carried) -> dict[int, Indices]:
+    """Return the entries of each output, in order, or in the order of the parameters that it has the entries of."""
+    streams = Streams(graph)
+    ordered = {streams.of((i, axis)) for i in graph.params for axis in range(len(graph.shape(i)))}
+    found = {}
+    for variable in graph.outputs:
+        index: list[Index] = []
+        for axis, (have, size) in enumerate(zip(carried.holds[variable], graph.shape(variable), strict=True)):
+            if not isinstance(have, np.ndarray):
+                index.append(None)
+            else:
+                index.append(have if streams.of((variable, axis)) in ordered else tidy(np.sort(have), size))
+        found[variable] = tuple(index)
+    return found
 
 
 def _check_size(graph: Graph, plan: Plan) -> None:
@@ -175,11 +193,7 @@ def _call(program: Program, params: Sequence[Any], inputs: Sequence[Any]) -> Any
     outputs = []
     for variable in graph.outputs:
         have, shape = program.carried.holds[variable], graph.shape(variable)
-        whole = tuple(
-            np.sort(index) if isinstance(index, np.ndarray) and len(index) < n else None
-            for index, n in zip(have, shape, strict=True)
-        )
-        outputs.append(restrict(jnp.asarray(env[variable]), have, whole, shape))
+        outputs.append(restrict(jnp.asarray(env[variable]), have, program.returns[variable], shape))
     return jax.tree_util.tree_unflatten(graph.output_tree, outputs)
 
 

@@ -74,7 +74,7 @@ def make(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray], op
         constant = constants.get(place, (None, None))[1]
         leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep), constant)
     products = tuple(_product(graph, facts, found, carried, reader) for reader in readers)
-    return Plan(leaves, products, _barriers(graph), _constant(graph, found))
+    return Plan(leaves, products, _barriers(graph), _constant(graph, carried))
 
 
 def _elsewhere(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray] | None) -> dict[Axis, np.ndarray]:
@@ -268,15 +268,14 @@ def _product(graph: Graph, facts: Facts, needs: Needs, carried: Carried, reader:
     return Product(paths.get(source, node.title), size, int(facts.zeros(weights, axis).sum()), kept, have, because)
 
 
-def _constant(graph: Graph, needs: Needs) -> tuple[str, ...]:
+def _constant(graph: Graph, carried: Carried) -> tuple[str, ...]:
     """Return the paths of the outputs that do not depend on the inputs any more."""
     reached = [False] * len(graph.avals)
     for variable in graph.inputs:
         reached[variable] = True
-    for node in graph.nodes:
-        for variable in node.inputs:
-            need = needs.of[variable]
-            if reached[variable] and need is not None and all(mask.any() for mask in need):
+    for node, step in zip(graph.nodes, carried.steps, strict=True):
+        for variable, target in zip(node.inputs, () if step is None else step.targets, strict=step is not None):
+            if reached[variable] and all(held(i, n) for i, n in zip(target, graph.shape(variable), strict=True)):
                 for out in node.outputs:
                     reached[out] = True
     return tuple(

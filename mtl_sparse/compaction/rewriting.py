@@ -22,12 +22,13 @@ class Program:
     Attributes:
       graph: the graph of the dense function.
       carried: its compact form.
+      returns: the entries of each output that are returned.
     """
 
-    def __init__(self, graph: Graph, carried: Carried, outputs: Sequence[int] | None = None) -> None:
-        """Create a program that computes the graph's outputs, or the given variables."""
-        self.graph, self.carried = graph, carried
-        self._alive = alive(graph, carried, graph.outputs if outputs is None else outputs)
+    def __init__(self, graph: Graph, carried: Carried, returns: dict[int, Indices] | None = None) -> None:
+        """Create a program that computes the graph's outputs."""
+        self.graph, self.carried, self.returns = graph, carried, returns or {}
+        self._alive = alive(graph, carried, graph.outputs)
         self._regions: dict[int, list[Region]] = {}  # by their start, the outermost first
         for region in reversed(graph.regions):
             if region.stop > region.start:
