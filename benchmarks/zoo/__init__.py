@@ -1,0 +1,4 @@
+"""Compaction of other packages' models: what is removed, and whether the outputs stay equal.
+
+Usage: python -m benchmarks.zoo --help
+"""
