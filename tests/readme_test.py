@@ -16,6 +16,7 @@ import mtl_sparse
 from configs import sweeps
 from input_pipeline import datasets, loader
 from mtl_sparse import tasks
+from mtl_sparse.compaction import primitives
 from mtl_sparse.jobs import cli, train
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import setup as setup_lib
@@ -33,11 +34,27 @@ def snippet(containing):
     return found
 
 
-def test_pruning_another_model(capsys):
-    exec(snippet("import TargetSparsity, proximal_adam"), {})
+def test_pruning_and_compacting_another_model(capsys):
+    exec(snippet("import TargetSparsity, proximal_adam"), names := {})
     percentage, groups = re.fullmatch(r"(\d+) % of (\d+) groups are zero\n", capsys.readouterr().out).groups()
     assert abs(int(percentage) - 70) <= 6, "each group is about one percent, and rounding moves some"
     assert int(groups) == 3 + 48 + 48
+    exec(snippet("compaction.compact(model.apply, params, images)"), names)
+    before, after = re.match(r"([\d,]+) parameters became ([\d,]+)", capsys.readouterr().out).groups()
+    assert int(after.replace(",", "")) < 0.6 * int(before.replace(",", ""))
+    assert float(names["difference"]) < 1e-5
+
+
+def test_the_snippets_of_the_compaction_page(capsys, monkeypatch):
+    monkeypatch.setattr(primitives, "RULES", dict(primitives.RULES))
+    page = (ROOT / "docs" / "compaction.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert "{'bias': (8,), 'kernel': (3, 3, 3, 8)}" in printed
+    (table,) = [block for block in re.findall(r"```text\n(.*?)```", page, re.S) if "became" in block]
+    assert table in printed
 
 
 def test_a_penalty_around_another_optimizer():
