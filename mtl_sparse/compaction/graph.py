@@ -219,10 +219,23 @@ class _Inliner:
         if name == "scan" and self._unroll:
             closed = jax.make_jaxpr(_unrolled(eqn))(*(jax.ShapeDtypeStruct(*_spec(v.aval)) for v in eqn.invars))
             return self.inline(closed.jaxpr, closed.consts, inputs, where)
+        params = dict(eqn.params)
+        if name == "reshape" and params["dimensions"] is not None:
+            inputs, params["dimensions"] = [self._transposed(inputs[0], params["dimensions"], where)], None
         outputs = [graph.add(var.aval) for var in eqn.outvars]
         call = as_function(eqn) if any(True for _ in core.jaxprs_in_params(eqn.params)) else None
-        graph.nodes.append(Node(eqn.primitive, dict(eqn.params), tuple(inputs), tuple(outputs), where, call))
+        graph.nodes.append(Node(eqn.primitive, params, tuple(inputs), tuple(outputs), where, call))
         return outputs
+
+
+    def _transposed(self, variable: int, permutation: Sequence[int], where: str) -> int:
+        """Add a transpose, which a reshape may begin with."""
+        graph = self._graph
+        aval = graph.avals[variable]
+        out = graph.add(jax.core.ShapedArray(tuple(aval.shape[axis] for axis in permutation), aval.dtype))
+        params = {"permutation": tuple(permutation)}
+        graph.nodes.append(Node(jax.lax.transpose_p, params, (variable,), (out,), where))
+        return out
 
 
 def as_function(eqn: Any) -> Callable[..., list[Any]]:

@@ -251,6 +251,18 @@ def test_a_registered_rule_is_used(monkeypatch):
         compaction.register_rule("dot_general", links)
 
 
+def test_a_reshape_that_transposes():
+    params = {"a": RNG.normal(size=(3, 6)), "b": RNG.normal(size=(6, 4, 2)) * (np.arange(6) % 2)[:, None, None]}
+
+    def fn(p, x):
+        return lax.reshape((x @ p["a"])[:, :, None] * jnp.ones(4), (len(x) * 4, 6), (0, 2, 1)) @ p["b"].reshape(6, 8)
+
+    x = RNG.normal(size=(5, 3)).astype(np.float32)
+    small_fn, small = compaction.compact(fn, params, x)
+    assert small["a"].shape == (3, 3)
+    assert_equal(fn, params, small_fn, small, x)
+
+
 def test_scan_is_unrolled_where_it_is_asked():
     kernels = RNG.normal(size=(3, 6, 6)) * (np.arange(6) % 2)[:, None]
     params = {
