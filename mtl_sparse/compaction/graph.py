@@ -59,6 +59,7 @@ class Region:
 
     Attributes:
       eqn: the call.
+      jaxpr: that it is an equation of.
       start: index of its first node.
       stop: index after its last node.
       inputs: variables of its operands.
@@ -66,6 +67,7 @@ class Region:
     """
 
     eqn: Any
+    jaxpr: Any
     start: int
     stop: int
     inputs: tuple[int, ...]
@@ -183,6 +185,7 @@ def trace_closed(closed: Any) -> Graph:
 class _Inliner:
     def __init__(self, graph: Graph, unroll: bool) -> None:
         self._graph, self._unroll, self._in_region = graph, unroll, False
+        self._jaxpr: Any = None
 
     def inline(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[int], where: str) -> list[int]:
         """Add the equations of a jaxpr and return the variables of its results."""
@@ -194,6 +197,7 @@ class _Inliner:
             return self._constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
+            self._jaxpr = jaxpr
             inputs = [read(atom) for atom in eqn.invars]
             stack = str(eqn.source_info.name_stack)
             outputs = self._add(eqn, inputs, "/".join(part for part in (where, stack) if part))
@@ -211,10 +215,10 @@ class _Inliner:
             body, consts = _body(eqn)
             if name in _CALLS or self._in_region:
                 return self.inline(body, consts, inputs, where)
-            start, self._in_region = len(graph.nodes), name not in _CHECKPOINTS
+            start, jaxpr, self._in_region = len(graph.nodes), self._jaxpr, name not in _CHECKPOINTS
             outputs = self.inline(body, consts, inputs, where)
             self._in_region = False
-            graph.regions.append(Region(eqn, start, len(graph.nodes), tuple(inputs), tuple(outputs)))
+            graph.regions.append(Region(eqn, jaxpr, start, len(graph.nodes), tuple(inputs), tuple(outputs)))
             return outputs
         if name == "scan" and self._unroll:
             closed = jax.make_jaxpr(_unrolled(eqn))(*(jax.ShapeDtypeStruct(*_spec(v.aval)) for v in eqn.invars))
@@ -223,10 +227,9 @@ class _Inliner:
         if name == "reshape" and params["dimensions"] is not None:
             inputs, params["dimensions"] = [self._transposed(inputs[0], params["dimensions"], where)], None
         outputs = [graph.add(var.aval) for var in eqn.outvars]
-        call = as_function(eqn) if any(True for _ in core.jaxprs_in_params(eqn.params)) else None
+        call = as_function(eqn, self._jaxpr) if any(True for _ in core.jaxprs_in_params(eqn.params)) else None
         graph.nodes.append(Node(eqn.primitive, params, tuple(inputs), tuple(outputs), where, call))
         return outputs
-
 
     def _transposed(self, variable: int, permutation: Sequence[int], where: str) -> int:
         """Add a transpose, which a reshape may begin with."""
@@ -238,11 +241,11 @@ class _Inliner:
         return out
 
 
-def as_function(eqn: Any) -> Callable[..., list[Any]]:
-    """Return an equation as a function of its operands."""
+def as_function(eqn: Any, jaxpr: Any) -> Callable[..., list[Any]]:
+    """Return an equation of a jaxpr as a function of its operands."""
     places = {var: k for k, var in enumerate(eqn.invars) if not isinstance(var, core.Literal)}
-    jaxpr = core.Jaxpr((), list(places), eqn.outvars, [eqn], eqn.effects)
-    run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+    alone = jaxpr.replace(constvars=[], invars=list(places), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
     return lambda *operands: list(run(*(operands[k] for k in places.values())))
 
 
@@ -262,16 +265,21 @@ def _body(eqn: Any) -> tuple[Any, Sequence[Any]]:
 
 def _unrolled(eqn: Any) -> Callable[..., Any]:
     """Return a `scan` as a function that repeats its body."""
-    params, body = eqn.params, core.jaxpr_as_fun(eqn.params["jaxpr"])
-    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
-    order = range(params["length"])
+    params, closed = eqn.params, eqn.params["jaxpr"]
+    body, order = core.jaxpr_as_fun(closed), range(params["length"])
+    # what is carried has the body's shapes; what is scanned has one axis more
+    carried = sum(
+        len(a.aval.shape) == len(b.aval.shape) for a, b in zip(eqn.outvars, closed.jaxpr.outvars, strict=True)
+    )
+    second = sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(eqn.invars, closed.jaxpr.invars, strict=True))
+    first = second - carried
 
     def run(*args: Any) -> list[Any]:
         carry, rows = list(args[first:second]), []
         for i in reversed(order) if params["reverse"] else order:
             out = body(*args[:first], *carry, *(jax.lax.index_in_dim(x, i, 0, keepdims=False) for x in args[second:]))
-            carry = list(out[: params["num_carry"]])
-            rows.append(out[params["num_carry"] :])
+            carry = list(out[:carried])
+            rows.append(out[carried:])
         if params["reverse"]:
             rows.reverse()
         return [*carry, *(jnp.stack(column) for column in zip(*rows, strict=True))]

@@ -148,7 +148,8 @@ class _Derivative:
             else:  # nothing is read of it
                 aval = program.graph.avals[variable]
                 operands.append(jnp.zeros(aval.shape, aval.dtype))
-        by_variable = dict(zip(region.outputs, graph_lib.as_function(region.eqn)(*operands), strict=True))
+        call = graph_lib.as_function(region.eqn, region.jaxpr)
+        by_variable = dict(zip(region.outputs, call(*operands), strict=True))
         return [by_variable[i] for i in self._outputs]
 
     def _holds(self, variables: Sequence[int]) -> list[Indices]:
