@@ -1,6 +1,7 @@
 """The models of jaxnn (flax.nnx)."""
 
 import functools
+import sys
 
 from benchmarks.zoo import torchvision_models
 from benchmarks.zoo.case import Case
@@ -21,6 +22,8 @@ def build(name):
     from flax import nnx
 
     options = {"img_size": 64} if "vit" in name else {}
+    # it checks its input's size by checkify, a side effect that JAX does not trace
+    sys.modules["jaxnn.layers.patch_embed"]._assert = lambda *_: None
     model = jaxnn.create_model(name, pretrained=False, num_classes=10, rngs=nnx.Rngs(0), **options)
     model.eval()
     graph, params, others = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)

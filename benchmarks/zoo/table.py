@@ -13,11 +13,12 @@ PATH = pathlib.Path(__file__).parents[2] / "docs" / "zoo.md"
 PACKAGES = "jax flax keras jax-resnet dm-haiku equinox equimo jaxnn torch torchvision torchax numpy".split()
 HEAD = """# Compaction on other packages' models
 
-`compaction.compact(fn, params, images)` on models of seven packages, without a line about any of them: {equal}.
+`compaction.compact(fn, params, images)` on models of seven packages, without a line of code about any of them:
+**{equal}**.
 
 - Weights are random: kernels normal with He's variance, or up to 4.5 times as large where the images would else not
-  matter, norms' scales uniform in 0.5 .. 1.5, biases and running means
-  normal with 0.1, running variances uniform in 0.5 .. 1.5. Inference mode, 10 classes, images of 32x32 to 128x128.
+  matter, norms' scales uniform in 0.5 .. 1.5, biases and running means normal with 0.1, running variances uniform in
+  0.5 .. 1.5. Inference mode, 10 classes, images of 32x32 to 128x128.
 - Patterns of zeros: each kernel loses a random 50 % or 70 % of its input channels, independently of the others;
   "layers": 50 %, and about 15 % of the kernels are wholly zero, fewer where the output would no longer depend on the
   image. Depthwise kernels, tables and kernels that read the image's channels are left as they are.
@@ -28,7 +29,8 @@ HEAD = """# Compaction on other packages' models
 - Seconds are those of `compact`, in float64, from weights as NumPy arrays.
 - Kept: the equations for which channels stay that the next weights do not read, with the number of such weights.
 
-{date}, {machine}, Python {python}, {versions}.
+{date}, {machine}, Python {python},
+{versions}.
 
 ```bash
 python3.11 -m venv /tmp/zoo && /tmp/zoo/bin/pip install -e '.[test]' {install}
@@ -151,8 +153,9 @@ def write(cases, paths):
         machine=machine(),
         python=platform.python_version(),
         versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
-        install=" ".join(f"{package}=={version(package)}" for package in PACKAGES[2:-1]),
+        install=" ".join(f"{package}=={version(package).split('+')[0]}" for package in PACKAGES[2:-1]),
     )
+    records.sort(key=lambda record: (record["package"], record["model"].lower()))
     lines = ["| " + " | ".join(row) + " |" for record in records for row in rows(record)]
     PATH.write_text(text + "\n".join(lines) + "\n")
     print(f"{PATH}: {equal}")

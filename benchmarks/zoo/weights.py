@@ -42,7 +42,8 @@ def input_axes(path, shape, layout):
         if re.search(r"(query|key|value)/kernel$", path):
             return (0,)
         return (0, 1) if path.endswith("out/kernel") else ((1,) if "scan" in path.lower() or "Mixer" in path else ())
-    axes = (1,) if layout == "oi" else (len(shape) - 2,)
+    transposed = last == "w" and "transpose" in path  # Haiku's transposed convolution has its inputs last
+    axes = (1,) if layout == "oi" else (len(shape) - (1 if transposed else 2),)
     channels = math.prod(shape[axis] for axis in axes)
     return () if channels in (1, 3) or len(shape) not in (2, 4) or "bias" in last else axes
 
