@@ -158,12 +158,24 @@ def embed(x: Any, have: Indices, want: Indices, shape: Sequence[int], *, total: 
         elif mine is UNIFORM and target is not UNIFORM:
             x = jnp.broadcast_to(x, (*x.shape[:axis], held(target, size), *x.shape[axis + 1 :]))
         elif mine is not UNIFORM and (mine is not None or target is not None):
-            wanted = listed(target, size)
-            table = np.full(size + 1, x.shape[axis])  # the place of a zero that is appended
+            table = np.full(size + 1, -1)
             table[listed(mine, size)] = np.arange(x.shape[axis])
-            if (table[wanted] == x.shape[axis]).any():
-                pads = [(0, 0, 0)] * x.ndim
-                pads[axis] = (0, 1, 0)
-                x = lax.pad(x, jnp.zeros((), x.dtype), pads)
-            x = take(x, table[wanted], axis)
+            x = _scattered(x, table[listed(target, size)], axis)
     return x
+
+
+def _scattered(x: Any, places: np.ndarray, axis: int) -> Any:
+    """Return the given places of an axis, with zeros where a place is -1: by slices where these are few."""
+    before, after = places[:-1], places[1:]
+    steps = ((before < 0) != (after < 0)) | ((after >= 0) & (after - before != 1))
+    parts = np.split(places, np.flatnonzero(steps) + 1) if len(places) else []
+    if len(parts) <= 2 * _MOST_SLICES:
+        pieces = [
+            lax.slice_in_dim(x, int(part[0]), int(part[-1]) + 1, 1, axis)
+            if part[0] >= 0
+            else jnp.zeros((*x.shape[:axis], len(part), *x.shape[axis + 1 :]), x.dtype)
+            for part in parts
+        ]
+        return lax.concatenate(pieces, axis) if len(pieces) > 1 else pieces[0] if pieces else take(x, places, axis)
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, int(i == axis), 0) for i in range(x.ndim)])
+    return take(padded, np.where(places < 0, x.shape[axis], places), axis)
