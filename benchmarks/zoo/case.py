@@ -1,6 +1,7 @@
 """A case of the zoo: a model of some package as a pure JAX function."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,3 +37,8 @@ class Case:
 def key() -> jax.Array:
     """Return the key that every model is initialized with; its weights are drawn anew afterwards."""
     return jax.random.PRNGKey(0)
+
+
+def load(module: str) -> Any:
+    """Return a module of a package that only the zoo needs; docs/zoo.md has the command that installs them all."""
+    return importlib.import_module(module)

@@ -5,7 +5,7 @@ import functools
 import jax
 
 from benchmarks.zoo import weights
-from benchmarks.zoo.case import Case, key
+from benchmarks.zoo.case import Case, key, load
 
 NAMES = """
     mobilenetv3_small convnext_t mobilenetv3_large attnet_xxs iformer_t iformer_s lowformer_backbone_b0
@@ -27,13 +27,12 @@ def is_shape(leaf):
 
 def build(name, size):
     """Return one of Equimo's models as a function of its arrays, one image at a time under vmap."""
-    import equimo.models
-    import equinox
+    models, equinox = load("equimo.models"), load("equinox")
 
     options = {"img_size": size} if "vit" in name else {}
     options |= {} if name.startswith(("eupe", "dinov")) else {"num_classes": 10}
     options |= OPTIONS.get(name, {})
-    create = functools.partial(getattr(equimo.models, name), in_channels=3, key=key(), **options)
+    create = functools.partial(getattr(models, name), in_channels=3, key=key(), **options)
     model = equinox.filter_eval_shape(create)
     if any(is_shape(leaf) and not weights.is_float(leaf) for leaf in jax.tree.leaves(model)):
         model = create()  # tables of indices, which must have values

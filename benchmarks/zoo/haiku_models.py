@@ -5,13 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.zoo.case import Case, key
+from benchmarks.zoo.case import Case, key, load
 
 
 def build(net, shape):
     """Return a Haiku net as `fn((params, state), images)`, and the shapes of params and state."""
-    import haiku as hk
-
+    hk = load("haiku")
     # state has its shapes from training mode only
     transformed = hk.transform_with_state(lambda images, is_training: net(hk)(images, is_training))
     init = functools.partial(transformed.init, is_training=True)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.zoo.case import Case, key
+from benchmarks.zoo.case import Case, key, load
 
 NAMES = "ResNet18 ResNeSt50 ResNeXt50 ResNetD18 ResNet50 ResNeSt50Fast ResNetD50 WideResNet50".split()
 BIG = "ResNet34 ResNet101".split()
@@ -13,9 +13,7 @@ BIG = "ResNet34 ResNet101".split()
 
 def build(name):
     """Return one of jax-resnet's models as a function of its variables."""
-    import jax_resnet
-
-    model = getattr(jax_resnet, name)(n_classes=10)
+    model = getattr(load("jax_resnet"), name)(n_classes=10)
     variables = jax.eval_shape(model.init, key(), jnp.zeros((1, 64, 64, 3)))
     return functools.partial(model.apply, mutable=False), variables
 

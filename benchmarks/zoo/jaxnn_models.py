@@ -4,7 +4,7 @@ import functools
 import sys
 
 from benchmarks.zoo import torchvision_models
-from benchmarks.zoo.case import Case
+from benchmarks.zoo.case import Case, load
 
 NAMES = """
     resnet10t resnetblur18 resnet50_gn seresnext26d_32x4d ecaresnet26t vit_tiny_patch16_224 resnetaa34d seresnet18
@@ -18,7 +18,7 @@ BIG = """
 def build(name):
     """Return one of jaxnn's models as a function of its state."""
     torchvision_models.prepare()
-    import jaxnn
+    jaxnn = load("jaxnn")
     from flax import nnx
 
     options = {"img_size": 64} if "vit" in name else {}

@@ -3,7 +3,7 @@
 import functools
 import os
 
-from benchmarks.zoo.case import Case
+from benchmarks.zoo.case import Case, load
 
 SMALLEST = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 NAMES = """
@@ -21,8 +21,7 @@ BIG = """
 def build(name, size):
     """Return one of keras.applications as `fn((trainable, other), images)`."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    import keras
-
+    keras = load("keras")
     model = getattr(keras.applications, name)(
         weights=None, classes=10, classifier_activation=None, input_shape=(size, size, 3)
     )

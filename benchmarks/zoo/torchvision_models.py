@@ -2,7 +2,7 @@
 
 import functools
 
-from benchmarks.zoo.case import Case
+from benchmarks.zoo.case import Case, load
 
 SIZES = {"inception_v3": 75, "MaxVit": 128}
 NAMES = """
@@ -56,8 +56,7 @@ def import_torchax():
 
     packet.__getattr__ = lenient
     try:
-        import torchax
-
+        torchax = load("torchax")
         torchax.default_env()
     finally:
         packet.__getattr__ = original
@@ -68,8 +67,7 @@ def build(name, size):
     """Return one of torchvision's models as a function of its state."""
     prepare()
     torchax = import_torchax()
-    import torchvision
-
+    torchvision = load("torchvision")
     module, _, function = name.rpartition(".")
     models = getattr(torchvision.models, module) if module else torchvision.models
     options = {"weights": None, "num_classes": 10}
