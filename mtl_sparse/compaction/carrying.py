@@ -1,16 +1,17 @@
 """The forward pass: which entries each variable of the compact function holds, and its equations."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from mtl_sparse.compaction.graph import Graph
-from mtl_sparse.compaction.indices import Indices, Missing, held, lacks
-from mtl_sparse.compaction.primitives import rule_of
+from mtl_sparse.compaction.indices import Indices, Missing, held, lacks, without_constant
+from mtl_sparse.compaction.primitives import MOVES, PRODUCTS, rule_of
 from mtl_sparse.compaction.rules import Step
 
-OnMissing = Callable[[int, Missing], None]  # (index of the node, what is missing)
+# (index of the node that can't be computed, index of the node that lacks entries, what it lacks)
+OnMissing = Callable[[int, int, Missing], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Carried:
 
     Attributes:
       holds: for each variable, the entries that it holds.
-      steps: for each node of the graph, its step; None for one that can't be computed, because nothing needs it.
+      steps: for each node of the graph, its step; None for one that can't be computed.
+      failed: the variables that can't be computed.
     """
 
     holds: list[Indices]
     steps: list[Step | None]
+    failed: frozenset[int]
 
     def is_empty(self, variable: int) -> bool:
         """Return whether a variable holds nothing."""
@@ -39,7 +42,7 @@ def carry(
       graph: the graph.
       params: what each leaf of the parameters holds.
       inputs: what each leaf of the inputs holds.
-      missing: called for each equation whose operands lack entries; its results then hold nothing.
+      missing: called for each equation that can't be computed, because it or one before it lacks entries.
 
     Returns:
       The compact function.
@@ -48,23 +51,52 @@ def carry(
     for variable, index in zip((*graph.params, *graph.inputs), (*params, *inputs), strict=True):
         holds[variable] = index
     steps: list[Step | None] = []
+    failed: dict[int, tuple[int, Missing]] = {}  # variable -> why it can't be computed
     for place, node in enumerate(graph.nodes):
-        ins = [holds[i] for i in node.inputs]
+        step, why = None, None
         try:
-            step: Step | None = rule_of(node.name).carry(node, graph, ins)
-            _check(graph, node.inputs, ins, step)
+            step, why = _step(graph, place, holds, failed)
         except Missing as error:
-            step = None
+            why = place, error
+        if step is None and why is not None:
+            failed.update(dict.fromkeys(node.outputs, why))
             if missing is not None:
-                missing(place, error)
+                missing(place, *why)
         for j, variable in enumerate(node.outputs):
             holds[variable] = tuple(np.arange(0) for _ in graph.shape(variable)) if step is None else step.outputs[j]
         steps.append(step)
-    return Carried(holds, steps)
+    return Carried(holds, steps, frozenset(failed))
 
 
-def _check(graph: Graph, variables: Sequence[int], ins: Sequence[Indices], step: Step | None) -> None:
-    assert step is not None
+def _step(
+    graph: Graph, place: int, holds: Sequence[Indices], failed: Mapping[int, tuple[int, Missing]]
+) -> tuple[Step | None, tuple[int, Missing] | None]:
+    """Return (the step of a node, None), or (None, why an operand that it reads can't be computed)."""
+    node = graph.nodes[place]
+    ins = [(None,) * len(graph.shape(i)) if i in failed else holds[i] for i in node.inputs]
+    _check_constants(graph, place, ins)
+    step = rule_of(node.name).carry(node, graph, ins)
+    for variable, target in zip(node.inputs, step.targets, strict=True):
+        if variable in failed and all(held(i, n) for i, n in zip(target, graph.shape(variable), strict=True)):
+            return None, failed[variable]
+    _check(graph, node.inputs, ins, step)
+    return step, None
+
+
+def _check_constants(graph: Graph, place: int, ins: Sequence[Indices]) -> None:
+    """Check that entries which read a constant 1 are only moved, cast, and read by products."""
+    node = graph.nodes[place]
+    for k, (variable, index) in enumerate(zip(node.inputs, ins, strict=True)):
+        for axis, (entries, size) in enumerate(zip(index, graph.shape(variable), strict=True)):
+            if not without_constant(entries, size)[1] or node.name in PRODUCTS:
+                continue
+            links = [link for link in rule_of(node.name).links(node, graph) if (link.operand, link.axis) == (k, axis)]
+            if node.name not in MOVES or not links or links[0].to is not None:
+                raise Missing(k, axis, np.ones(size, bool))
+
+
+def _check(graph: Graph, variables: Sequence[int], ins: Sequence[Indices], step: Step) -> None:
+    """Check that the operands of a step hold what it takes."""
     for k, (variable, have, want) in enumerate(zip(variables, ins, step.targets, strict=True)):
         for axis, size in enumerate(graph.shape(variable)):
             mask = lacks(have[axis], want[axis], size)

@@ -47,7 +47,7 @@ class Facts:
       folded: sums whose result one of its operands can hold, because it is constant: the result -> the other operand.
     """
 
-    def __init__(self, graph: Graph, values: Sequence[np.ndarray] | None) -> None:
+    def __init__(self, graph: Graph, values: Sequence[np.ndarray | None] | None) -> None:
         """Create facts.
 
         Args:
@@ -168,7 +168,6 @@ _SHAPED: dict[str, Callable[..., Any]] = {
     "reshape": lambda x, new_sizes, **_: x.reshape(new_sizes),
     "transpose": lambda x, permutation: x.transpose(permutation),
     "squeeze": lambda x, dimensions: x.squeeze(tuple(dimensions)),
-    "convert_element_type": lambda x, new_dtype, **_: squeezed(x).astype(new_dtype),
     "reduce_sum": _reduce(np.sum),
     "reduce_max": _reduce(np.max),
     "copy": lambda x: x,
@@ -192,6 +191,11 @@ def evaluate(node: Node, operands: Sequence[Any], outputs: Sequence[Any]) -> lis
             found = _POINTWISE[node.name](*(squeezed(np.asarray(x)) for x in operands))
             if found is not None:
                 return [np.broadcast_to(found.astype(outputs[0].dtype), outputs[0].shape)]
+        real = np.issubdtype(np.asarray(operands[0]).dtype, np.floating) and np.issubdtype(
+            outputs[0].dtype, np.floating
+        )
+        if node.name == "convert_element_type" and real:
+            return [np.broadcast_to(squeezed(operands[0]).astype(outputs[0].dtype), outputs[0].shape)]
         if node.name in _SHAPED:
             found = _SHAPED[node.name](operands[0], **node.params)
             return [np.broadcast_to(found.astype(outputs[0].dtype), outputs[0].shape)]

@@ -12,10 +12,10 @@ from mtl_sparse.compaction import liveness, needs, planning, plans
 from mtl_sparse.compaction.carrying import Carried, carry
 from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph
-from mtl_sparse.compaction.indices import Index, Indices, restrict, tidy
+from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, listed, restrict, tidy
 from mtl_sparse.compaction.plans import Plan
 from mtl_sparse.compaction.rewriting import Program
-from mtl_sparse.compaction.streams import Streams
+from mtl_sparse.compaction.streams import Axis, Streams
 from mtl_sparse.runtime.errors import UserError
 
 Function = Callable[..., Any]
@@ -92,7 +92,7 @@ def plan(
         )
     graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
     _check_outputs(graph)
-    values = [np.asarray(jax.device_get(x)) for x in leaves]
+    values = [np.asarray(jax.device_get(x)) if _is_numeric(x) else None for x in leaves]
     others = [graph_lib.trace(fn, params, more, unroll=unroll) for more in also]
     found = planning.make(graph, others, values, planning.Options(costs or liveness.Costs(), multiple))
     if len(found.constant) == len(graph.outputs):
@@ -102,6 +102,10 @@ def plan(
             "constant; prune less",
         )
     return found
+
+
+def _is_numeric(x: Any) -> bool:
+    return isinstance(getattr(x, "dtype", np.dtype(float)), np.dtype)  # not so a random key
 
 
 def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
@@ -124,19 +128,15 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
         paths = [graph_lib.path_of(path) for path, _ in leaves]
         plans.check_fits(plan, paths, [np.shape(x) for _, x in leaves])
-        dense = [jax.ShapeDtypeStruct(plan.leaves[p].shape, _dtype(x)) for p, (_, x) in zip(paths, leaves, strict=True)]
+        dense = [graph_lib.spec(x, plan.leaves[p].shape) for p, (_, x) in zip(paths, leaves, strict=True)]
         abstract = graph_lib.abstract(tuple(inputs))
         flat, input_tree = jax.tree_util.tree_flatten(abstract)
-        key = (treedef, input_tree, *((x.shape, x.dtype) for x in (*dense, *flat)))
+        key = (treedef, input_tree, *((x.shape, x.dtype, x.weak_type) for x in (*dense, *flat)))
         if key not in programs:
             programs[key] = _program(fn, plan, jax.tree_util.tree_unflatten(treedef, dense), abstract, unroll)
         return _call(programs[key], [x for _, x in leaves], jax.tree_util.tree_leaves(inputs))
 
     return small_fn
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
 
 
 def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unroll: bool) -> Program:
@@ -145,7 +145,7 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
     holds = [plan.leaves[path].holds for path in graph.paths]
     carried = carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
     for path, variable in zip(graph.output_paths, graph.outputs, strict=True):
-        if carried.is_empty(variable) and 0 not in graph.shape(variable):
+        if variable in carried.failed or (carried.is_empty(variable) and 0 not in graph.shape(variable)):
             raise UserError(
                 "PLAN_DIFFERS",
                 f"expected a function whose outputs need no more than the plan keeps, got one whose output "
@@ -157,15 +157,20 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
 def _returned(graph: Graph, carried: Carried) -> dict[int, Indices]:
     """Return the entries of each output, in order, or in the order of the parameters that it has the entries of."""
     streams = Streams(graph)
-    ordered = {streams.of((i, axis)) for i in graph.params for axis in range(len(graph.shape(i)))}
+    orders: dict[Axis, list[Index]] = {}
+    for variable in graph.params:
+        for axis, kept in enumerate(carried.holds[variable]):
+            orders.setdefault(streams.of((variable, axis)), []).append(kept)
     found = {}
     for variable in graph.outputs:
         index: list[Index] = []
         for axis, (have, size) in enumerate(zip(carried.holds[variable], graph.shape(variable), strict=True)):
-            if not isinstance(have, np.ndarray):
-                index.append(None)
-            else:
-                index.append(have if streams.of((variable, axis)) in ordered else tidy(np.sort(have), size))
+            wanted = tidy(np.sort(listed(None if have is UNIFORM else have, size)), size)
+            for kept in orders.get(streams.of((variable, axis)), ()):
+                if isinstance(kept, np.ndarray) and np.array_equal(np.sort(kept), listed(wanted, size)):
+                    wanted = kept
+                    break
+            index.append(wanted)
         found[variable] = tuple(index)
     return found
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.extend.core import primitives
 
 from mtl_sparse.runtime.errors import UserError
 
@@ -73,6 +74,11 @@ class Region:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
+    @property
+    def is_custom(self) -> bool:
+        """Return whether it has derivatives of its own."""
+        return self.eqn.primitive.name not in _CHECKPOINTS
+
 
 @dataclasses.dataclass(eq=False)
 class Graph:
@@ -90,6 +96,7 @@ class Graph:
       output_paths: path of each leaf of the outputs.
       output_tree: tree of the outputs.
       varies: for each variable, whether it depends on the inputs.
+      replaced: variables that hold the sum which they are an operand of, because the other operand is constant.
     """
 
     avals: list[Any] = dataclasses.field(default_factory=list)
@@ -103,6 +110,7 @@ class Graph:
     output_paths: tuple[str, ...] = ()
     output_tree: Any = None
     varies: list[bool] = dataclasses.field(default_factory=list)
+    replaced: set[int] = dataclasses.field(default_factory=set)
 
     def shape(self, variable: int) -> tuple[int, ...]:
         """Return the shape of a variable."""
@@ -121,13 +129,17 @@ def path_of(path: Any) -> str:
 
 def abstract(tree: Any) -> Any:
     """Return the tree with each array replaced by its shape and dtype."""
+    return jax.tree.map(spec, tree)
 
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
-            x = np.asarray(x)
-        return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
 
-    return jax.tree.map(leaf, tree)
+def spec(x: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+    """Return the shape, or another shape, and the dtype of an array."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        aval: Any = x
+    else:
+        aval = jax.typeof(x)
+    dtype = jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(aval.shape if shape is None else shape, dtype, weak_type=aval.weak_type)
 
 
 def trace(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], *, unroll: bool = False) -> Graph:
@@ -154,6 +166,7 @@ def trace(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], *, unroll:
             f"expected a function without side effects, got one with {effects}; remove its callbacks and debug prints",
         )
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    _check_paths([path_of(path) for path, _ in leaves])
     out_leaves, out_tree = jax.tree_util.tree_flatten_with_path(out)
     graph = Graph(
         paths=tuple(path_of(path) for path, _ in leaves),
@@ -168,6 +181,15 @@ def trace(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], *, unroll:
     _drop_dead(graph)
     _mark_varying(graph)
     return graph
+
+
+def _check_paths(paths: Sequence[str]) -> None:
+    double = sorted(path for path in set(paths) if paths.count(path) > 1)
+    if double:
+        raise UserError(
+            "PATHS_CLASH",
+            f"expected parameters with one path each, got {double[0]!r} twice; rename a key that has a slash in it",
+        )
 
 
 def trace_closed(closed: Any) -> Graph:
@@ -217,6 +239,8 @@ class _Inliner:
                 return self.inline(body, consts, inputs, where)
             start, jaxpr, self._in_region = len(graph.nodes), self._jaxpr, name not in _CHECKPOINTS
             outputs = self.inline(body, consts, inputs, where)
+            if self._in_region:
+                outputs = [self._own(i, start, where) for i in outputs]
             self._in_region = False
             graph.regions.append(Region(eqn, jaxpr, start, len(graph.nodes), tuple(inputs), tuple(outputs)))
             return outputs
@@ -230,6 +254,15 @@ class _Inliner:
         call = as_function(eqn, self._jaxpr) if any(True for _ in core.jaxprs_in_params(eqn.params)) else None
         graph.nodes.append(Node(eqn.primitive, params, tuple(inputs), tuple(outputs), where, call))
         return outputs
+
+    def _own(self, variable: int, start: int, where: str) -> int:
+        """Return a variable that a node after `start` makes, a copy if it is an operand or a constant."""
+        graph = self._graph
+        if any(variable in node.outputs for node in graph.nodes[start:]):
+            return variable
+        out = graph.add(graph.avals[variable])
+        graph.nodes.append(Node(primitives.copy_p, {}, (variable,), (out,), where))
+        return out
 
     def _transposed(self, variable: int, permutation: Sequence[int], where: str) -> int:
         """Add a transpose, which a reshape may begin with."""
@@ -331,9 +364,10 @@ def _find_permutations(graph: Graph) -> None:
     The first two equations remain for other readers; without one they are not evaluated.
     """
     made_by = {variable: node for node in graph.nodes for variable in node.outputs}
-    region_of = {
-        graph.nodes[place]: region.start for region in graph.regions for place in range(region.start, region.stop)
-    }
+    regions_of: dict[Node, list[Region]] = {}
+    for region in graph.regions:
+        for node in graph.nodes[region.start : region.stop]:
+            regions_of.setdefault(node, []).append(region)
     for place, last in enumerate(graph.nodes):
         if last.name != "reshape":
             continue
@@ -341,7 +375,7 @@ def _find_permutations(graph: Graph) -> None:
         first = made_by.get(middle.inputs[0]) if middle is not None and middle.name == "transpose" else None
         if first is None or middle is None or first.name != "reshape":
             continue
-        if region_of.get(first) != region_of.get(last):
+        if regions_of.get(first) != regions_of.get(last):
             continue
         shape = graph.shape(first.inputs[0])
         if graph.shape(last.outputs[0]) != shape:

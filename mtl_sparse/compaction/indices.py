@@ -94,8 +94,11 @@ def positions(have: Index, want: np.ndarray, size: int) -> np.ndarray:
 
 def lacks(have: Index, want: Index, size: int) -> np.ndarray | None:
     """Return the entries `want` as a mask if an array that holds `have` lacks some of them, else None."""
-    if have is None or have is UNIFORM or want is UNIFORM or have is want:
+    if want is UNIFORM or have is want:
         return None
+    if have is None or have is UNIFORM:
+        constant = isinstance(want, np.ndarray) and (want == size).any()
+        return np.ones(size, bool) if constant else None
     mask, wanted = np.zeros(size + 1, bool), np.zeros(size + 1, bool)
     mask[np.asarray(have)] = True
     wanted[listed(want, size)] = True

@@ -39,7 +39,7 @@ def find(facts: Facts, extra: Extra | None = None) -> Needs:
 
     Args:
       facts: of the graph.
-      extra: entries that are needed in addition, where anything of the variable is needed.
+      extra: entries that are needed in addition; all entries of the other axes where nothing else needs the variable.
 
     Returns:
       The needs of each variable.
@@ -52,9 +52,10 @@ def find(facts: Facts, extra: Extra | None = None) -> Needs:
         by_variable.setdefault(variable, []).append((axis, mask))
 
     def settle(variable: int) -> Need:
-        need = of[variable]
-        if need is not None:
-            for axis, mask in by_variable.get(variable, ()):
+        need, more = of[variable], by_variable.get(variable, [])
+        if more:
+            need = of[variable] = need or [np.ones(n, bool) for n in graph.shape(variable)]
+            for axis, mask in more:
                 need[axis] = need[axis] | mask
         return need
 

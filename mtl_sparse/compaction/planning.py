@@ -18,6 +18,8 @@ from mtl_sparse.compaction.plans import Leaf, Plan, Product
 from mtl_sparse.compaction.primitives import RULES
 from mtl_sparse.compaction.streams import Axis, Reader, Streams, find_readers
 
+Values = Sequence[np.ndarray | None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -32,13 +34,13 @@ class Options:
     multiple: int = 1
 
 
-def make(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray], options: Options) -> Plan:
+def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options) -> Plan:
     """Make a plan.
 
     Args:
       graph: the function.
       others: the function at other sizes of its inputs, for which the plan must serve as well.
-      values: the leaves of its parameters.
+      values: the leaves of its parameters; None for one that has no numbers.
       options: options of the plan.
 
     Returns:
@@ -60,7 +62,7 @@ def make(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray], op
         if carried is not None and not folds.drop_failed(carried):
             break
     holds = _gathers(graph, streams, readers, found, holds, carried, options)
-    constants = folds.constants(found, holds)
+    constants = folds.constants(found, holds, carried)
     for place, (axis, _) in constants.items():
         if axis is not None:
             size = graph.shape(graph.params[place])[axis]
@@ -77,7 +79,7 @@ def make(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray], op
     return Plan(leaves, products, _barriers(graph), _constant(graph, carried))
 
 
-def _elsewhere(graph: Graph, others: Sequence[Graph], values: Sequence[np.ndarray] | None) -> dict[Axis, np.ndarray]:
+def _elsewhere(graph: Graph, others: Sequence[Graph], values: Values | None) -> dict[Axis, np.ndarray]:
     """Return the entries of the parameters of a graph that other graphs of the function need."""
     found: dict[Axis, np.ndarray] = {}
     for other in others:
@@ -172,12 +174,11 @@ def _carry(graph: Graph, needs: Needs, holds: Sequence[Indices], extra: dict[Axi
     """Carry the entries forward; None if an equation lacks some, which are then added to `extra`."""
     lacking = False
 
-    def missing(place: int, error: Missing) -> None:
+    def missing(place: int, origin: int, error: Missing) -> None:
         nonlocal lacking
-        node = graph.nodes[place]
-        outs = (needs.of[i] for i in node.outputs)
+        outs = (needs.of[i] for i in graph.nodes[place].outputs)
         if any(out is not None and all(mask.any() for mask in out) for out in outs):
-            axis = (node.inputs[error.operand], error.axis)
+            axis = (graph.nodes[origin].inputs[error.operand], error.axis)
             extra[axis] = error.mask | extra.get(axis, False)
             lacking = True
 

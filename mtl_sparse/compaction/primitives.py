@@ -18,8 +18,15 @@ _ELEMENTWISE = """
     imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or
     polygamma population_count pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor complex sharding_constraint
-    layout_constraint name pvary device_put
+    layout_constraint name
 """.split()
+
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+# primitives of one operand that move or cast its entries
+MOVES = frozenset(
+    {"broadcast_in_dim", "convert_element_type", "copy", "device_put", "reshape", "slice", "squeeze", "transpose"}
+)
 
 
 def _moved(node: Node, graph: Graph) -> list[Link]:
@@ -174,6 +181,8 @@ RULES: dict[str, Rule] = {name: Elementwise() for name in _ELEMENTWISE} | {
     "conv_general_dilated": Conv(),
     "broadcast_in_dim": Broadcast(),
     "reshape": Reshape(),
+    "device_put": Linked(_side_by_side, keeps="values", any_order=True),
+    "pvary": Linked(_side_by_side, keeps="values", any_order=True),
     "optimization_barrier": Linked(_side_by_side, keeps="values", any_order=True),
     "stack": Linked(_stacked, keeps="values", any_order=True),
     "tile": Tile(),

@@ -204,6 +204,7 @@ def _sum_with(step: Step, constant: Step, graph: Graph, node: Node, k: int, axis
     def emit(operands: list[Any]) -> list[Any]:
         last = restrict(operands[k], whole, _replaced(whole, axis, np.array([weights_shape[axis]])), weights_shape)
         y = restrict(constant.emit([last])[0], constant.outputs[0], out, shape)
+        y = y.astype(graph.avals[node.outputs[0]].dtype)
         if empty:
             return [y]
         mine = list(operands)
@@ -244,10 +245,13 @@ def sum_of_constants(weights: np.ndarray, known: Known, even: np.ndarray) -> Kno
     """
     usable = known.mask if even[0] else known.zeros
     mask = ~(weights[~usable] != 0).any(0)
+    terms = ((usable & (known.values != 0))[:, None] & (weights != 0)).any(0)
     if not mask.any():
         return None
-    values = np.where(usable, known.values.astype(np.float64), 0) @ np.where(mask, weights, 0).astype(np.float64)
-    return Known(mask, values)
+    wide = np.result_type(known.values, weights, np.float64)
+    values = np.where(usable, known.values.astype(wide), 0) @ np.where(mask, weights, 0).astype(wide)
+    mask &= (values != 0) | ~terms  # a sum that is zero by cancellation is not zero where some of its terms are removed
+    return Known(mask, values) if mask.any() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,11 +439,17 @@ class Conv(Rule):
         have = None if x[at.x_channel] is UNIFORM else x[at.x_channel]
         all_of = listed(have, at.groups * at.inputs)
         rows = np.arange(at.groups)[:, None] * at.inputs + inner
-        whole = np.asarray(np.isin(rows, all_of).all(1))
+        holds = np.isin(rows, all_of)
         group_of = held_out // at.outputs
         _, first = np.unique(group_of, return_index=True)
         groups = group_of[np.sort(first)]
-        groups = groups[whole[groups]]
+        groups = groups[holds[groups].any(1)]
+        some = holds[groups].any(0)
+        if not holds[groups][:, some].all():
+            wanted = np.zeros(at.groups * at.inputs, bool)
+            wanted[rows[groups][:, some]] = True
+            raise Missing(0, at.x_channel, wanted)
+        inner = inner[some]
         held_out = held_out[np.isin(group_of, groups)]
         _, first = np.unique(held_out % at.outputs, return_index=True)
         outputs = (held_out % at.outputs)[np.sort(first)] if len(held_out) else np.arange(0)

@@ -77,13 +77,10 @@ class Program:
 
     def _operand(self, env: Env, variable: int, target: Indices) -> Any:
         shape = self.graph.shape(variable)
-        if variable in env:
-            have = self.carried.holds[variable]
-            if any(isinstance(i, np.ndarray) and not len(i) for i in target):
-                return env[variable]  # nothing is read of it
-            return restrict(env[variable], have, target, shape)
         sizes = [held(index, n) for index, n in zip(target, shape, strict=True)]
-        return jnp.zeros(sizes, self.graph.avals[variable].dtype)  # nothing is read of it
+        if 0 in sizes:  # nothing is read of it
+            return jnp.zeros(sizes, self.graph.avals[variable].dtype)
+        return restrict(env[variable], self.carried.holds[variable], target, shape)
 
     def _run_region(self, region: Region, env: Env) -> None:
         inside = self._alive[region.start : region.stop]
@@ -155,9 +152,12 @@ class _Derivative:
     def _holds(self, variables: Sequence[int]) -> list[Indices]:
         return [self._program.carried.holds[i] for i in variables]
 
+    def _is_inexact(self, variable: int) -> bool:
+        return bool(jnp.issubdtype(self._program.graph.avals[variable].dtype, jnp.inexact))
+
     def _split(self) -> tuple[list[int], list[int]]:
         """Return the places of the inputs that have derivatives, and of the others."""
-        inexact = [jnp.issubdtype(self._program.graph.avals[i].dtype, jnp.inexact) for i in self._inputs]
+        inexact = [self._is_inexact(i) for i in self._inputs]
         places = range(len(self._inputs))
         return [k for k in places if inexact[k]], [k for k in places if not inexact[k]]
 
@@ -206,11 +206,10 @@ class _Derivative:
     def vjp(self, primals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
         """Return the cotangents of the inputs."""
         smooth, other = self._split()
-        variables = [self._inputs[k] for k in (*smooth, *other)] + self._outputs
-        scaled = [
-            ct / _repeats(index, self._program.graph.shape(i))
-            for ct, i, index in zip(cotangents, self._outputs, self._holds(self._outputs), strict=True)
-        ]
+        outputs = [k for k, i in enumerate(self._outputs) if self._is_inexact(i)]
+        variables = [self._inputs[k] for k in (*smooth, *other)] + [self._outputs[k] for k in outputs]
+        holds_out = self._holds(self._outputs)
+        scaled = [cotangents[k] / _repeats(holds_out[k], self._program.graph.shape(self._outputs[k])) for k in outputs]
         arrays = [primals[k] for k in (*smooth, *other)] + scaled
 
         def dense(*args: Any) -> list[Any]:
@@ -218,7 +217,8 @@ class _Derivative:
 
             def call(*xs: Any) -> list[Any]:
                 every = dict(zip((*smooth, *other), (*xs, *fixed), strict=True))
-                return self._dense([every[k] for k in range(len(primals))])
+                found = self._dense([every[k] for k in range(len(primals))])
+                return [found[k] for k in outputs]
 
             return list(jax.vjp(call, *args[: len(smooth)])[1](list(args[len(primals) :])))
 

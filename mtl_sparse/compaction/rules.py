@@ -111,6 +111,8 @@ class Rule:
             by_axis.setdefault((link.output, link.out_axis), []).append(link)
         for (j, axis), links in by_axis.items():
             out = node.outputs[j]
+            if not isinstance(graph.avals[out].dtype, np.dtype):
+                continue
             known = self._along(node, facts, links, Known.nothing(graph.shape(out)[axis], graph.avals[out].dtype))
             if known is not None and known.mask.any():
                 found[j][axis] = known
@@ -197,8 +199,9 @@ class Elementwise(Rule):
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
         """Return the equation for the entries that all operands hold."""
-        if node.name == "add" and (alone := _alone(ins)) is not None:
-            return self._second(node, graph, ins, alone)
+        replaced = [k for k, i in enumerate(node.inputs) if i in graph.replaced]
+        if node.name == "add" and replaced and _is_empty(ins[1 - replaced[0]]):
+            return self._second(node, graph, ins, replaced[0])
         shape = graph.shape(node.outputs[0])
         index: list[Index] = [UNIFORM if any(graph.shape(i) for i in node.inputs) else None] * len(shape)
         repeated = [[n != size for n, size in zip(graph.shape(i), shape, strict=False)] for i in node.inputs]
@@ -248,10 +251,8 @@ class Elementwise(Rule):
         return [found]
 
 
-def _alone(ins: Sequence[Indices]) -> int | None:
-    """Return the operand of a sum that holds something, if the other holds nothing: it was folded into this one."""
-    empty = [any(isinstance(index, np.ndarray) and not len(index) for index in mine) for mine in ins]
-    return empty.index(False) if sum(empty) == 1 and len(ins) == 2 and all(ins) else None
+def _is_empty(index: Indices) -> bool:
+    return any(isinstance(axis, np.ndarray) and not len(axis) for axis in index)
 
 
 def _all_constant(node: Node, facts: Facts, axis: int) -> Known | None:

@@ -106,23 +106,17 @@ class Concatenate(Rule):
         """Return the concatenation of what the operands hold."""
         axis, out_shape = node.params["dimension"], graph.shape(node.outputs[0])
         shared: list[Index] = [UNIFORM] * len(out_shape)
-        present = [not all(isinstance(i, np.ndarray) and not len(i) for i in mine) for mine in ins]
-        for mine, here in zip(ins, present, strict=True):
-            if here:
-                shared = [meet(one, other) for one, other in zip(shared, mine, strict=True)]
+        for mine in ins:
+            shared = [meet(one, other) for one, other in zip(shared, mine, strict=True)]
         targets, parts, start = [], [], 0
-        for i, mine, here in zip(node.inputs, ins, present, strict=True):
+        for i, mine in zip(node.inputs, ins, strict=True):
             size = graph.shape(i)[axis]
             index = None if mine[axis] is UNIFORM else mine[axis]
-            targets.append((*shared[:axis], index, *shared[axis + 1 :]) if here else mine)
+            targets.append((*shared[:axis], index, *shared[axis + 1 :]))
             parts.append(start + listed(index, size))
             start += size
         shared[axis] = tidy(np.concatenate(parts), out_shape[axis])
-
-        def emit(operands: list[Any]) -> list[Any]:
-            return [lax.concatenate([x for x, here in zip(operands, present, strict=True) if here], axis)]
-
-        return Step(tuple(targets), (tuple(shared),), emit)
+        return Step(tuple(targets), (tuple(shared),), lambda operands: [lax.concatenate(operands, axis)])
 
 
 class Tile(Rule):

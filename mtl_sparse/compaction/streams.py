@@ -3,10 +3,9 @@
 import dataclasses
 
 from mtl_sparse.compaction.graph import Graph
-from mtl_sparse.compaction.primitives import rule_of
+from mtl_sparse.compaction.primitives import PRODUCTS, rule_of
 
 Axis = tuple[int, int]  # (variable, axis)
-PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 @dataclasses.dataclass(frozen=True)
