@@ -191,6 +191,8 @@ def evaluate(node: Node, operands: Sequence[Any], outputs: Sequence[Any]) -> lis
             found = _POINTWISE[node.name](*(squeezed(np.asarray(x)) for x in operands))
             if found is not None:
                 return [np.broadcast_to(found.astype(outputs[0].dtype), outputs[0].shape)]
+        if not operands:  # an iota
+            return [np.asarray(x) for x in bind(node, [], node.params)]
         real = np.issubdtype(np.asarray(operands[0]).dtype, np.floating) and np.issubdtype(
             outputs[0].dtype, np.floating
         )

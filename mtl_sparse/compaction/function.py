@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_sparse.compaction import folding, liveness, needs, planning, plans
 from mtl_sparse.compaction import graph as graph_lib
-from mtl_sparse.compaction import liveness, needs, planning, plans
-from mtl_sparse.compaction.carrying import Carried, carry
+from mtl_sparse.compaction.carrying import Carried, alive, carry
 from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph
 from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, listed, restrict, tidy
+from mtl_sparse.compaction.origins import Origins
 from mtl_sparse.compaction.plans import Plan
 from mtl_sparse.compaction.rewriting import Program
 from mtl_sparse.compaction.streams import Axis, Streams
@@ -29,6 +30,7 @@ def compact(
     costs: liveness.Costs | None = None,
     unroll: bool = False,
     also: Sequence[tuple[Any, ...]] = (),
+    fold: bool = True,
 ) -> tuple[Function, Any]:
     """Return a function with the same outputs and fewer parameters.
 
@@ -43,6 +45,8 @@ def compact(
       unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
       also: further examples of the inputs, of other sizes. Needed where the function reads more of its parameters at
         another size than at this one; a compact function that lacks something says so.
+      fold: whether the weights after a constant channel take over its effect. Without, its layers stay, and the plan
+        also serves functions in which the channel is not constant, such as the model in training mode.
 
     Returns:
       (small_fn, small_params): `small_fn(small_params, *inputs)` equals `fn(params, *inputs)` up to rounding, at other
@@ -51,7 +55,7 @@ def compact(
     Raises:
       UserError: the function has side effects, an output depends on no input, or nothing of the function is left.
     """
-    found = plan(fn, params, *inputs, multiple=multiple, costs=costs, unroll=unroll, also=also)
+    found = plan(fn, params, *inputs, multiple=multiple, costs=costs, unroll=unroll, also=also, fold=fold)
     return rewrite(fn, found, unroll=unroll), plans.apply_plan(found, params)
 
 
@@ -63,6 +67,7 @@ def plan(
     costs: liveness.Costs | None = None,
     unroll: bool = False,
     also: Sequence[tuple[Any, ...]] = (),
+    fold: bool = True,
 ) -> Plan:
     """Return which entries of each parameter remain.
 
@@ -74,6 +79,7 @@ def plan(
       costs: see `compact`.
       unroll: see `compact`.
       also: see `compact`.
+      fold: see `compact`.
 
     Returns:
       The plan, for `apply_plan` and `rewrite`.
@@ -94,7 +100,7 @@ def plan(
     _check_outputs(graph)
     values = [np.asarray(jax.device_get(x)) if _is_numeric(x) else None for x in leaves]
     others = [graph_lib.trace(fn, params, more, unroll=unroll) for more in also]
-    found = planning.make(graph, others, values, planning.Options(costs or liveness.Costs(), multiple))
+    found = planning.make(graph, others, values, planning.Options(costs or liveness.Costs(), multiple, fold))
     if len(found.constant) == len(graph.outputs):
         raise UserError(
             "FUNCTION_DEAD",
@@ -144,6 +150,7 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
     _check_size(graph, plan)
     holds = [plan.leaves[path].holds for path in graph.paths]
     carried = carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
+    _check_origins(graph, carried, plan)
     for path, variable in zip(graph.output_paths, graph.outputs, strict=True):
         if variable in carried.failed or (carried.is_empty(variable) and 0 not in graph.shape(variable)):
             raise UserError(
@@ -152,6 +159,29 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
                 f"{path or 'value'} needs removed channels; make the plan of this function",
             )
     return Program(graph, carried, _returned(graph, carried))
+
+
+def _check_origins(graph: Graph, carried: Carried, plan: Plan) -> None:
+    """Check that sums leave out entries, and that parameters hold constants, for the reason for which they did."""
+    origins = Origins(graph)
+    at = folding.sources(graph, origins)
+    for path, origin in plan.origins.items():
+        if not folding.agree(at, path, origin):
+            raise UserError(
+                "PLAN_DIFFERS",
+                f"expected a function in which the constant that {path} took over comes about as in the plan, got one "
+                "in which it does not, because of another size of the inputs or another mode; make the plan with "
+                "fold=False, or with inputs of this size in `also`",
+            )
+    is_read = alive(graph, carried, graph.outputs)
+    for node, step, read in zip(graph.nodes, carried.steps, is_read, strict=True):
+        partial = origins.partial(node, step) if read else ""
+        if partial and partial not in plan.partial:
+            raise UserError(
+                "PLAN_DIFFERS",
+                f"expected a function that reads removed channels only as in the plan, got one with another "
+                f"{node.title}; make the plan of this function",
+            )
 
 
 def _returned(graph: Graph, carried: Carried) -> dict[int, Indices]:

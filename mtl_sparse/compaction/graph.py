@@ -5,6 +5,7 @@ for differentiation are remembered as regions, so that the rewritten function ca
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.extend.core import primitives
 
 from mtl_sparse.runtime.errors import UserError
 
@@ -237,10 +237,12 @@ class _Inliner:
             body, consts = _body(eqn)
             if name in _CALLS or self._in_region:
                 return self.inline(body, consts, inputs, where)
+            if name not in _CHECKPOINTS:
+                inputs = [self._copied(i, where) for i in inputs]
             start, jaxpr, self._in_region = len(graph.nodes), self._jaxpr, name not in _CHECKPOINTS
             outputs = self.inline(body, consts, inputs, where)
             if self._in_region:
-                outputs = [self._own(i, start, where) for i in outputs]
+                outputs = [self._copied(i, where) for i in outputs]
             self._in_region = False
             graph.regions.append(Region(eqn, jaxpr, start, len(graph.nodes), tuple(inputs), tuple(outputs)))
             return outputs
@@ -250,18 +252,25 @@ class _Inliner:
         params = dict(eqn.params)
         if name == "reshape" and params["dimensions"] is not None:
             inputs, params["dimensions"] = [self._transposed(inputs[0], params["dimensions"], where)], None
+        if name == "reshape":
+            between = _refined(graph.shape(inputs[0]), params["new_sizes"])
+            if between is not None:
+                out = graph.add(jax.core.ShapedArray(between, graph.avals[inputs[0]].dtype))
+                first = {**params, "new_sizes": between}
+                graph.nodes.append(Node(eqn.primitive, first, (inputs[0],), (out,), where))
+                inputs = [out]
         outputs = [graph.add(var.aval) for var in eqn.outvars]
         call = as_function(eqn, self._jaxpr) if any(True for _ in core.jaxprs_in_params(eqn.params)) else None
         graph.nodes.append(Node(eqn.primitive, params, tuple(inputs), tuple(outputs), where, call))
         return outputs
 
-    def _own(self, variable: int, start: int, where: str) -> int:
-        """Return a variable that a node after `start` makes, a copy if it is an operand or a constant."""
+    def _copied(self, variable: int, where: str) -> int:
+        """Add a copy of a variable that is held whole along each axis, as a region's operands and results are."""
         graph = self._graph
-        if any(variable in node.outputs for node in graph.nodes[start:]):
+        if variable in graph.constants:
             return variable
         out = graph.add(graph.avals[variable])
-        graph.nodes.append(Node(primitives.copy_p, {}, (variable,), (out,), where))
+        graph.nodes.append(Node(Spread, {}, (variable,), (out,), where))
         return out
 
     def _transposed(self, variable: int, permutation: Sequence[int], where: str) -> int:
@@ -272,6 +281,21 @@ class _Inliner:
         params = {"permutation": tuple(permutation)}
         graph.nodes.append(Node(jax.lax.transpose_p, params, (variable,), (out,), where))
         return out
+
+
+def _refined(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return a shape between two, so that a reshape first only splits axes and then only merges them.
+
+    None if there is none, or if it is one of both.
+    """
+    if 0 in before:
+        return None
+    ends = sorted({int(x) for shape in (before, after) for x in np.cumprod([1, *reversed(shape)])})
+    if any(large % small for small, large in itertools.pairwise(ends)):
+        return None
+    between = tuple(large // small for small, large in reversed(list(itertools.pairwise(ends))))
+    plain = [tuple(n for n in shape if n > 1) for shape in (before, after)]
+    return None if between in plain else between
 
 
 def as_function(eqn: Any, jaxpr: Any) -> Callable[..., list[Any]]:
@@ -345,6 +369,17 @@ def _mark_varying(graph: Graph) -> None:
         if any(graph.varies[i] for i in node.inputs):
             for variable in node.outputs:
                 graph.varies[variable] = True
+
+
+class Spread:
+    """Pseudo-primitive: the operand, with no axis held once."""
+
+    name = "spread"
+
+    @staticmethod
+    def bind(x: Any) -> Any:
+        """Return the operand."""
+        return x
 
 
 class Permutation:

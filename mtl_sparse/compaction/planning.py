@@ -14,6 +14,7 @@ from mtl_sparse.compaction.folding import Folds
 from mtl_sparse.compaction.graph import Graph
 from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, tidy
 from mtl_sparse.compaction.needs import Needs
+from mtl_sparse.compaction.origins import Origins
 from mtl_sparse.compaction.plans import Leaf, Plan, Product
 from mtl_sparse.compaction.primitives import RULES
 from mtl_sparse.compaction.streams import Axis, Reader, Streams, find_readers
@@ -28,10 +29,12 @@ class Options:
     Attributes:
       costs: costs that decide where gathering channels pays.
       multiple: widths are filled up to a multiple of it.
+      fold: whether parameters take over constants.
     """
 
     costs: liveness.Costs
     multiple: int = 1
+    fold: bool = True
 
 
 def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options) -> Plan:
@@ -48,7 +51,9 @@ def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options
     """
     facts = Facts(graph, values)
     needs_lib.learn(facts)
-    folds = Folds(graph, facts)
+    folds = Folds(graph, facts) if options.fold else None
+    if folds is not None:
+        folds.restrict(others)
     unread = needs_lib.find(Facts(graph, None), _elsewhere(graph, others, None))
     streams = Streams(graph)
     readers = find_readers(graph)
@@ -59,10 +64,10 @@ def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options
             continue
         holds = _keep(graph, streams, readers, found)
         carried = _carry(graph, found, holds, extra)
-        if carried is not None and not folds.drop_failed(carried):
+        if carried is not None and not (folds and folds.drop_failed(carried)):
             break
     holds = _gathers(graph, streams, readers, found, holds, carried, options)
-    constants = folds.constants(found, holds, carried)
+    constants = folds.constants(found, holds, carried) if folds is not None else {}
     for place, (axis, _) in constants.items():
         if axis is not None:
             size = graph.shape(graph.params[place])[axis]
@@ -76,7 +81,10 @@ def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options
         constant = constants.get(place, (None, None))[1]
         leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep), constant)
     products = tuple(_product(graph, facts, found, carried, reader) for reader in readers)
-    return Plan(leaves, products, _barriers(graph), _constant(graph, carried))
+    origins = Origins(graph)
+    partial = {origins.partial(node, step) for node, step in zip(graph.nodes, carried.steps, strict=True)}
+    sources = {graph.paths[place]: origin for place, origin in (folds.origins(constants) if folds else {}).items()}
+    return Plan(leaves, products, _barriers(graph), _constant(graph, carried), frozenset(partial - {""}), sources)
 
 
 def _elsewhere(graph: Graph, others: Sequence[Graph], values: Values | None) -> dict[Axis, np.ndarray]:

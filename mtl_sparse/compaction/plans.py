@@ -98,12 +98,16 @@ class Plan:
       products: what was removed in front of each weight; () in a plan that was read from JSON.
       barriers: primitives without a rule, which keep everything that they read.
       constant: paths of outputs that depend on no input any more.
+      partial: the sums that leave out entries, see `origins`.
+      origins: path of a parameter that took over a constant -> where the constant comes from, see `origins`.
     """
 
     leaves: Mapping[str, Leaf]
     products: tuple[Product, ...] = ()
     barriers: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
+    partial: frozenset[str] = frozenset()
+    origins: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -123,7 +127,8 @@ class Plan:
             }
             for path, leaf in self.leaves.items()
         }
-        return json.dumps({"format": _FORMAT, "parameters": leaves, "constant": self.constant})
+        origins = {"partial": sorted(self.partial), "origins": dict(self.origins)}
+        return json.dumps({"format": _FORMAT, "parameters": leaves, "constant": self.constant, **origins})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -137,7 +142,8 @@ class Plan:
             if tree["format"] != _FORMAT:
                 raise ValueError(f"format {tree['format']}")
             leaves = {path: _leaf(entry) for path, entry in tree["parameters"].items()}
-            return cls(leaves, constant=tuple(tree["constant"]))
+            partial, origins = frozenset(tree["partial"]), tree["origins"]
+            return cls(leaves, constant=tuple(tree["constant"]), partial=partial, origins=origins)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError("PLAN_UNREADABLE", f"expected the JSON of Plan.to_json, got {error!r}") from error
 
@@ -188,36 +194,50 @@ def apply_plan(plan: Plan, tree: Any, *, constants: bool = True) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [path_of(path) for path, _ in leaves]
     exact = set(paths) >= set(plan.leaves)
-    found, results = 0, []
+    owners = {path: path for path in plan.leaves} if exact else _owners(plan, paths, [np.shape(x) for _, x in leaves])
+    results = []
     for path, (_, x) in zip(paths, leaves, strict=True):
-        leaf = plan.leaves.get(path) if exact else _by_suffix(plan, path, np.shape(x))
-        if leaf is None:
+        if path not in owners:
             results.append(x)
             continue
+        leaf = plan.leaves[owners[path]]
         if np.shape(x) != leaf.shape:
             raise UserError(
                 "PLAN_DIFFERS",
                 f"expected {path} of shape {leaf.shape}, as in the plan, got {np.shape(x)}; apply the plan to the "
                 "parameters that it was made for",
             )
-        found += 1
         results.append(leaf.cut(x, constants and exact))
-    if not found:
+    if not owners:
         raise UserError(
             "PLAN_DIFFERS",
-            f"expected a tree with the plan's parameters, such as {next(iter(plan.leaves), 'none')}, got one with "
+            f"expected a tree with the plan's parameters, such as {next(iter(plan.leaves), 'none')!r}, got one with "
             f"{paths[0] if paths else 'no leaves'}; apply the plan to the parameters that it was made for",
         )
     return jax.tree_util.tree_unflatten(treedef, results)
 
 
-def _by_suffix(plan: Plan, path: str, shape: tuple[int, ...]) -> Leaf | None:
-    parts = path.split("/")
-    for start in range(len(parts)):
-        leaf = plan.leaves.get("/".join(parts[start:]))
-        if leaf is not None:
-            return leaf if leaf.shape == shape else None
-    return None
+def _owners(plan: Plan, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> dict[str, str]:
+    """Return for paths of a tree that contains trees like the parameters the paths of the parameters.
+
+    Complete copies of the parameters' tree come first. A part of a copy, as a masked optimizer has, counts where the
+    longest path of a parameter that fits has the same shape.
+    """
+    shape_of = dict(zip(paths, shapes, strict=True))
+    found: dict[str, str] = {}
+    for prefix in sorted({"/".join(path.split("/")[:n]) for path in paths for n in range(path.count("/") + 2)}):
+        copies = {"/".join(part for part in (prefix, path) if part): path for path in plan.leaves}
+        fits = all(shape_of.get(copy) == plan.leaves[path].shape for copy, path in copies.items())
+        if fits and not any(copy in found for copy in copies):
+            found.update(copies)
+    for path in paths:
+        parts = path.split("/")
+        for start in range(len(parts)) if path not in found else ():
+            name = "/".join(parts[start:])
+            if name in plan.leaves and plan.leaves[name].shape == shape_of[path]:
+                found[path] = name
+                break
+    return found
 
 
 def check_fits(plan: Plan, paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:

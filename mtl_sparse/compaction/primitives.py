@@ -9,7 +9,7 @@ from mtl_sparse.compaction.facts import Facts, Known
 from mtl_sparse.compaction.graph import Graph, Node
 from mtl_sparse.compaction.products import Conv, Dot
 from mtl_sparse.compaction.rules import Elementwise, Link, Linked, Reduce, Rule, Shape
-from mtl_sparse.compaction.shaping import Broadcast, Concatenate, Pad, Relabel, Reshape, Slice, Split, Tile
+from mtl_sparse.compaction.shaping import Broadcast, Concatenate, Pad, Relabel, Reshape, Slice, Split, Spread, Tile
 from mtl_sparse.runtime.errors import UserError
 
 _ELEMENTWISE = """
@@ -25,7 +25,7 @@ _ELEMENTWISE = """
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # primitives of one operand that move or cast its entries
 MOVES = frozenset(
-    {"broadcast_in_dim", "convert_element_type", "copy", "device_put", "reshape", "slice", "squeeze", "transpose"}
+    "broadcast_in_dim convert_element_type copy device_put reshape slice spread squeeze transpose".split()
 )
 
 
@@ -194,6 +194,7 @@ RULES: dict[str, Rule] = {name: Elementwise() for name in _ELEMENTWISE} | {
     "pad": Pad(),
     "rev": Relabel(),
     "permutation": Relabel(),
+    "spread": Spread(),
     "reduce_sum": Reduce("zeros", total=True),
     "reduce_max": Reduce("values"),
     "reduce_min": Reduce("values"),

@@ -269,6 +269,22 @@ class Relabel(Rule):
         )
 
 
+class Spread(Rule):
+    """A copy that holds no axis once."""
+
+    keeps = "values"
+
+    def links(self, node: Node, graph: Graph) -> Sequence[Link]:
+        """Return a link for each axis."""
+        return [Link(0, axis, 0, axis) for axis in range(len(graph.shape(node.inputs[0])))]
+
+    def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
+        """Return the operand."""
+        del node, graph
+        whole = tuple(None if index is UNIFORM else index for index in ins[0])
+        return Step((whole,), (whole,), lambda operands: operands)
+
+
 class Broadcast(Rule):
     """A broadcast, held once along the axes that it repeats."""
 

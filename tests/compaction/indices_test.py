@@ -16,7 +16,7 @@ def lists(size):
 def test_embedding_fills_with_zeros(have, want, contiguous):
     if contiguous:
         have, want = np.sort(have), np.sort(want)
-    dense = np.zeros((2, 30, 1))
+    dense = np.zeros((2, 30, 1), np.float32)
     dense[:, have] = np.random.default_rng(0).normal(size=(2, len(have), 1))
     got = embed(dense[:, have], (None, have, None), (None, want, None), dense.shape)
     np.testing.assert_array_equal(got, dense[:, want])
