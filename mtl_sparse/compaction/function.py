@@ -137,7 +137,8 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
         dense = [graph_lib.spec(x, plan.leaves[p].shape) for p, (_, x) in zip(paths, leaves, strict=True)]
         abstract = graph_lib.abstract(tuple(inputs))
         flat, input_tree = jax.tree_util.tree_flatten(abstract)
-        key = (treedef, input_tree, *((x.shape, x.dtype, x.weak_type) for x in (*dense, *flat)))
+        options = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+        key = (options, treedef, input_tree, *((x.shape, x.dtype, x.weak_type) for x in (*dense, *flat)))
         if key not in programs:
             programs[key] = _program(fn, plan, jax.tree_util.tree_unflatten(treedef, dense), abstract, unroll)
         return _call(programs[key], [x for _, x in leaves], jax.tree_util.tree_leaves(inputs))
@@ -147,7 +148,7 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
 
 def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unroll: bool) -> Program:
     graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
-    _check_size(graph, plan)
+    _check_size(fn, graph, plan, params, inputs, unroll)
     holds = [plan.leaves[path].holds for path in graph.paths]
     carried = carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
     _check_origins(graph, carried, plan)
@@ -205,10 +206,16 @@ def _returned(graph: Graph, carried: Carried) -> dict[int, Indices]:
     return found
 
 
-def _check_size(graph: Graph, plan: Plan) -> None:
+def _check_size(fn: Function, graph: Graph, plan: Plan, params: Any, inputs: Sequence[Any], unroll: bool) -> None:
     """Check that no parameter is read where the plan removed it as unread."""
     if not any(leaf.unread for leaf in plan.leaves.values()):
         return
+    if any(not isinstance(n, int) for x in jax.tree.leaves(inputs) for n in x.shape):  # jax.export with symbolic sizes
+
+        def example(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return graph_lib.spec(x, tuple(n if isinstance(n, int) else 2 for n in x.shape))
+
+        graph = graph_lib.trace(fn, params, jax.tree.map(example, inputs), unroll=unroll)
     found = needs.find(Facts(graph, None))
     for path, variable in zip(graph.paths, graph.params, strict=True):
         need = found.of[variable]
