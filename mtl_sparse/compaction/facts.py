@@ -73,7 +73,8 @@ class Facts:
         graph = self.graph
         if variable in graph.constants:
             value = graph.constants[variable]
-            self._values[variable] = np.asarray(value) if _is_numeric(graph.avals[variable]) else None
+            known = _is_numeric(graph.avals[variable]) and not isinstance(value, jax.core.Tracer)
+            self._values[variable] = np.asarray(value) if known else None
             return self._values[variable]
         if graph.varies[variable]:
             return None

@@ -1,6 +1,6 @@
 """Constants that parameters take over from the layers that put them out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph, Node
 from mtl_sparse.compaction.indices import UNIFORM, Indices, listed
 from mtl_sparse.compaction.needs import Needs
-from mtl_sparse.compaction.origins import Origin, Origins
 from mtl_sparse.compaction.primitives import MOVES, PRODUCTS, rule_of
 from mtl_sparse.compaction.streams import Axis, Reader, find_readers
 
@@ -89,26 +88,6 @@ class Folds:
                     facts.folded[node.outputs[0]] = k
                     graph.replaced.add(bias)
 
-    def origins(self, places: Iterable[int]) -> dict[int, Origin]:
-        """Return where the constants that parameters took over come from, by the parameters' places."""
-        origins, known = Origins(self._graph), self._facts.known
-        sources = {place: reader.x[0] for reader, place, _ in self._rows}
-        sources |= {place: out for out, (place, _, _) in self._biases.items()}
-        return {place: origins.of(sources[place], lambda variable: bool(known[variable])) for place in places}
-
-    def restrict(self, others: Sequence[Graph]) -> None:
-        """Give up constants that other graphs of the function do not have."""
-        mine = self.origins({place for _, place, _ in self._rows} | {place for place, _, _ in self._biases.values()})
-        for other in others:
-            at = sources(other, Origins(other))
-            bad = {place for place, origin in mine.items() if not agree(at, self._graph.paths[place], origin)}
-            for reader, place, _ in self._rows:
-                if place in bad:
-                    self._facts.foldable.discard(reader.weights[0])
-            self._rows = [row for row in self._rows if row[1] not in bad]
-            for out in [out for out, (place, _, _) in self._biases.items() if place in bad]:
-                self._drop(out)
-
     def _drop(self, out: int) -> None:
         """Give up a sum."""
         self._graph.replaced.discard(self._made_by[out].inputs[1 - self._facts.folded[out]])
@@ -156,32 +135,3 @@ class Folds:
             if needs.of[out] is not None:
                 found[place] = (None, facts.known[out][axis].values.astype(graph.avals[graph.params[place]].dtype))
         return found
-
-
-Sources = tuple[Origins, dict[str, list[int]]]
-
-
-def sources(graph: Graph, origins: Origins) -> Sources:
-    """Return the variables that each parameter is a weight or a bias for: the products' inputs, and the sums."""
-    made_by = {variable: node for node in graph.nodes for variable in node.outputs}
-    paths = dict(zip(graph.params, graph.paths, strict=True))
-
-    def path(variable: int) -> str:
-        while variable in made_by and made_by[variable].name in MOVES:
-            variable = made_by[variable].inputs[0]
-        return paths.get(variable, "")
-
-    found: dict[str, list[int]] = {}
-    for node in graph.nodes:
-        if len(node.inputs) == 2 and node.name in (*PRODUCTS, "add"):
-            for k in range(2):
-                source = node.outputs[0] if node.name == "add" else node.inputs[1 - k]
-                if graph.varies[source] and not graph.varies[node.inputs[k]] and path(node.inputs[k]):
-                    found.setdefault(path(node.inputs[k]), []).append(source)
-    return origins, found
-
-
-def agree(at: Sources, path: str, origin: Origin) -> bool:
-    """Return whether the constant that a parameter takes over has the same origin everywhere it is read."""
-    origins, found = at
-    return all(origins.agrees(variable, origin) for variable in found.get(path, ()))

@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_sparse.compaction import folding, liveness, needs, planning, plans
 from mtl_sparse.compaction import graph as graph_lib
+from mtl_sparse.compaction import liveness, needs, planning, plans
 from mtl_sparse.compaction.carrying import Carried, alive, carry
 from mtl_sparse.compaction.facts import Facts
 from mtl_sparse.compaction.graph import Graph
-from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, listed, restrict, tidy
-from mtl_sparse.compaction.origins import Origins
+from mtl_sparse.compaction.indices import Index, Indices, listed, restrict, tidy
+from mtl_sparse.compaction.origins import Origins, fingerprint
 from mtl_sparse.compaction.plans import Plan
+from mtl_sparse.compaction.primitives import MOVES
 from mtl_sparse.compaction.rewriting import Program
 from mtl_sparse.compaction.streams import Axis, Streams
 from mtl_sparse.runtime.errors import UserError
 
 Function = Callable[..., Any]
+_CONFIGURATION = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")  # of a trace
 
 
 def compact(
@@ -45,8 +47,9 @@ def compact(
       unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
       also: further examples of the inputs, of other sizes. Needed where the function reads more of its parameters at
         another size than at this one; a compact function that lacks something says so.
-      fold: whether the weights after a constant channel take over its effect. Without, its layers stay, and the plan
-        also serves functions in which the channel is not constant, such as the model in training mode.
+      fold: whether channels that are constant are removed, and the weights after them take over their effect. Such a
+        plan serves other batch sizes, but no other function and no other size of the images. Constants are not used
+        where `also` names a size at which the function has other equations.
 
     Returns:
       (small_fn, small_params): `small_fn(small_params, *inputs)` equals `fn(params, *inputs)` up to rounding, at other
@@ -137,7 +140,7 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
         dense = [graph_lib.spec(x, plan.leaves[p].shape) for p, (_, x) in zip(paths, leaves, strict=True)]
         abstract = graph_lib.abstract(tuple(inputs))
         flat, input_tree = jax.tree_util.tree_flatten(abstract)
-        options = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+        options = tuple(getattr(jax.config, name) for name in _CONFIGURATION)
         key = (options, treedef, input_tree, *((x.shape, x.dtype, x.weak_type) for x in (*dense, *flat)))
         if key not in programs:
             programs[key] = _program(fn, plan, jax.tree_util.tree_unflatten(treedef, dense), abstract, unroll)
@@ -149,6 +152,10 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
 def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unroll: bool) -> Program:
     graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
     _check_size(fn, graph, plan, params, inputs, unroll)
+    graph.replaced = {v for path, v in zip(graph.paths, graph.params, strict=True) if plan.leaves[path].is_replaced}
+    for node in graph.nodes:
+        if node.name in MOVES and node.inputs[0] in graph.replaced:
+            graph.replaced.update(node.outputs)
     holds = [plan.leaves[path].holds for path in graph.paths]
     carried = carry(graph, holds, [(None,) * len(graph.shape(i)) for i in graph.inputs])
     _check_origins(graph, carried, plan)
@@ -164,16 +171,13 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
 
 def _check_origins(graph: Graph, carried: Carried, plan: Plan) -> None:
     """Check that sums leave out entries, and that parameters hold constants, for the reason for which they did."""
+    if plan.fingerprint and fingerprint(graph) != plan.fingerprint:
+        raise UserError(
+            "PLAN_DIFFERS",
+            "expected the function that the plan was made for, because the plan uses constants of it, got another one "
+            "or inputs of another size; make the plan with fold=False, or name this size in `also`",
+        )
     origins = Origins(graph)
-    at = folding.sources(graph, origins)
-    for path, origin in plan.origins.items():
-        if not folding.agree(at, path, origin):
-            raise UserError(
-                "PLAN_DIFFERS",
-                f"expected a function in which the constant that {path} took over comes about as in the plan, got one "
-                "in which it does not, because of another size of the inputs or another mode; make the plan with "
-                "fold=False, or with inputs of this size in `also`",
-            )
     is_read = alive(graph, carried, graph.outputs)
     for node, step, read in zip(graph.nodes, carried.steps, is_read, strict=True):
         partial = origins.partial(node, step) if read else ""
@@ -196,7 +200,10 @@ def _returned(graph: Graph, carried: Carried) -> dict[int, Indices]:
     for variable in graph.outputs:
         index: list[Index] = []
         for axis, (have, size) in enumerate(zip(carried.holds[variable], graph.shape(variable), strict=True)):
-            wanted = tidy(np.sort(listed(None if have is UNIFORM else have, size)), size)
+            if not isinstance(have, np.ndarray):
+                index.append(None)
+                continue
+            wanted = tidy(np.sort(have), size)
             for kept in orders.get(streams.of((variable, axis)), ()):
                 if isinstance(kept, np.ndarray) and np.array_equal(np.sort(kept), listed(wanted, size)):
                     wanted = kept

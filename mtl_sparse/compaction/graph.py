@@ -237,12 +237,14 @@ class _Inliner:
             body, consts = _body(eqn)
             if name in _CALLS or self._in_region:
                 return self.inline(body, consts, inputs, where)
-            if name not in _CHECKPOINTS:
+            if name.startswith("custom_vjp"):
                 inputs = [self._copied(i, where) for i in inputs]
             start, jaxpr, self._in_region = len(graph.nodes), self._jaxpr, name not in _CHECKPOINTS
             outputs = self.inline(body, consts, inputs, where)
             if self._in_region:
-                outputs = [self._copied(i, where) for i in outputs]
+                inside = {i for node in graph.nodes[start:] for i in node.outputs}
+                whole = name.startswith("custom_vjp")
+                outputs = [self._copied(i, where) if whole or i not in inside else i for i in outputs]
             self._in_region = False
             graph.regions.append(Region(eqn, jaxpr, start, len(graph.nodes), tuple(inputs), tuple(outputs)))
             return outputs
@@ -267,8 +269,6 @@ class _Inliner:
     def _copied(self, variable: int, where: str) -> int:
         """Add a copy of a variable that is held whole along each axis, as a region's operands and results are."""
         graph = self._graph
-        if variable in graph.constants:
-            return variable
         out = graph.add(graph.avals[variable])
         graph.nodes.append(Node(Spread, {}, (variable,), (out,), where))
         return out

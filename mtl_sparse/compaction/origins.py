@@ -1,14 +1,14 @@
 """Where values come from, so that a plan is applied only to functions for which it was made.
 
-A plan drops entries because weights are zero, and keeps constants that it computed. Both are right only for the same
-weights, and for constants that come about in the same way. At another size of the inputs, and in another function of
-the same parameters, this is checked.
+A plan drops entries because weights are zero, and it uses constants that it computed. Both are right only for the same
+weights, and for constants that come about in the same way. At other sizes of the inputs, and in other functions of the
+same parameters, this is checked.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtl_sparse.compaction.graph import Graph, Node
@@ -16,11 +16,10 @@ from mtl_sparse.compaction.indices import held
 from mtl_sparse.compaction.primitives import PRODUCTS
 from mtl_sparse.compaction.rules import Step
 
-Origin = str | list[Any]  # a digest, "?" for anything that depends on the inputs, or [primitive, options, *operands]
-
-_ANY = "?"
-_OPTIONS = ("axes", "axis", "dimension", "new_dtype", "padding", "padding_config", "permutation", "y")
-_DEEPEST = 12
+# parameters of primitives that contain the sizes of whole axes, so that they differ between batch sizes
+_SIZES = frozenset("limit_indices new_sizes out_sharding shape sharding sizes slice_sizes".split())
+# parameters that depend on JAX's configuration
+_CONFIGURED = frozenset("dtype index_dtype new_dtype precision preferred_element_type weak_type".split())
 
 
 class Origins:
@@ -37,72 +36,70 @@ class Origins:
         """Return a digest of how a variable that depends on no input is computed."""
         found = self._digests.get(variable)
         if found is None:
-            found = hashlib.sha256(self._text(variable).encode()).hexdigest()[:16]
-            self._digests[variable] = found
+            found = self._digests[variable] = _hashed(self._text(variable))
         return found
 
     def _text(self, variable: int) -> str:
         if variable in self._paths:
             return f"parameter {self._paths[variable]}"
         if variable in self._graph.constants:
-            value = self._graph.constants[variable]
-            numeric = isinstance(self._graph.avals[variable].dtype, np.dtype)
-            return f"constant {np.unique(np.asarray(value))[:8].tolist()}" if numeric else "key"
+            return _constant(self._graph, variable)
         node = self._made_by[variable]
-        return " ".join([node.name, _options(node), *(self.digest(i) for i in node.inputs)])
-
-    def of(self, variable: int, follow: Callable[[int], bool], depth: int = 0) -> Origin:
-        """Return the origin of a variable.
-
-        Args:
-          variable: the variable.
-          follow: whether the origin of a variable that depends on the inputs matters.
-          depth: how far the variable is from the one that the origin is of.
-        """
-        if not self._graph.varies[variable]:
-            return self.digest(variable)
-        node = self._made_by.get(variable)
-        if node is None or depth == _DEEPEST or not follow(variable):
-            return _ANY
-        follow_here = (lambda _: False) if node.name in PRODUCTS else follow
-        return [node.name, _options(node), *(self.of(i, follow_here, depth + 1) for i in node.inputs)]
-
-    def agrees(self, variable: int, origin: Origin) -> bool:
-        """Return whether a variable has an origin, which may be that of another graph's."""
-        if isinstance(origin, str):
-            return (
-                self._graph.varies[variable]
-                if origin == _ANY
-                else (not self._graph.varies[variable] and self.digest(variable) == origin)
-            )
-        node = self._made_by.get(variable)
-        if node is None or not self._graph.varies[variable] or [node.name, _options(node)] != origin[:2]:
-            return False
-        operands = origin[2:]
-        return len(operands) == len(node.inputs) and all(map(self.agrees, node.inputs, operands))
+        return " ".join([node.name, *(self.digest(i) for i in node.inputs)])
 
     def partial(self, node: Node, step: Step | None) -> str:
         """Return what a sum that leaves out entries is of; "" for any other equation."""
         if step is None or (node.name not in PRODUCTS and node.name != "reduce_sum"):
             return ""
         shapes = [self._graph.shape(i) for i in node.inputs]
-        if any(not held(i, n) for t, s in zip(step.targets, shapes, strict=True) for i, n in zip(t, s, strict=True)):
-            whole = False  # nothing is summed
-        else:
-            whole = all(step.targets[k][axis] is None for k, axis in _summed(node))
-        if whole:
+        empty = any(
+            not held(i, n) for t, s in zip(step.targets, shapes, strict=True) for i, n in zip(t, s, strict=True)
+        )
+        if not empty and all(step.targets[k][axis] is None for k, axis in summed(node)):
             return ""
-        of = [_ANY if self._graph.varies[i] else self.digest(i) for i in node.inputs]
-        return " ".join([node.name, _options(node), *of])
+        of = ["?" if self._graph.varies[i] else self.digest(i) for i in node.inputs]
+        return " ".join([node.name, str(node.params.get("axes", "")), *of])
+
+
+def fingerprint(graph: Graph) -> str:
+    """Return a digest of all equations of a graph, their options and constants, that is the same at any batch size."""
+    number: dict[int, str] = {
+        variable: f"parameter {path}" for variable, path in zip(graph.params, graph.paths, strict=True)
+    }
+    number |= {variable: f"input {k}" for k, variable in enumerate(graph.inputs)}
+    lines = []
+    for place, node in enumerate(graph.nodes):
+        operands = [_constant(graph, i) if i in graph.constants else number[i] for i in node.inputs]
+        lines.append(" ".join([node.name, _options(node), *operands]))
+        number |= {variable: f"{place}.{j}" for j, variable in enumerate(node.outputs)}
+    return _hashed("\n".join(lines))
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _constant(graph: Graph, variable: int) -> str:
+    """Return the text of a constant."""
+    aval, value = graph.avals[variable], graph.constants[variable]
+    if not isinstance(aval.dtype, np.dtype) or isinstance(value, jax.core.Tracer):
+        return f"constant {aval.shape}"
+    array = np.asarray(value)
+    content = f"{array.item():.6g}" if array.size == 1 else _hashed(str(array.astype(complex).round(6).tolist()))
+    return f"constant {aval.shape} {content}"
 
 
 def _options(node: Node) -> str:
-    found: Mapping[str, Any] = node.params
-    return " ".join(f"{name}={found[name]}" for name in _OPTIONS if name in found and node.name not in PRODUCTS)
+    """Return the parameters of an equation without those that differ between batch sizes."""
+    if node.call is not None:
+        return ""
+    sizes = _CONFIGURED | (_SIZES - {"shape"} if node.name == "iota" else _SIZES)
+    options: dict[str, Any] = node.params
+    return " ".join(f"{name}={value}" for name, value in sorted(options.items()) if name not in sizes)
 
 
-def _summed(node: Node) -> list[tuple[int, int]]:
-    """Return the (operand, axis) that an equation sums over."""
+def summed(node: Node) -> list[tuple[int, int]]:
+    """Return the (operand, axis) that a sum or a product sums over."""
     if node.name == "reduce_sum":
         return [(0, axis) for axis in node.params["axes"]]
     if node.name == "dot_general":

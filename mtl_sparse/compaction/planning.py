@@ -14,12 +14,13 @@ from mtl_sparse.compaction.folding import Folds
 from mtl_sparse.compaction.graph import Graph
 from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, tidy
 from mtl_sparse.compaction.needs import Needs
-from mtl_sparse.compaction.origins import Origins
+from mtl_sparse.compaction.origins import Origins, fingerprint
 from mtl_sparse.compaction.plans import Leaf, Plan, Product
 from mtl_sparse.compaction.primitives import RULES
 from mtl_sparse.compaction.streams import Axis, Reader, Streams, find_readers
 
 Values = Sequence[np.ndarray | None]
+_MOST_ROUNDS = 1000  # each asks for at least one more entry; in practice there are fewer than ten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
     Attributes:
       costs: costs that decide where gathering channels pays.
       multiple: widths are filled up to a multiple of it.
-      fold: whether parameters take over constants.
+      fold: whether constants are used.
     """
 
     costs: liveness.Costs
@@ -50,15 +51,15 @@ def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options
       The plan.
     """
     facts = Facts(graph, values)
-    needs_lib.learn(facts)
-    folds = Folds(graph, facts) if options.fold else None
-    if folds is not None:
-        folds.restrict(others)
+    mark, folds = fingerprint(graph), None
+    if options.fold and all(fingerprint(other) == mark for other in others):
+        needs_lib.learn(facts)
+        folds = Folds(graph, facts)
     unread = needs_lib.find(Facts(graph, None), _elsewhere(graph, others, None))
     streams = Streams(graph)
     readers = find_readers(graph)
     extra = _elsewhere(graph, others, values)
-    while True:
+    for _ in range(_MOST_ROUNDS):
         found = needs_lib.find(facts, extra)
         if _fill(graph, streams, readers, found, options.multiple, extra):
             continue
@@ -66,6 +67,8 @@ def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options
         carried = _carry(graph, found, holds, extra)
         if carried is not None and not (folds and folds.drop_failed(carried)):
             break
+    else:
+        raise AssertionError("the needs of the parameters did not settle")
     holds = _gathers(graph, streams, readers, found, holds, carried, options)
     constants = folds.constants(found, holds, carried) if folds is not None else {}
     for place, (axis, _) in constants.items():
@@ -81,19 +84,36 @@ def make(graph: Graph, others: Sequence[Graph], values: Values, options: Options
         constant = constants.get(place, (None, None))[1]
         leaves[path] = Leaf(aval.shape, str(aval.dtype), keep, _unread(unread, variable, keep), constant)
     products = tuple(_product(graph, facts, found, carried, reader) for reader in readers)
+    partial = _partial(graph, carried)
+    for other in others:
+        partial |= _partial(other, carrying.carry(other, holds, [(None,) * len(other.shape(i)) for i in other.inputs]))
+    if not constants and not _uses_constants(graph, values, found):
+        mark = ""
+    return Plan(leaves, products, _barriers(graph), _constant(graph, carried), partial, mark)
+
+
+def _partial(graph: Graph, carried: Carried) -> frozenset[str]:
+    """Return the sums of a graph that leave out entries."""
     origins = Origins(graph)
-    partial = {origins.partial(node, step) for node, step in zip(graph.nodes, carried.steps, strict=True)}
-    sources = {graph.paths[place]: origin for place, origin in (folds.origins(constants) if folds else {}).items()}
-    return Plan(leaves, products, _barriers(graph), _constant(graph, carried), frozenset(partial - {""}), sources)
+    found = {origins.partial(node, step) for node, step in zip(graph.nodes, carried.steps, strict=True)}
+    return frozenset(found - {""})
+
+
+def _uses_constants(graph: Graph, values: Values, needs: Needs) -> bool:
+    """Return whether more would be needed if constants were not known."""
+    without = needs_lib.find(Facts(graph, values))
+    for variable in (*graph.params, *graph.inputs):
+        more, need = without.of[variable], needs.of[variable]
+        if more is not None and (need is None or any((a & ~b).any() for a, b in zip(more, need, strict=True))):
+            return True
+    return False
 
 
 def _elsewhere(graph: Graph, others: Sequence[Graph], values: Values | None) -> dict[Axis, np.ndarray]:
     """Return the entries of the parameters of a graph that other graphs of the function need."""
     found: dict[Axis, np.ndarray] = {}
     for other in others:
-        facts = Facts(other, values)
-        needs_lib.learn(facts)
-        needs = needs_lib.find(facts)
+        needs = needs_lib.find(Facts(other, values))
         for mine, variable in zip(graph.params, other.params, strict=True):
             for axis, mask in enumerate(needs.of[variable] or ()):
                 found[mine, axis] = mask | found.get((mine, axis), False)

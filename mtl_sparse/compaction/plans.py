@@ -49,6 +49,15 @@ class Leaf:
         """The entries that the compact parameter holds, axis by axis."""
         return tuple(self.keep.get(axis) for axis in range(len(self.shape)))
 
+    @property
+    def is_replaced(self) -> bool:
+        """Return whether the whole parameter takes over a constant."""
+        return self.constant is not None and self.constant.shape == self.shape and not self._reading()
+
+    def _reading(self) -> list[int]:
+        """Return the axes with an entry that reads a constant 1."""
+        return [axis for axis, kept in self.keep.items() if (kept == self.shape[axis]).any()]
+
     def cut(self, x: Any, constants: bool) -> Any:
         """Return the entries of an array of the dense shape that remain.
 
@@ -57,8 +66,8 @@ class Leaf:
           constants: whether it takes over `constant`; otherwise zeros stand for an entry that reads a constant 1.
         """
         numpy = jnp if isinstance(x, jax.Array) else np
-        reads = [axis for axis, kept in self.keep.items() if (kept == self.shape[axis]).any()]
-        if self.constant is not None and constants and not reads:
+        reads = self._reading()
+        if self.is_replaced and constants:
             x = numpy.asarray(self.constant, x.dtype)
         for axis in reads:
             one = self.constant if constants else np.zeros_like(self.constant)
@@ -99,7 +108,7 @@ class Plan:
       barriers: primitives without a rule, which keep everything that they read.
       constant: paths of outputs that depend on no input any more.
       partial: the sums that leave out entries, see `origins`.
-      origins: path of a parameter that took over a constant -> where the constant comes from, see `origins`.
+      fingerprint: of the function, if constants are used, see `origins`; else "".
     """
 
     leaves: Mapping[str, Leaf]
@@ -107,7 +116,7 @@ class Plan:
     barriers: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
     partial: frozenset[str] = frozenset()
-    origins: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -127,7 +136,7 @@ class Plan:
             }
             for path, leaf in self.leaves.items()
         }
-        origins = {"partial": sorted(self.partial), "origins": dict(self.origins)}
+        origins = {"partial": sorted(self.partial), "fingerprint": self.fingerprint}
         return json.dumps({"format": _FORMAT, "parameters": leaves, "constant": self.constant, **origins})
 
     @classmethod
@@ -142,8 +151,8 @@ class Plan:
             if tree["format"] != _FORMAT:
                 raise ValueError(f"format {tree['format']}")
             leaves = {path: _leaf(entry) for path, entry in tree["parameters"].items()}
-            partial, origins = frozenset(tree["partial"]), tree["origins"]
-            return cls(leaves, constant=tuple(tree["constant"]), partial=partial, origins=origins)
+            partial, fingerprint = frozenset(tree["partial"]), tree["fingerprint"]
+            return cls(leaves, constant=tuple(tree["constant"]), partial=partial, fingerprint=fingerprint)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError("PLAN_UNREADABLE", f"expected the JSON of Plan.to_json, got {error!r}") from error
 

@@ -198,7 +198,7 @@ RULES: dict[str, Rule] = {name: Elementwise() for name in _ELEMENTWISE} | {
     "reduce_sum": Reduce("zeros", total=True),
     "reduce_max": Reduce("values"),
     "reduce_min": Reduce("values"),
-    "reduce_prod": Reduce("zeros"),
+    "reduce_prod": Reduce(""),
     "reduce_and": Reduce("values"),
     "reduce_or": Reduce("values"),
     "argmax": Reduce(""),

@@ -11,6 +11,7 @@ from mtl_sparse.compaction import graph as graph_lib
 from mtl_sparse.compaction.carrying import Carried, alive, carry
 from mtl_sparse.compaction.graph import Graph, Region
 from mtl_sparse.compaction.indices import UNIFORM, Indices, embed, held, restrict
+from mtl_sparse.compaction.origins import summed
 from mtl_sparse.runtime.errors import UserError
 
 Env = dict[int, Any]  # variable -> array
@@ -172,7 +173,13 @@ class _Derivative:
         carried = carry(graph, (), self._holds(variables))
         run = Program(graph, carried)
         env = run(list(zip(graph.inputs, arrays, strict=True)))
-        if any(i not in env for i in graph.outputs):
+        sums = [
+            step.targets[k][axis] is None
+            for node, step in zip(graph.nodes, carried.steps, strict=True)
+            if step is not None and node.name == "reduce_sum"
+            for k, axis in summed(node)
+        ]
+        if any(i not in env for i in graph.outputs) or not all(sums):
             raise UserError(
                 "GRADIENT_UNKNOWN",
                 f"expected a derivative of {self._region.eqn.primitive.name} that needs only what the function itself "
