@@ -33,10 +33,17 @@ def _model(fraction: float):
     return model, with_zeros(jax.device_get(init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))), fraction)
 
 
-def _of_backbone(plan: compaction.Plan) -> compaction.Plan:
-    """Return the part of a plan of the whole model that is the backbone's."""
-    leaves = {path.replace("/backbone/", "/"): leaf for path, leaf in plan.leaves.items() if "/backbone/" in path}
-    return compaction.Plan(leaves)
+def _backbone(part: speed.Part):
+    """Return the backbone as a function of the whole model's variables."""
+
+    def apply(variables, images):
+        return part.model.apply({name: tree["backbone"] for name, tree in variables.items()}, images)
+
+    return apply
+
+
+def _count(variables) -> int:
+    return costs.parameter_count({name: tree.get("backbone", tree) for name, tree in variables.items()})
 
 
 def compare(fraction: float, size: int, batches: tuple[int, ...], rounds: int):
@@ -57,16 +64,13 @@ def compare(fraction: float, size: int, batches: tuple[int, ...], rounds: int):
     start = time.perf_counter()
     small = multitask_compaction.compact(model, variables)
     middle = time.perf_counter()
-    plan = _of_backbone(compaction.plan(model.apply, variables, example))
+    plan = compaction.plan(model.apply, variables, example)
     seconds = {"hand-written": middle - start, "any function": time.perf_counter() - middle}
     dense, hand = speed.Part.backbone(model, variables), speed.Part.backbone(*small)
     parts = {
         "dense": (dense.model.apply, dense.variables),
         "hand-written": (hand.model.apply, hand.variables),
-        "any function": (
-            compaction.rewrite(dense.model.apply, plan),
-            compaction.apply_plan(plan, dense.variables),
-        ),
+        "any function": (compaction.rewrite(_backbone(dense), plan), compaction.apply_plan(plan, variables)),
     }
     rows = []
     for batch in batches:
@@ -83,7 +87,7 @@ def compare(fraction: float, size: int, batches: tuple[int, ...], rounds: int):
                     "zero_groups": fraction,
                     "batch": batch,
                     "model": name,
-                    "parameters": costs.parameter_count(values),
+                    "parameters": _count(values),
                     "seconds": seconds.get(name),
                     "median_ms": 1e3 * float(np.median(measured[name])),
                     "ratio": float(np.median(measured[name] / measured["hand-written"])),

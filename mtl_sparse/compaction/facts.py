@@ -73,8 +73,7 @@ class Facts:
         graph = self.graph
         if variable in graph.constants:
             value = graph.constants[variable]
-            known = _is_numeric(graph.avals[variable]) and not isinstance(value, jax.core.Tracer)
-            self._values[variable] = np.asarray(value) if known else None
+            self._values[variable] = _as_numpy(value) if hasattr(value, "dtype") else np.asarray(value)
             return self._values[variable]
         if graph.varies[variable]:
             return None
@@ -193,7 +192,7 @@ def evaluate(node: Node, operands: Sequence[Any], outputs: Sequence[Any]) -> lis
             if found is not None:
                 return [np.broadcast_to(found.astype(outputs[0].dtype), outputs[0].shape)]
         if not operands:  # an iota
-            return [np.asarray(x) for x in bind(node, [], node.params)]
+            return [_as_numpy(x) for x in bind(node, [], node.params)]
         real = np.issubdtype(np.asarray(operands[0]).dtype, np.floating) and np.issubdtype(
             outputs[0].dtype, np.floating
         )
@@ -204,7 +203,12 @@ def evaluate(node: Node, operands: Sequence[Any], outputs: Sequence[Any]) -> lis
             return [np.broadcast_to(found.astype(outputs[0].dtype), outputs[0].shape)]
         with jax.ensure_compile_time_eval():
             values = bind(node, [jnp.asarray(x) for x in operands], node.params)
-    return [np.asarray(x) if _is_numeric(x) else None for x in values]
+    return [_as_numpy(x) for x in values]
+
+
+def _as_numpy(x: Any) -> np.ndarray | None:
+    """Return an array as NumPy's; None for a random key, and for what has no value yet inside jit."""
+    return np.asarray(x) if _is_numeric(x) and not isinstance(x, jax.core.Tracer) else None
 
 
 def bind(node: Node, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
