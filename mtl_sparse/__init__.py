@@ -5,7 +5,8 @@ The public API, loaded when a name is first used, so that importing the package 
   proximal, proximal_adam: any optax optimizer, or Adam, with a sparsity penalty.
   hold_norm, freeze_zeros, phased, TargetSparsity, GroupLasso, GroupMCP, L1, AdamMetric: its links and options.
   group_lasso, group_mcp, l1: the proximal operators alone.
-  compact: the model without its zero channels, with the same outputs.
+  compact: a multi-task model without its zero channels, with the same outputs.
+  compaction.compact: the same for any JAX function (`from mtl_sparse import compaction`).
   train, load_model: a training run from a config, and its best model.
   Task, TASKS: what a task is, and the table of tasks.
   UserError: an error that the user can fix, with a stable code.

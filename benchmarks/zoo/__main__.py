@@ -19,7 +19,7 @@ import time
 
 from benchmarks.zoo import models, table
 
-RESULTS = pathlib.Path(os.environ.get("ZOO_RESULTS", "/tmp/zoo_results"))
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "zoo"
 
 
 def record_of(case, folder):

@@ -5,27 +5,25 @@
 
 import argparse
 import collections
-import hashlib
 import json
 import math
 import os
-import pathlib
+import tempfile
 import time
 import traceback
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves the time, most of which is XLA's
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/zoo_cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "zoo_cache"))
 os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.zoo import models, weights
+from benchmarks.zoo import models, table, weights
 from benchmarks.zoo.precision import in_float64
-from benchmarks.zoo.primitives import primitives
 from benchmarks.zoo.weights import generator, is_float
 
 PATTERNS = {"50 %": 0.5, "70 %": 0.7, "layers": 0.5}
@@ -114,12 +112,6 @@ def clear(case, fn, shapes):
     return best[1:]
 
 
-def engine_state():
-    """Return a hash of the files of the engine, to tell which records are of an earlier one."""
-    files = sorted(pathlib.Path(__file__).parents[2].glob("mtl_sparse/compaction/*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-
 def engine(stub):
     """Return the module that compacts."""
     if stub:
@@ -189,7 +181,6 @@ def report(plan):
         "reasons": dict(reasons.most_common()),
         "barriers": list(plan.barriers),
         "constant": list(plan.constant),
-        "plan": plan.table(),
     }
 
 
@@ -223,7 +214,6 @@ def check(case, save, record, stub):
                 lambda pattern=pattern, entry=entry: compare(model, pattern, entry["whole"], compaction),
             )
     closed = jax.make_jaxpr(fn)(cast(model.drawn, "float32"), model.images[0])
-    record["primitives"] = dict(primitives(closed, len(jax.tree.leaves(model.drawn))).most_common())
     jax.clear_caches()
     jax.config.update("jax_enable_x64", True)
     double = Model(case, "float64", in_float64(closed), model.drawn)
@@ -244,7 +234,13 @@ def main():
     parser.add_argument("--stub", action="store_true")
     arguments = parser.parse_args()
     case = next(case for case in models.cases() if case.name == arguments.case)
-    record = {"case": case.name, "package": case.package, "model": case.model, "engine": engine_state(), "patterns": {}}
+    record = {
+        "case": case.name,
+        "package": case.package,
+        "model": case.model,
+        "engine": table.engine_state(),
+        "patterns": {},
+    }
     begin = time.perf_counter()
 
     def save():

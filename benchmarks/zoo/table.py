@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -32,16 +33,23 @@ HEAD = """# Compaction on other packages' models
 
 {date}, {machine}, Python {python},
 {versions}. Hashes of mtl_sparse/compaction/*.py, with the number of models
-that were checked at each: {engines}.
+that were checked at each: {engines}. The present files have {current}; other hashes are of earlier
+states, at which these models were not checked again.
 
 ```bash
-python3.11 -m venv /tmp/zoo && /tmp/zoo/bin/pip install -e '.[test]' {install}
-/tmp/zoo/bin/python -m benchmarks.zoo             # resumes; --only TEXT, --again, --retry, --render
+python3.11 -m venv .venv-zoo && .venv-zoo/bin/pip install -e '.[test]' {install}
+.venv-zoo/bin/python -m benchmarks.zoo           # resumes; --only TEXT, --again, --retry, --render
 ```
 
 | package | model | parameters | zeros | parameters after | float32 | float64 | seconds | failed, kept |
 |---|---|---|---|---|---|---|---|---|
 """
+
+
+def engine_state():
+    """Return a hash of the files of the engine, to tell which records are of an earlier one."""
+    files = sorted(pathlib.Path(__file__).parents[2].glob("mtl_sparse/compaction/*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def problem(record, pattern):
@@ -150,6 +158,7 @@ def write(cases, paths):
     engines = collections.Counter(record.get("engine") for record in records)
     text = HEAD.format(
         equal=equal,
+        current=engine_state(),
         engines=", ".join(f"{name} ({count})" for name, count in engines.most_common()),
         f32=TOLERANCES["float32"],
         f64=TOLERANCES["float64"],
