@@ -130,7 +130,7 @@ def check(network, options):
     assert_equal_outputs(small_fn, small_params, again_fn, again_params, batches=(2,))
 
 
-@fixed(40)
+@fixed(24)
 @given(networks.networks(), OPTIONS)
 def test_outputs_are_equal_and_compacting_again_changes_nothing(network, options):
     check(network, options)
@@ -442,7 +442,7 @@ def test_random_networks_depend_on_their_input():
     """The grammar alone: without kernels that are zero as a whole, hardly any is constant, and all are finite."""
     constant = []
 
-    @fixed(40)
+    @fixed(24)
     @given(networks.networks())
     def run(network):
         params = networks.init(network)
