@@ -4,7 +4,7 @@ Usage:
     python -m benchmarks.zoo [--only TEXT ...] [--again | --retry] [--stub] [--limit SECONDS]
     python -m benchmarks.zoo --render
 
-Every case runs in a process of its own and leaves one JSON file in the results folder. A case with a record is skipped.
+Every case runs in a separate process and writes one JSON file to the results folder. A case with a record is skipped.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def wanted(case, folder, arguments):
 
 
 def run(case, folder, arguments):
-    """Run one case in a process of its own; return its record."""
+    """Run one case in a separate process; return its record."""
     path = record_of(case, folder)
     limit = arguments.limit * (3 if case.big else 1)
     command = [sys.executable, "-m", "benchmarks.zoo.check", case.name, str(path)]

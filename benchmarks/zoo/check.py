@@ -1,6 +1,6 @@
 """Check one case: compact the model under every pattern of zeros and compare outputs.
 
-`python -m benchmarks.zoo` starts this in a process of its own for each case.
+`python -m benchmarks.zoo` starts this in a separate process for each case.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LEAST_SIGNAL = 1e-3  # against the outputs' largest value
 
 
 def images_of(case, batch, seed, dtype):
-    """Return random images; each has a color, a contrast and a gradient of its own, so that their outputs differ."""
+    """Return random images; their colors, contrasts and gradients differ, so that their outputs do."""
     rng, channels = generator("images", seed, batch), case.shape.index(3)
     once = [batch] + [3 if axis == channels else 1 for axis in range(3)]
     places = np.meshgrid(*(np.linspace(-1, 1, size) for size in case.shape), indexing="ij")

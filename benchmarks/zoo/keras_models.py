@@ -29,7 +29,7 @@ def build(name, size):
     def fn(params, images):
         return model.stateless_call(*params, images, training=False)[0]
 
-    # dictionaries, so that weights are told apart by their paths
+    # dictionaries, so that weights are distinguished by their paths
     params = tuple(
         {f"{index:04}/{variable.path}": variable.value for index, variable in enumerate(variables)}
         for variables in (model.trainable_variables, model.non_trainable_variables)

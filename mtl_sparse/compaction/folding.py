@@ -1,4 +1,4 @@
-"""Constants that parameters take over from the layers that put them out."""
+"""Constant outputs of removed layers, which the parameters after them take over."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from mtl_sparse.compaction.streams import Axis, Reader, find_readers
 
 
 class Folds:
-    """Constants that parameters can take over from the layers that put them out."""
+    """Constants that parameters can take over."""
 
     def __init__(self, graph: Graph, facts: Facts) -> None:
         """Find the parameters that can, and mark them in the facts."""
@@ -32,7 +32,7 @@ class Folds:
             node = graph.nodes[reader.place]
             one = node.name != "dot_general" or len(node.params["dimension_numbers"][0][0]) == 1
             source = self._source(reader.weights)
-            if reader.place in inside:  # a derivative of the region's own knows no constant
+            if reader.place in inside:  # a custom derivative does not know the constant
                 continue
             if source is not None and one and self._holds(source[0], node.outputs[0]):
                 self._rows.append((reader, *source))

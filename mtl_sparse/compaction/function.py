@@ -46,7 +46,7 @@ def compact(
       costs: costs that decide where gathering channels pays; by default as measured on a CPU.
       unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
       also: further examples of the inputs, of other sizes. Needed where the function reads more of its parameters at
-        another size than at this one; a compact function that lacks something says so.
+        another size than at this one; otherwise the compact function raises an error there.
       fold: whether channels that are constant are removed, and the weights after them take over their effect. Such a
         plan serves other batch sizes, but no other function and no other size of the images. Constants are not used
         where `also` names a size at which the function has other equations.

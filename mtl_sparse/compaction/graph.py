@@ -76,7 +76,7 @@ class Region:
 
     @property
     def is_custom(self) -> bool:
-        """Return whether it has derivatives of its own."""
+        """Return whether it has custom derivatives."""
         return self.eqn.primitive.name not in _CHECKPOINTS
 
 
@@ -87,7 +87,7 @@ class Graph:
     Attributes:
       avals: shape and dtype of each variable.
       nodes: the equations.
-      regions: calls with derivatives of their own; one that lies in another comes before it.
+      regions: calls with custom derivatives, and checkpoints; a nested call comes before the one around it.
       constants: variable -> array, for literals and for arrays that the function closes over.
       params: variables of the parameters' leaves.
       inputs: variables of the inputs' leaves.

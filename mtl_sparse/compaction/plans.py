@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_sparse.compaction.graph import path_of
-from mtl_sparse.compaction.indices import Index, Indices
+from mtl_sparse.compaction.indices import Indices
 from mtl_sparse.runtime.errors import UserError
 
 _FORMAT = 1
@@ -190,7 +190,7 @@ def apply_plan(plan: Plan, tree: Any, *, constants: bool = True) -> Any:
     Args:
       plan: the plan.
       tree: the parameters, or a tree that has trees like them, such as the state of an optimizer.
-      constants: whether the parameters take over the constants that removed layers put out. Pass False for gradients,
+      constants: whether the parameters take over the constant outputs of removed layers. Pass False for gradients,
         and for other trees with the same paths. A tree that only contains such trees never takes them.
 
     Returns:
@@ -274,8 +274,3 @@ def _differences(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[
         leaf = plan.leaves.get(path)
         if leaf is None or shapes.get(path) != leaf.small:
             yield path, shapes.get(path)
-
-
-def index_of(leaf: Leaf, axis: int) -> Index:
-    """Return the entries that a leaf holds on an axis."""
-    return leaf.keep.get(axis)

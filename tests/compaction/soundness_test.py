@@ -609,3 +609,38 @@ def test_the_moments_of_a_single_array_are_cut_like_it():
         return jnp.tanh(x @ kernel) @ kernel.T
 
     check_moments(fn, weights(4, 6, columns=[0, 1]), normal(2, 4))
+
+
+def test_a_sum_along_another_axis_of_a_constant_channel_is_not_that_constant():
+    def fn(params, x):
+        return jnp.cumsum(convolve(x, params["w"]) + params["b"], 1) @ params["v"]
+
+    params = {"w": weights(3, 6, columns=[0, 4]).reshape(1, 1, 3, 6), "b": normal(6), "v": normal(6, 2)}
+    check(fn, params, normal(2, 4, 4, 3), normal(3, 4, 4, 3))
+
+
+def test_a_maximum_over_channels_reads_the_channel_that_is_always_zero():
+    def fn(params, x):
+        return jnp.max(-jnp.abs(x @ params["w"]) - 0.0, axis=1), x @ params["u"]
+
+    params = {"w": weights(4, 6, columns=[1]), "u": weights(4, 2)}
+    check(fn, params, normal(3, 4), normal(5, 4))
+
+
+def test_a_sum_over_an_axis_that_is_repeated_counts_each_entry():
+    def fn(params, x):
+        return (jnp.broadcast_to(params["b"], (len(x), 5, 6)).sum(1) * (x @ params["w"])) @ params["v"]
+
+    params = {"b": normal(6), "w": weights(4, 6), "v": weights(6, 2, rows=[0, 1])}
+    check(fn, params, normal(3, 4), normal(5, 4))
+
+
+def test_groups_with_unequal_needs_keep_what_any_of_them_needs():
+    def fn(params, x):
+        x = convolve(x, params["w"])
+        return convolve(x, params["k"], 2) @ params["v"], convolve(x, params["k"], 2) @ params["u"]
+
+    kernel = normal(3, 3, 3, 6).at[:, :, 1].set(0)
+    params = {"w": normal(1, 1, 3, 6), "k": kernel, "v": weights(6, 2, rows=[0, 4, 5]), "u": weights(6, 2, rows=[0, 1])}
+    _, small = check(fn, params, normal(2, 4, 4, 3), normal(3, 4, 4, 3))
+    assert small["k"].shape[2] == 2
