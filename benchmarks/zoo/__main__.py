@@ -68,7 +68,7 @@ def run(case, folder, arguments):
     record |= {"package": case.package, "model": case.model, "stub": arguments.stub, "time": time.time()}
     if end:
         record["error"] = record.get("error", end)
-    path.write_text(json.dumps(record, indent=1))
+    path.write_text(json.dumps(record) + "\n")
     return record
 
 

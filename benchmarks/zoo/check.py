@@ -246,7 +246,7 @@ def main():
     def save():
         record["wall"] = time.perf_counter() - begin
         with open(arguments.record + ".part", "w") as file:
-            json.dump(record, file, indent=1)
+            file.write(json.dumps(record) + "\n")
         os.replace(arguments.record + ".part", arguments.record)
 
     save()

@@ -254,7 +254,7 @@ def test_chains_keep_exactly_the_parameters_that_are_needed(network):
     kernels = [leaf.reshape(-1, leaf.shape[-1]) for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
     if all(kernel.any(0).all() for kernel in kernels):
         assert size(small_params) == needed_parameters(params)
-    else:  # filters that put out constants are removed, too
+    else:  # filters with constant outputs are removed, too
         assert size(small_params) < needed_parameters(params)
     assert_equal_outputs(fn, params, small_fn, small_params, batches=(2,))
 
@@ -568,7 +568,7 @@ def test_branches_that_are_zero_as_a_whole_are_removed(dead):
 
 
 def test_constants_are_folded_into_what_reads_them():
-    """Filters that are zero put out constants, and so does what reads only these: one row of the reader is for all."""
+    """Zero filters have constant outputs, and so have layers that read only these: one row of the reader replaces all."""
     rng = np.random.default_rng(0)
     params = {
         "a": rng.normal(size=(5, 8)) * (np.arange(8) < 4),

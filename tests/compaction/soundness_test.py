@@ -1,4 +1,4 @@
-"""Functions that tempt the compaction engine to be wrong: it must put out what they do, or raise a UserError.
+"""Functions for which compaction could be wrong: it must return their outputs, or raise a UserError.
 
 Each test is the smallest function that one fault needed. They run in float64, so that rounding hides nothing.
 """
