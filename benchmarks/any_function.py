@@ -4,7 +4,7 @@
 
 Compacts a ResNet-50 with random zero groups, the same fraction in every layer of the backbone, by both. Prints what
 each leaves and how long it takes, and times the backbones in alternation. Then it prints how long
-`compaction.compact` takes on a ResNet-50 at 224x224.
+`compaction.compact` takes on a ResNet-50 at 224x224, and times both compact models in training mode.
 """
 
 import json
@@ -96,6 +96,47 @@ def compare(fraction: float, size: int, batches: tuple[int, ...], rounds: int):
     return rows
 
 
+def training(batch: int, size: int, rounds: int) -> dict[str, float]:
+    """Time the loss and its gradient in training mode of a whole compact ResNet-50, by both.
+
+    Args:
+      batch: images in a call.
+      size: side of the images in pixels.
+      rounds: timed calls of each.
+
+    Returns:
+      "hand-written" and "any function": median milliseconds; "ratio": median of the second over the first.
+    """
+    model, variables = _model(0.7)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, size, size, 3)), jnp.float32)
+    key, largest = jax.random.key(0), jax.ShapeDtypeStruct((1, 320, 320, 3), jnp.float32)
+
+    def train(model):
+        return lambda v, x, key: model.apply(v, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+
+    def gradients(fn):
+        def loss(params, stats, x, key):
+            outputs, new = fn({"params": params, "batch_stats": stats}, x, key)
+            return sum(jnp.square(leaf).mean() for leaf in jax.tree.leaves(outputs)), new
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    small, small_variables = multitask_compaction.compact(model, variables)
+    plan = compaction.plan(model.apply, variables, images, also=[(largest,)])  # keeps all taps, as the hand-written one
+    parts = {
+        "hand-written": (train(small), small_variables),
+        "any function": (compaction.rewrite(train(model), plan), compaction.apply_plan(plan, variables)),
+    }
+    programs = {}
+    for name, (fn, values) in parts.items():
+        arguments = jax.device_put((values["params"], values["batch_stats"], images, key))
+        program = gradients(fn).lower(*arguments).compile()
+        programs[name] = lambda program=program, arguments=arguments: program(*arguments)
+    seconds = timed(programs, rounds)
+    medians = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+    return medians | {"ratio": float(np.median(seconds["any function"] / seconds["hand-written"]))}
+
+
 def compaction_seconds(size: int) -> dict[str, float]:
     """Return the seconds that each part of `compaction.compact` takes on a whole ResNet-50."""
     model, variables = _model(0.7)
@@ -121,8 +162,12 @@ def main(size: int, rounds: int, fractions: list[float], record: str) -> None:
     print(tables.markdown(lines))
     seconds = compaction_seconds(224)
     print("whole ResNet-50 at 224x224: " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
+    step = training(4, size, rounds)
+    print("training mode, batch 4: " + ", ".join(f"{name} {value:.2f}" for name, value in step.items()))
     if record:
-        text = json.dumps({"jax": jax.__version__, "size": size, "rounds": rounds, "rows": rows, "seconds": seconds})
+        text = json.dumps(
+            {"jax": jax.__version__, "size": size, "rounds": rounds, "rows": rows, "seconds": seconds, "training": step}
+        )
         pathlib.Path(record).write_text(text + "\n")
 
 

@@ -15,7 +15,6 @@ from mtl_sparse.compaction.indices import (
     UNIFORM,
     Index,
     Indices,
-    Missing,
     held,
     listed,
     meet,
@@ -364,11 +363,7 @@ class Conv(Rule):
         return [{at.out_channel: Known(mask, np.concatenate(values).astype(graph.avals[node.outputs[0]].dtype))}]
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
-        """Return the convolution of what the operands hold.
-
-        Raises:
-          Missing: the kernel does not hold the same outputs of each group.
-        """
+        """Return the convolution of what the operands hold."""
         if node.params["batch_group_count"] > 1:
             return super().carry(node, graph, ins)
         numbers, at = node.params["dimension_numbers"], _Layout.of(node, graph)
@@ -432,7 +427,10 @@ class Conv(Rule):
         )
 
     def _grouped(self, at: _Layout, x: list[Index], kernel: list[Index]) -> int:
-        """Choose the groups and the entries of each that remain; set the indices and return the number of groups."""
+        """Choose the groups and the entries that all of them keep; set the indices and return the number of groups.
+
+        Operands that lack some of these entries are found by `carrying`.
+        """
         size = at.groups * at.outputs
         held_out = listed(None if kernel[at.k_out] is UNIFORM else kernel[at.k_out], size)
         inner = listed(None if kernel[at.k_in] is UNIFORM else kernel[at.k_in], at.inputs)
@@ -444,20 +442,11 @@ class Conv(Rule):
         _, first = np.unique(group_of, return_index=True)
         groups = group_of[np.sort(first)]
         groups = groups[holds[groups].any(1)]
-        some = holds[groups].any(0)
-        if not holds[groups][:, some].all():
-            wanted = np.zeros(at.groups * at.inputs, bool)
-            wanted[rows[groups][:, some]] = True
-            raise Missing(0, at.x_channel, wanted)
-        inner = inner[some]
+        inner = inner[holds[groups].any(0)]
         held_out = held_out[np.isin(group_of, groups)]
         _, first = np.unique(held_out % at.outputs, return_index=True)
         outputs = (held_out % at.outputs)[np.sort(first)] if len(held_out) else np.arange(0)
         product = (groups[:, None] * at.outputs + outputs).reshape(-1)
-        if not np.isin(product, held_out).all():
-            mask = np.zeros(size, bool)
-            mask[product] = True
-            raise Missing(1, at.k_out, mask)
         kernel[at.k_out], kernel[at.k_in] = tidy(product, size), tidy(inner, at.inputs)
         x[at.x_channel] = tidy((groups[:, None] * at.inputs + inner).reshape(-1), at.groups * at.inputs)
         return len(groups)

@@ -9,7 +9,7 @@ from jax import lax
 
 from mtl_sparse.compaction.facts import Facts, Known
 from mtl_sparse.compaction.graph import Graph, Node
-from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, Missing, held, listed, meet, positions, take, tidy
+from mtl_sparse.compaction.indices import UNIFORM, Index, Indices, held, listed, meet, positions, take, tidy
 from mtl_sparse.compaction.rules import Link, Need, Rule, Shape, Step
 
 
@@ -404,11 +404,7 @@ class Reshape(Rule):
         return [found]
 
     def carry(self, node: Node, graph: Graph, ins: Sequence[Indices]) -> Step:
-        """Return the reshape of what the operand holds.
-
-        Raises:
-          Missing: an axis is split, and what it holds is no product of parts.
-        """
+        """Return the reshape of what the operand holds."""
         before, after = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
         target: list[Index] = [None] * len(before)
         out: list[Index] = [None] * len(after)
@@ -429,7 +425,7 @@ class Reshape(Rule):
                 out[other[0]] = tidy(places, after[other[0]])
             elif len(one) == 1:
                 size = before[one[0]]
-                parts = _rectangle(listed(mine[0], size), [after[axis] for axis in other], one[0])
+                parts = _parts(listed(mine[0], size), [after[axis] for axis in other])
                 product = np.ravel_multi_index(np.ix_(*parts), [after[axis] for axis in other]).reshape(-1)
                 target[one[0]] = tidy(product, size)
                 for axis, part in zip(other, parts, strict=True):
@@ -452,21 +448,12 @@ def _project(mask: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     return [np.asarray(x.any(tuple(i for i in range(len(sizes)) if i != k))) for k in range(len(sizes))]
 
 
-def _rectangle(entries: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
-    """Return the lists of the parts whose product is a list of entries.
-
-    Raises:
-      Missing: there are none.
-    """
+def _parts(entries: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Return the lists of an axis's parts whose product is a list of entries, or contains it."""
     if not len(entries):
         return [np.arange(0), *(np.arange(n) for n in sizes[1:])]
     parts = []
     for coordinate in np.unravel_index(entries, sizes):
         _, first = np.unique(coordinate, return_index=True)
         parts.append(coordinate[np.sort(first)])
-    product = np.ravel_multi_index(np.ix_(*parts), sizes).reshape(-1)
-    if not np.isin(product, entries).all():
-        mask = np.zeros(np.prod(sizes), bool)
-        mask[product] = True
-        raise Missing(0, axis, mask)
     return parts

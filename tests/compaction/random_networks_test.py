@@ -568,7 +568,7 @@ def test_branches_that_are_zero_as_a_whole_are_removed(dead):
 
 
 def test_constants_are_folded_into_what_reads_them():
-    """Zero filters have constant outputs, and so have layers that read only these: one row of the reader replaces all."""
+    """Zero filters have constant outputs, and so have layers that read only these; one row replaces them."""
     rng = np.random.default_rng(0)
     params = {
         "a": rng.normal(size=(5, 8)) * (np.arange(8) < 4),

@@ -15,6 +15,7 @@ from jax import export, lax
 from jax.test_util import check_grads
 
 from mtl_sparse import compaction
+from mtl_sparse.compaction.liveness import Costs
 from mtl_sparse.runtime.errors import UserError
 from tests.conftest import raises
 
@@ -644,3 +645,36 @@ def test_groups_with_unequal_needs_keep_what_any_of_them_needs():
     params = {"w": normal(1, 1, 3, 6), "k": kernel, "v": weights(6, 2, rows=[0, 4, 5]), "u": weights(6, 2, rows=[0, 1])}
     _, small = check(fn, params, normal(2, 4, 4, 3), normal(3, 4, 4, 3))
     assert small["k"].shape[2] == 2
+
+
+def test_a_blur_that_is_no_parameter_loses_the_channels_that_nothing_reads():
+    blur = np.ones((3, 3, 1, 6)) / 9
+
+    def fn(params, x):
+        return jnp.tanh(convolve(convolve(x, params["w"]), blur, 6)) @ params["v"]
+
+    params = {"w": normal(1, 1, 3, 6), "v": weights(6, 2, rows=[0, 4])}
+    _, small = check(fn, params, normal(2, 4, 4, 3), normal(3, 4, 4, 3))
+    assert small["w"].shape[3] == 4
+
+
+@pytest.mark.parametrize("costs", [Costs(mac=0, copy=1, split=1), Costs(), Costs(mac=1, copy=0, split=0)])
+def test_a_constant_channel_that_is_still_read_is_not_counted_twice(costs):
+    def fn(params, x):
+        x = x @ params["a"] + params["bias"]
+        return x, x @ params["b"]
+
+    params = {"a": weights(4, 6, columns=[0, 2, 4]), "bias": normal(6), "b": normal(6, 2)}
+    check(fn, params, normal(3, 4), normal(5, 4), costs=costs)
+
+
+def test_an_operation_that_another_batch_size_adds_is_refused_where_it_needs_removed_channels():
+    def fn(params, x):
+        x = x @ params["w"]
+        return (jnp.sort(x, 1) if len(x) > 4 else x) @ params["v"]
+
+    params = {"w": normal(4, 6), "v": weights(6, 2, rows=[0, 1, 5])}
+    small_fn, small = check(fn, params, normal(2, 4), normal(3, 4), costs=Costs(mac=1, copy=0, split=0))
+    assert small["w"].shape == (4, 3)
+    with raises("PLAN_DIFFERS", naming="needs removed channels"):
+        small_fn(small, normal(6, 4))
