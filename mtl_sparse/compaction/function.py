@@ -164,18 +164,18 @@ def _program(fn: Function, plan: Plan, params: Any, inputs: Sequence[Any], unrol
             raise UserError(
                 "PLAN_DIFFERS",
                 f"expected a function whose outputs need no more than the plan keeps, got one whose output "
-                f"{path or 'value'} needs removed channels; make the plan of this function",
+                f"{path or 'value'} needs removed channels; make a plan for this function",
             )
     return Program(graph, carried, _returned(graph, carried))
 
 
 def _check_origins(graph: Graph, carried: Carried, plan: Plan) -> None:
-    """Check that sums leave out entries, and that parameters hold constants, for the reason for which they did."""
+    """Check that the function is one that the plan applies to: the same partial sums, and the same constants."""
     if plan.fingerprint and fingerprint(graph) != plan.fingerprint:
         raise UserError(
             "PLAN_DIFFERS",
-            "expected the function that the plan was made for, because the plan uses constants of it, got another one "
-            "or inputs of another size; make the plan with fold=False, or name this size in `also`",
+            "expected the function and the input size of the plan, because the plan uses constants, got another function "
+            "or another size; make the plan with fold=False, or pass inputs of this size in `also`",
         )
     origins = Origins(graph)
     is_read = alive(graph, carried, graph.outputs)
@@ -185,12 +185,12 @@ def _check_origins(graph: Graph, carried: Carried, plan: Plan) -> None:
             raise UserError(
                 "PLAN_DIFFERS",
                 f"expected a function that reads removed channels only as in the plan, got one with another "
-                f"{node.title}; make the plan of this function",
+                f"{node.title}; make a plan for this function",
             )
 
 
 def _returned(graph: Graph, carried: Carried) -> dict[int, Indices]:
-    """Return the entries of each output, in order, or in the order of the parameters that it has the entries of."""
+    """Return the entries of each output: in order, or in the order of the parameters with the same entries."""
     streams = Streams(graph)
     orders: dict[Axis, list[Index]] = {}
     for variable in graph.params:
