@@ -174,8 +174,8 @@ def _check_origins(graph: Graph, carried: Carried, plan: Plan) -> None:
     if plan.fingerprint and fingerprint(graph) != plan.fingerprint:
         raise UserError(
             "PLAN_DIFFERS",
-            "expected the function and the input size of the plan, because the plan uses constants, got another function "
-            "or another size; make the plan with fold=False, or pass inputs of this size in `also`",
+            "expected the function and the input size of the plan, because the plan uses constants, got another "
+            "function or another size; make the plan with fold=False, or pass inputs of this size in `also`",
         )
     origins = Origins(graph)
     is_read = alive(graph, carried, graph.outputs)
