@@ -16,21 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.compact import with_zeros
+from benchmarks.compact import zero_model
 from mtl_sparse import compaction
 from mtl_sparse.compaction import multitask as multitask_compaction
 from mtl_sparse.compaction import speed
-from mtl_sparse.models import costs, multitask
+from mtl_sparse.models import costs
 from mtl_sparse.report import tables
 from mtl_sparse.runtime import environment
 from mtl_sparse.runtime.timing import timed
-
-
-def _model(fraction: float):
-    """Return a ResNet-50 with a small head, and variables with zero groups."""
-    model = multitask.MultiTaskModel((("depth", "deeplab", 1),), depth=50, head_features=16)
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    return model, with_zeros(jax.device_get(init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))), fraction)
 
 
 def _backbone(part: speed.Part):
@@ -59,7 +52,7 @@ def compare(fraction: float, size: int, batches: tuple[int, ...], rounds: int):
       A dictionary for each model and batch size: "zero_groups", "batch", "model", "parameters", "seconds" of the
       compaction, "median_ms", and "ratio", the median over the rounds of its time over the hand-written one's.
     """
-    model, variables = _model(fraction)
+    model, variables = zero_model(fraction, depth=50)
     example = jnp.zeros((1, size, size, 3))
     start = time.perf_counter()
     small = multitask_compaction.compact(model, variables)
@@ -107,7 +100,7 @@ def training(batch: int, size: int, rounds: int) -> dict[str, float]:
     Returns:
       "hand-written" and "any function": median milliseconds; "ratio": median of the second over the first.
     """
-    model, variables = _model(0.7)
+    model, variables = zero_model(0.7, depth=50)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, size, size, 3)), jnp.float32)
     key, largest = jax.random.key(0), jax.ShapeDtypeStruct((1, 320, 320, 3), jnp.float32)
 
@@ -139,7 +132,7 @@ def training(batch: int, size: int, rounds: int) -> dict[str, float]:
 
 def compaction_seconds(size: int) -> dict[str, float]:
     """Return the seconds that each part of `compaction.compact` takes on a whole ResNet-50."""
-    model, variables = _model(0.7)
+    model, variables = zero_model(0.7, depth=50)
     images = jnp.zeros((1, size, size, 3))
     start = time.perf_counter()
     plan = compaction.plan(model.apply, variables, images)

@@ -42,6 +42,18 @@ def with_zeros(variables, fraction: float, seed: int = 0):
     return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 
 
+def zero_model(fraction: float, **options):
+    """Return a ResNet with a small head, and variables with zero groups, as NumPy arrays.
+
+    Args:
+      fraction: probability that a group is set to zero.
+      **options: of `MultiTaskModel`, such as depth=50.
+    """
+    model = multitask.MultiTaskModel((("depth", "deeplab", 1),), **{"head_features": 16, **options})
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    return model, with_zeros(jax.device_get(init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))), fraction)
+
+
 def patterns(size: int, batch: int, rounds: int, fractions=_FRACTIONS, depth: int = 50, width: int = 64) -> str:
     """Time the backbone for each fraction of zero groups.
 
@@ -56,9 +68,7 @@ def patterns(size: int, batch: int, rounds: int, fractions=_FRACTIONS, depth: in
     Returns:
       A Markdown table of `speed.compare`, with one row for each fraction and model.
     """
-    model = multitask.MultiTaskModel((("depth", "deeplab", 1),), depth=depth, width=width, head_features=16)
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    variables = jax.device_get(init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+    model, variables = zero_model(0.0, depth=depth, width=width)
     lines = [("zero groups", "model", "median ms", "speed-up", "MAC ratio", "speed-up / MAC ratio")]
     never = liveness.Costs(mac=0.0)  # reading all channels then costs nothing, so no layer gathers
     for fraction in fractions:

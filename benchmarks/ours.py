@@ -1,5 +1,6 @@
 """Training step and inference of this package, ready to be timed."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from benchmarks.peers import random_batch
 from configs import nyu
 from input_pipeline import loader
 from mtl_sparse import tasks
-from mtl_sparse.models import costs, multitask
+from mtl_sparse.models import atrous, costs, multitask
 from mtl_sparse.runtime import compile_cache
 from mtl_sparse.tasks import weighting
 from mtl_sparse.training import optimizer
@@ -29,14 +30,20 @@ def _config(names, penalty, **model):
     return config
 
 
-def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, **model):
-    """Return a function () -> None that takes one training step of configs/nyu.py.
+def _convolutions(plain):
+    """Return the context for tracing: plain convolutions, or the ones that this package chooses."""
+    return atrous.plain_convolutions() if plain else contextlib.nullcontext()
+
+
+def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, plain: bool = False, **model):
+    """Return a function () -> scalars that takes one training step of configs/nyu.py.
 
     Args:
       size: side of the images in pixels.
       batch: images in a step.
       penalty: whether the optimizer applies the penalty.
       names: of the tasks.
+      plain: use XLA's convolutions, no products and no sums over taps.
       **model: options of config.model.
     """
     compile_cache.enable()
@@ -54,27 +61,35 @@ def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, *
 
     def call():
         nonlocal state
-        state, scalars = step(state, data, np.uint32(0))
-        jax.block_until_ready(scalars)
+        with _convolutions(plain):  # of use in the first call, which traces
+            state, scalars = step(state, data, np.uint32(0))
+        return jax.block_until_ready(scalars)
 
     return call
 
 
-def inference(*, size: int, batch: int, names=TASKS, **model):
+def inference(*, size: int, batch: int, names=TASKS, plain: bool = False, **model):
     """Return a function () -> outputs that runs the whole dense model in evaluation mode.
 
     Args:
       size: side of the images in pixels.
       batch: images in a call.
       names: of the tasks.
+      plain: use XLA's convolutions, no products and no sums over taps.
       **model: options of config.model.
     """
+    compile_cache.enable()
     config = _config(names, False, **model)
     network = multitask.build(config.model, tasks.resolve(config))
     variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
     images = jnp.asarray(random_batch(size, batch)["image"])
     apply = jax.jit(network.apply)
-    return lambda: jax.block_until_ready(apply(variables, images))
+
+    def call():
+        with _convolutions(plain):
+            return jax.block_until_ready(apply(variables, images))
+
+    return call
 
 
 def macs(size: int, names=TASKS, **model) -> int:

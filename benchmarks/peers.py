@@ -11,6 +11,7 @@ import multiprocessing
 import time
 
 import numpy as np
+from absl import logging
 
 from mtl_sparse.runtime import environment
 
@@ -36,19 +37,23 @@ def _work(pipe, module, function, settings):
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def alternate(peers: dict[str, tuple[str, str, dict]], rounds: int) -> dict[str, np.ndarray]:
+def alternate(
+    peers: dict[str, tuple[str, str, dict]], rounds: int, *, together: bool = False
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Time several functions, each once in every round.
 
     Args:
-      peers: name -> (module, function, keyword arguments). The function returns another one, () -> None, which blocks
-        until its work is done and is the one that is timed.
+      peers: name -> (module, function, keyword arguments). The function returns another one, which blocks until its
+        work is done and is the one that is timed.
       rounds: number of rounds.
+      together: start all processes at the same time, which is faster where there are many cores. A function that fails
+        is then logged as a warning and left out.
 
     Returns:
       The seconds of each round, [rounds], by name.
 
     Raises:
-      RuntimeError: a function failed; the message has its name and the error.
+      RuntimeError: a function failed, all of them with `together`; the message has its name and the error.
     """
     environment.tune()
     pipes, workers = {}, []
@@ -58,8 +63,11 @@ def alternate(peers: dict[str, tuple[str, str, dict]], rounds: int) -> dict[str,
             workers.append(_CONTEXT.Process(target=_work, args=(theirs, module, function, settings), daemon=True))
             workers[-1].start()
             theirs.close()
-            _receive(name, pipes[name])
-        seconds = {name: [] for name in peers}
+            if not together:
+                _receive(name, pipes[name])
+        if together:
+            pipes = _ready(pipes)
+        seconds = {name: [] for name in pipes}
         for _ in range(rounds):
             for name, pipe in pipes.items():
                 pipe.send(True)
@@ -69,6 +77,21 @@ def alternate(peers: dict[str, tuple[str, str, dict]], rounds: int) -> dict[str,
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+def _ready(pipes):
+    """Wait for all processes; return the pipes of those that did not fail."""
+    ready, begin = {}, time.perf_counter()
+    for name, pipe in pipes.items():
+        try:
+            _receive(name, pipe)
+            ready[name] = pipe
+            logging.info("%s: ready within %.0f s", name, time.perf_counter() - begin)
+        except RuntimeError as error:
+            logging.warning("left out: %s", error)
+    if not ready:
+        raise RuntimeError("all functions failed; see the warnings")
+    return ready
 
 
 def _receive(name, pipe):

@@ -83,6 +83,20 @@ def operators(shapes: list[tuple[int, ...]]) -> dict:
     }
 
 
+def backbone_shapes(options) -> list[tuple[int, ...]]:
+    """Return the shapes of the kernels that the penalty acts on.
+
+    Args:
+      options: that replace those of configs/nyu.py's model.
+    """
+    config = nyu.get_config()
+    config.model.update(options)
+    model = multitask.build(config.model, tasks.resolve(config))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    leaves = groups.by_path(params)
+    return [leaves[kernel.path].shape for kernel in groups.find(params)]
+
+
 def training_steps() -> dict:
     """Return the training step without and with the penalty, each with its own state."""
     make = functools.partial(ours.training_step, size=_SIZE.value, batch=_BATCH.value)
@@ -91,17 +105,13 @@ def training_steps() -> dict:
 
 def main(_) -> None:
     """Print the tables."""
-    config = nyu.get_config()
-    model = multitask.build(config.model, tasks.resolve(config))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    leaves = groups.by_path(params)
-    shapes = [leaves[kernel.path].shape for kernel in groups.find(params)]
+    shapes = backbone_shapes({})
     device = jax.devices()[0].device_kind
     print(f"{len(shapes)} kernels, {sum(map(np.prod, shapes)):,} weights; JAX {jax.__version__}, {device}")
     seconds = timed(operators(shapes), _ROUNDS.value)
     report(seconds, "copy of the three arrays")
     if _STEP.value:
-        print(f"\ntraining step, {', '.join(config.tasks)}, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}")
+        print(f"\ntraining step, {', '.join(ours.TASKS)}, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}")
         steps = timed(training_steps(), _ROUNDS.value)
         report(steps, "without penalty (AdamW)")
         fraction = np.median(seconds["group_lasso, adaptive"]) / np.median(steps["with penalty"])

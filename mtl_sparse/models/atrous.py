@@ -193,6 +193,11 @@ def _pixels(size: Size, taps: Size, rate: int) -> int:
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for _, rows, columns in windows)
 
 
+def tap_share(size: Size, rate: int) -> float:
+    """Return the fraction of the products of a dilated 3x3 convolution that meet pixels, not padding."""
+    return _pixels(size, (3, 3), rate) / (9 * size[0] * size[1])
+
+
 def macs(size: tuple[int, int], kernel_shape: tuple[int, ...], rate: int) -> int:
     """Return the multiply-accumulates of `conv3x3` on one image.
 
