@@ -1,6 +1,7 @@
 """Benchmarks at the smallest size: that they measure what they report, not how fast it is."""
 
 import functools
+import json
 import time
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compact, compile, fixed_norm, loader, ours, peers, prox
+from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, loader, ours, peers, prox
 from mtl_sparse.runtime.timing import timed
 
 
@@ -140,3 +141,36 @@ def test_pytorchs_step_is_the_same_step():
     zero = (np.asarray(expected) == 0).all((0, 1, 3))
     assert 0 < zero.sum() < 6
     np.testing.assert_allclose(kernel.detach().numpy().transpose(2, 3, 1, 0), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_a_gpu_part_keeps_a_record_and_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_table, "PAGE", tmp_path / "gpu.md")
+    gpu.run(["proximal", "step"], gpu.SMALL, tmp_path, seconds=100)  # a step does not fit
+    assert [path.name for path in tmp_path.iterdir()] == ["proximal.json"]
+    record = json.loads((tmp_path / "proximal.json").read_text())
+    assert all(len(seconds) == gpu.SMALL.rounds for seconds in record["seconds"].values())
+    assert record["model"] == dict(gpu.SMALL.model) and record["device"] == jax.devices()[0].device_kind
+    gpu.run(["proximal"], gpu.SMALL, tmp_path, seconds=100)
+    assert json.loads((tmp_path / "proximal.json").read_text()) == record
+    gpu_table.write(tmp_path, list(gpu.PARTS))
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| group_lasso, adaptive" in page and "Not measured: parity, equality, demo, step" in page
+
+
+@pytest.mark.slow
+def test_gpu_checks_compare_what_they_name():
+    rows = {row["run"]: row for row in gpu.parity(gpu.SMALL)["rows"]}
+    assert max(rows["GPU, float32"]["loss_difference"]) < 1e-5 and len(rows["CPU, float32"]["losses"]) == 3
+    losses = rows["CPU, float32"]["losses"]
+    assert losses[0] != losses[-1], "the steps train"
+    assert all(row["difference"] < 1e-5 for row in gpu.equality(gpu.SMALL)["rows"])
+    assert {row["rate"] for row in gpu.convolutions(gpu.SMALL)["rows"]} == {4, 7}
+
+
+def test_peers_that_start_together_leave_a_failed_one_out():
+    pair = {"ours": ("tests.benchmarks_test", "sleeper", {"seconds": 0.02}),
+            "theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}  # fmt: skip
+    seconds = peers.alternate(pair, 2, together=True)
+    assert list(seconds) == ["ours"] and seconds["ours"].shape == (2,)
+    with pytest.raises(RuntimeError, match="all functions failed"):
+        peers.alternate({"theirs": pair["theirs"]}, 1, together=True)

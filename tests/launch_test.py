@@ -181,12 +181,14 @@ def test_a_run_has_the_fast_environment_unless_the_user_sets_another(own, tmp_pa
     started, now = ast.literal_eval(done.stdout.replace("] {", "], {"))
     assert f"GLIBC_TUNABLES={'glibc.malloc.hugetlb=1' if own is None else own}" in started
     flags = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+    flags += " --xla_gpu_enable_triton_gemm=false"
     assert now["XLA_FLAGS"] == f"{env['XLA_FLAGS']} {flags}", "after the user's own"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these options")
 def test_a_users_choice_of_xlas_library_stays(monkeypatch):
     own = "--xla_cpu_experimental_ynn_fusion_type=+LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+    own += " --xla_gpu_enable_triton_gemm=true"
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setenv("XLA_FLAGS", own)
     assert not environment.tune() and os.environ["XLA_FLAGS"] == own
@@ -213,6 +215,7 @@ def test_a_flag_that_jaxlib_may_not_know_is_not_set(monkeypatch, jaxlib, has_lib
     monkeypatch.setenv("XLA_FLAGS", "")
     assert not environment.tune()
     assert ("ynn" in os.environ["XLA_FLAGS"]) == has_library
+    assert ("triton" in os.environ["XLA_FLAGS"]) == has_library
     assert environment.knows(environment.FUSION_EMITTERS) == has_emitters
 
 

@@ -111,7 +111,8 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-def check(network, options):
+def check(network, options, twice=True):
+    """Compare the outputs; with `twice`, also check that a second compaction finds nothing more to remove."""
     note(repr(network))
     fn, params = function(network), networks.init(network)
     if "batch_norm_training" in repr(network):
@@ -127,7 +128,7 @@ def check(network, options):
         return
     again_fn, again_params = compaction.rewrite(small_fn, again), compaction.apply_plan(again, small_params)
     assert size(again_params) <= size(small_params)
-    if options.get("multiple", 1) == 1 and network.zeros == Zeros(network.zeros.inputs):
+    if twice and options.get("multiple", 1) == 1 and network.zeros == Zeros(network.zeros.inputs):
         assert shapes(again_params) == shapes(small_params)
     assert_equal_outputs(small_fn, small_params, again_fn, again_params, batches=(2,))
 
@@ -142,7 +143,7 @@ def test_outputs_are_equal_and_compacting_again_changes_nothing(network, options
 @fixed(1500)
 @given(networks.networks(most=8), OPTIONS)
 def test_outputs_of_many_networks_are_equal(network, options):
-    check(network, options)
+    check(network, options, twice=False)  # where a layer norm reads part of a stream, a second pass may find more
 
 
 @fixed(15)
@@ -160,13 +161,14 @@ def gradients(fn, params, images, cotangents):
 
 
 def check_gradients(network, zeros=False):
-    """Compare the gradients; those of entries that are zero only if asked.
+    """Compare the gradients without folding; those of entries that are zero only if asked.
 
     Where a channel is always zero, what reads it was removed; the entries that make it zero, if they are kept because
-    something else needs the zero, have lost this part of their gradient. Entries that stand for constants are new.
+    something else needs the zero, have lost this part of their gradient. With folding, so have the entries that make a
+    channel constant, if one reader keeps it and another one has the constant folded in.
     """
     fn, params, images = function(network), networks.init(network), networks.images()
-    plan = plan_unless_dead(fn, params, images)
+    plan = plan_unless_dead(fn, params, images, fold=False)
     if plan is None:
         return
     small_fn, small_params = compaction.rewrite(fn, plan), compaction.apply_plan(plan, params)
