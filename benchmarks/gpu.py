@@ -38,6 +38,7 @@ from mtl_sparse.runtime.timing import timed
 _ROOT = pathlib.Path(__file__).parents[1]
 RECORDS = _ROOT / "docs" / "benchmarks" / "gpu"
 _SPAWN = multiprocessing.get_context("spawn")
+# Variants of torch_peer.py, which only the processes that time PyTorch import.
 _CHANNELS_LAST, _COMPILED = "PyTorch, shared, channels last", "PyTorch, shared, channels last, compiled"
 _RELEASED = "PyTorch, released scheme"
 

@@ -24,9 +24,10 @@ python -m benchmarks.gpu --render    # writes this page from docs/benchmarks/gpu
 the evaluation (`triton_tiling_propagation.cc: Check failed: subdim_size_accumulator == dim_size`,
 [openxla/xla issue 47381](https://github.com/openxla/xla/issues/47381)). With
 `XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` it trained: 198 of 550 steps, 61.6 % of the groups zero, validation mIoU
-0.36; then the time for this check was over. `launch.py` and these benchmarks now set this flag; in a notebook, set it
-before JAX starts. What the flag costs in speed has not been measured; the tables below were made without it. setup.cfg
-excludes JAX 0.11.2, the version at hand; no other version was tried on a GPU.
+0.36. The run was stopped there (log: docs/benchmarks/gpu/demo.txt). `launch.py` and these benchmarks now set this flag;
+in a notebook, call `mtl_sparse.runtime.environment.tune()` before JAX starts. The flag's cost in speed has not been
+measured; the tables below were made without it. setup.cfg excludes JAX 0.11.2, the version at hand; no other version
+was tried on a GPU.
 
 In the table of losses, the difference grows after the first update: Adam divides every gradient by its own size, so
 rounding in small gradients changes the first updates.

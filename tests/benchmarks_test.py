@@ -154,6 +154,7 @@ def test_a_gpu_part_keeps_a_record_and_is_not_run_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "proximal.json").read_text()) == record
     gpu_table.write(tmp_path, list(gpu.PARTS))
     page = (tmp_path / "gpu.md").read_text()
+    assert gpu_table._ratio([2, 2], of=[1, 1]) == "0.50 (0.50 .. 0.50)"
     assert "| group_lasso, adaptive" in page and "Not measured: parity, equality, demo, step" in page
 
 
@@ -164,7 +165,9 @@ def test_gpu_checks_compare_what_they_name():
     losses = rows["CPU, float32"]["losses"]
     assert losses[0] != losses[-1], "the steps train"
     assert all(row["difference"] < 1e-5 for row in gpu.equality(gpu.SMALL)["rows"])
-    assert {row["rate"] for row in gpu.convolutions(gpu.SMALL)["rows"]} == {4, 7}
+    assert gpu._largest({"depth": np.array([1.0, 2.0])}, {"depth": np.array([1.0, 4.0])}) == 0.5
+    shares = {row["rate"]: row["share"] for row in gpu.convolutions(gpu.SMALL)["rows"]}
+    assert shares == {4: pytest.approx(4 / 9), 7: pytest.approx((1 + 2 * 1 / 8) ** 2 / 9)}
 
 
 def test_peers_that_start_together_leave_a_failed_one_out():

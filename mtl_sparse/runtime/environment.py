@@ -7,13 +7,16 @@ import sys
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters"
-TRITON_GEMM = "--xla_gpu_enable_triton_gemm"
+_TRITON = "--xla_gpu_enable_triton_gemm"
 _LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"
 
 # XLA ends a process whose XLA_FLAGS has an unknown flag. Each flag was tried with all jaxlib releases of its range:
 # (first release, first release outside). Raise the end after a try with a newer one.
-_JAXLIB = {FUSION_EMITTERS: ((0, 10, 0), (0, 11, 1)), _LIBRARY: ((0, 10, 0), (0, 13, 0)),
-           TRITON_GEMM: ((0, 10, 0), (0, 13, 0))}  # fmt: skip
+_JAXLIB = {
+    FUSION_EMITTERS: ((0, 10, 0), (0, 11, 1)),
+    _LIBRARY: ((0, 10, 0), (0, 13, 0)),
+    _TRITON: ((0, 10, 0), (0, 13, 0)),
+}
 
 
 def knows(flag: str) -> bool:
@@ -28,9 +31,9 @@ def tune() -> bool:
 
     glibc: huge pages for the memory that XLA allocates in each call. glibc reads this when a process starts.
     XLA: no convolutions by YNNPACK, its default with AVX-512. YNNPACK uses one core if there are few channels, and
-    takes several times as long for the gradient of a kernel. On a GPU, no matrix products by Triton: XLA's pass for
-    them aborts the process when it compiles the evaluation of a model (openxla/xla issue 47381; seen with jaxlib
-    0.11.2 on an H200). Not set for a jaxlib that may lack the flag.
+    takes several times as long for the gradient of a kernel. On a GPU, no matrix products by Triton: XLA
+    aborted when it compiled the evaluation of a model (openxla/xla issue 47381; jaxlib 0.11.2, H200). A flag is not set
+    for a jaxlib that may lack it.
 
     Returns:
       Whether the process must be restarted for the options to take effect.
@@ -38,7 +41,7 @@ def tune() -> bool:
     if sys.platform != "linux":
         return False
     flags = os.environ.get("XLA_FLAGS", "")
-    for flag, value in ((_LIBRARY, "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"), (TRITON_GEMM, "false")):
+    for flag, value in ((_LIBRARY, "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"), (_TRITON, "false")):
         if flag not in flags and knows(flag):
             flags = f"{flags} {flag}={value}".strip()
     os.environ["XLA_FLAGS"] = flags

@@ -143,7 +143,7 @@ def test_outputs_are_equal_and_compacting_again_changes_nothing(network, options
 @fixed(1500)
 @given(networks.networks(most=8), OPTIONS)
 def test_outputs_of_many_networks_are_equal(network, options):
-    check(network, options, twice=False)  # where a layer norm reads part of a stream, a second pass may find more
+    check(network, options, twice=False)  # a second compaction may remove more, see docs/compaction.md
 
 
 @fixed(15)
