@@ -29,8 +29,8 @@ in a notebook, call `mtl_sparse.runtime.environment.tune()` before JAX starts. T
 measured; the tables below were made without it. setup.cfg excludes JAX 0.11.2, the version at hand; no other version
 was tried on a GPU.
 
-In the table of losses, the difference grows after the first update: Adam divides every gradient by its own size, so
-rounding in small gradients changes the first updates.
+In the table of losses, the difference grows after the first update. The likely cause, not checked in float64: Adam's
+first updates divide each gradient by its size, so rounding in small gradients changes them.
 """
 TITLES = {
     "parity": "Are losses and outputs those of the CPU?",
