@@ -647,7 +647,7 @@ def test_gradients_written_by_hand_are_kept(how):
         x = x @ params["a"]
         if how == "custom_jvp":
             x = by_jvp(x) * params["factor"]
-        elif how == "with parameters":
+        elif how == "custom_vjp with parameters":
             x = by_vjp(x, params["factor"])
         elif how == "custom_vjp":
             x = by_vjp(x, 1.0) * params["factor"]

@@ -612,17 +612,42 @@ def test_the_moments_of_a_single_array_are_cut_like_it():
     check_moments(fn, weights(4, 6, columns=[0, 1]), normal(2, 4))
 
 
-def test_a_sum_along_another_axis_of_a_constant_channel_is_not_that_constant():
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda x: jnp.cumsum(x, 1),
+        lambda x: jnp.cumprod(x, 1),
+        lambda x: jnp.sum(x, 1),
+        lambda x: jnp.prod(x, 1),
+        lambda x: nn.avg_pool(x, (2, 2)),
+        lambda x: jnp.argmax(x, 1).astype(float),
+    ],
+    ids="cumsum cumprod sum prod mean argmax".split(),
+)
+def test_a_sum_along_another_axis_of_a_constant_channel_is_not_that_constant(total):
     def fn(params, x):
-        return jnp.cumsum(convolve(x, params["w"]) + params["b"], 1) @ params["v"]
+        return total(convolve(x, params["w"]) + params["b"]) @ params["v"]
 
-    params = {"w": weights(3, 6, columns=[0, 4]).reshape(1, 1, 3, 6), "b": normal(6), "v": normal(6, 2)}
+    bias = jnp.arange(1.0, 7)
+    params = {"w": weights(3, 6, columns=[0, 4]).reshape(1, 1, 3, 6), "b": bias, "v": normal(6, 2)}
     check(fn, params, normal(2, 4, 4, 3), normal(3, 4, 4, 3))
 
 
-def test_a_maximum_over_channels_reads_the_channel_that_is_always_zero():
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda x: jnp.max(-jnp.abs(x) - 0.0, 1),
+        lambda x: jnp.min(jnp.abs(x), 1),
+        lambda x: jnp.argmax(-jnp.abs(x), 1),
+        lambda x: jnp.argmin(jnp.abs(x), 1),
+        lambda x: jnp.prod(x, 1),
+        lambda x: jnp.all(x != 0, 1),
+    ],
+    ids="max min argmax argmin prod all".split(),
+)
+def test_a_reduction_over_channels_that_is_no_sum_reads_the_channel_that_is_always_zero(reduce):
     def fn(params, x):
-        return jnp.max(-jnp.abs(x @ params["w"]) - 0.0, axis=1), x @ params["u"]
+        return reduce(x @ params["w"]), x @ params["u"]
 
     params = {"w": weights(4, 6, columns=[1]), "u": weights(4, 2)}
     check(fn, params, normal(3, 4), normal(5, 4))
@@ -678,3 +703,99 @@ def test_an_operation_that_another_batch_size_adds_is_refused_where_it_needs_rem
     assert small["w"].shape == (4, 3)
     with raises("PLAN_DIFFERS", naming="needs removed channels"):
         small_fn(small, normal(6, 4))
+
+
+@pytest.mark.parametrize("join", [jnp.stack, jnp.concatenate])
+def test_different_constants_of_one_channel_are_no_constant_where_they_are_joined(join):
+    def fn(params, x):
+        x = x @ params["w"]
+        return join([x + params["b"], x + params["c"]]) @ params["v"]
+
+    params = {"w": weights(4, 6, columns=[0, 4]), "b": normal(6), "c": normal(6), "v": normal(6, 2)}
+    check(fn, params, normal(2, 4), normal(3, 4))
+
+
+def test_an_entry_that_a_grouped_convolution_lacks_is_kept_beside_what_others_read():
+    def fn(params, x):
+        x, y = (jnp.tanh(convolve(x, params[name])) for name in ("w", "whole"))
+        few, every = (convolve(z, params["shared"], 2) for z in (x, y))
+        return few @ params["v"], every, x @ params["u"]
+
+    shared = normal(1, 1, 3, 6).at[:, :, 1, jnp.array([0, 3])].set(0).at[:, :, 2].set(0)
+    params = {"w": normal(1, 1, 3, 6), "whole": normal(1, 1, 3, 6), "shared": shared}
+    params |= {"v": weights(6, 2, rows=[1, 2, 4, 5]), "u": weights(6, 2, rows=[0, 3, 4, 5])}
+    check(fn, params, normal(2, 4, 4, 3), normal(3, 4, 4, 3))
+
+
+def test_an_operation_that_lacks_channels_may_be_added_where_only_zero_weights_read_it():
+    def fn(params, x, change=lambda x: x):
+        x = x @ params["w"]
+        return x @ params["v"] + jnp.tanh(change(x)) @ params["z"]
+
+    params, x = {"w": weights(4, 6), "v": weights(6, 2, rows=[0, 1]), "z": jnp.zeros((6, 2))}, normal(2, 4)
+    plan = compaction.plan(fn, params, x, costs=Costs(mac=1, copy=0, split=0))
+    small = compaction.apply_plan(plan, params)
+    assert small["w"].shape == (4, 4)
+    assert_equal(compaction.rewrite(lambda p, x: fn(p, x, jnp.sort), plan)(small, x), fn(params, x, jnp.sort))
+
+
+def test_a_constant_that_is_computed_all_the_same_is_not_added_twice():
+    zeros, constant = np.zeros(4), RNG.normal(size=4)
+
+    def fn(params, x):
+        return ((x * zeros + constant) + params["b"]) * (x @ params["u"])
+
+    check(fn, {"b": normal(4), "u": normal(4, 4)}, normal(2, 4), normal(3, 4))
+
+
+def test_constants_of_two_layers_are_not_folded_into_a_kernel_that_both_read_transposed():
+    def fn(params, x):
+        kernel = params["v"].T
+        return [(jnp.tanh(x @ params[w]) + params[b]) @ kernel for w, b in (("w", "b"), ("u", "c"))]
+
+    params = {"w": weights(4, 6, columns=[0, 1]), "u": weights(4, 6, columns=[0, 1]), "v": normal(2, 6)}
+    check(fn, params | {"b": normal(6), "c": normal(6)}, normal(2, 4), normal(3, 4))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_bias_with_rows_takes_over_no_constant(rows):
+    def fn(params, x):
+        return (jnp.tanh(x @ params["w"] + params["a"]) + params["b"]) * (x @ params["u"])
+
+    params = {"w": jnp.zeros((4, 6)), "a": normal(6), "b": normal(1, 6) if rows == 1 else jnp.zeros((2, 6))}
+    check(fn, params | {"u": normal(4, 6)}, normal(2, 4))
+
+
+def test_a_product_that_only_another_size_has_may_leave_out_what_its_weights_do():
+    def fn(params, x):
+        y = jnp.tanh(x @ params["w"])
+        return y @ params["v"] + (y @ params["z"] if len(x) > 4 else 0)
+
+    params = {"w": weights(4, 6), "v": weights(6, 2, rows=[0, 1]), "z": weights(6, 2, rows=[0, 1, 2])}
+    _, small = check(fn, params, normal(2, 4), normal(6, 4), also=[(normal(6, 4),)])
+    assert small["w"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("names", [("whole", "pruned"), ("pruned", "whole")])
+def test_a_shared_kernel_keeps_the_rows_that_one_of_its_readers_lacks(names):
+    def fn(params, x):
+        return [jnp.tanh(x @ params[name]) @ params["shared"] for name in names]
+
+    params = {"whole": weights(4, 6), "pruned": weights(4, 6, columns=[1, 3]), "shared": normal(6, 2)}
+    check(fn, params, normal(2, 4), normal(3, 4))
+
+
+def test_a_tangent_that_sorts_removed_channels_is_refused():
+    @jax.custom_jvp
+    def mixed(x):
+        return x * 1.0
+
+    mixed.defjvp(lambda primals, tangents: (primals[0] * 1.0, jnp.sort(tangents[0], 1)))
+
+    def fn(params, x):
+        return mixed(jnp.tanh(x @ params["w"])) @ params["v"]
+
+    params, x = {"w": weights(4, 6), "v": weights(6, 3, rows=[2])}, normal(2, 4)
+    small_fn, small = check(fn, params, x, costs=Costs(mac=1, copy=0, split=0))
+    with raises("GRADIENT_UNKNOWN", naming="custom_jvp"):
+        jax.jvp(lambda x: small_fn(small, x), (x,), (x,))
