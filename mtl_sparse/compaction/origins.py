@@ -93,9 +93,10 @@ def _options(node: Node) -> str:
     """Return the parameters of an equation without those that differ between batch sizes."""
     if node.call is not None:
         return ""
-    sizes = _CONFIGURED | (_SIZES - {"shape"} if node.name == "iota" else _SIZES)
     options: dict[str, Any] = node.params
-    return " ".join(f"{name}={value}" for name, value in sorted(options.items()) if name not in sizes)
+    if node.name == "iota":
+        options = {**options, "length": options["shape"][options["dimension"]]}
+    return " ".join(f"{name}={value}" for name, value in sorted(options.items()) if name not in _CONFIGURED | _SIZES)
 
 
 def summed(node: Node) -> list[tuple[int, int]]:

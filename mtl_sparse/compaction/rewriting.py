@@ -90,7 +90,12 @@ class Program:
         outputs = [i for i in outputs if i in made]
         if not any(inside):
             return
-        inputs = [i for i in dict.fromkeys(region.inputs) if i in env and i not in self.graph.constants]
+        read = _read_inside(self.graph, region)
+        inputs = [
+            i
+            for i in dict.fromkeys(region.inputs)
+            if i in env and i not in self.graph.constants and (i in read or self._is_whole(i))
+        ]
 
         def body(*arrays: Any) -> list[Any]:
             local = dict(self.graph.constants)
@@ -102,6 +107,10 @@ class Program:
         outputs = [i for i in outputs if self._is_made(i, region)]
         call = self._differentiable(region, body, inputs, outputs)
         env.update(zip(outputs, call(*(env[i] for i in inputs)), strict=True))
+
+    def _is_whole(self, variable: int) -> bool:
+        """Return whether all entries of a variable are held."""
+        return all(not isinstance(index, np.ndarray) for index in self.carried.holds[variable])
 
     def _is_made(self, variable: int, region: Region) -> bool:
         return any(
@@ -132,6 +141,9 @@ class _Derivative:
 
     def __init__(self, program: Program, region: Region, inputs: list[int], outputs: list[int]) -> None:
         self._program, self._region, self._inputs, self._outputs = program, region, inputs, outputs
+        known = {*inputs, *program.graph.constants, *region.outputs, *_read_inside(program.graph, region)}
+        self._unread = [i for i in dict.fromkeys(region.inputs) if i not in known]  # only the derivative may read them
+        self._values: dict[int, Any] = {}  # of those, while the derivative is traced
 
     def _dense(self, arrays: Sequence[Any]) -> list[Any]:
         """Call the region as it was, on the operands that are inputs, and return its outputs."""
@@ -143,6 +155,8 @@ class _Derivative:
                 operands.append(given[variable])
             elif variable in program.graph.constants:
                 operands.append(program.graph.constants[variable])
+            elif variable in self._values:
+                operands.append(self._values[variable])
             else:  # nothing is read of it
                 aval = program.graph.avals[variable]
                 operands.append(jnp.zeros(aval.shape, aval.dtype))
@@ -167,9 +181,20 @@ class _Derivative:
     ) -> tuple[list[Any], list[Indices]]:
         """Apply a function of dense arrays to compact ones; return the results and what they hold."""
         program = self._program
-        avals = [program.graph.avals[i] for i in variables]
-        closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-        graph = graph_lib.trace_closed(closed)
+        avals = [program.graph.avals[i] for i in (*variables, *self._unread)]
+
+        def traced(*args: Any) -> list[Any]:
+            self._values = dict(zip(self._unread, args[len(variables) :], strict=True))
+            return function(*args[: len(variables)])
+
+        graph = graph_lib.trace_closed(jax.make_jaxpr(traced)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)))
+        unread, graph.inputs = set(graph.inputs[len(variables) :]), graph.inputs[: len(variables)]
+        if unread & {*graph.outputs, *(i for node in graph.nodes for i in node.inputs)}:
+            raise UserError(
+                "GRADIENT_UNKNOWN",
+                f"expected a derivative of {self._region.eqn.primitive.name} that reads only what the function itself "
+                "reads, got one that also reads another operand; compact the model after its last training step",
+            )
         carried = carry(graph, (), self._holds(variables))
         run = Program(graph, carried)
         env = run(list(zip(graph.inputs, arrays, strict=True)))
@@ -236,6 +261,11 @@ class _Derivative:
             want, shape = self._program.carried.holds[variable], self._program.graph.shape(variable)
             result[k] = embed(x, mine, want, shape, total=True).astype(primals[k].dtype)
         return tuple(result)
+
+
+def _read_inside(graph: Graph, region: Region) -> set[int]:
+    """Return the variables that the equations of a region read."""
+    return {i for node in graph.nodes[region.start : region.stop] for i in node.inputs}
 
 
 def _repeats(holds: Indices, shape: Sequence[int]) -> int:

@@ -799,3 +799,49 @@ def test_a_tangent_that_sorts_removed_channels_is_refused():
     small_fn, small = check(fn, params, x, costs=Costs(mac=1, copy=0, split=0))
     with raises("GRADIENT_UNKNOWN", naming="custom_jvp"):
         jax.jvp(lambda x: small_fn(small, x), (x,), (x,))
+
+
+def scaled_backward():
+    """A product with 1 whose cotangent is multiplied with a second operand."""
+
+    @jax.custom_vjp
+    def fn(x, scale):
+        return x * 1.0
+
+    fn.defvjp(lambda x, scale: (x * 1.0, scale), lambda scale, g: (-scale * g, 0 * scale))
+    return fn
+
+
+def scaled_tangent():
+    """A product with 1 whose tangent is multiplied with a second operand."""
+
+    @jax.custom_jvp
+    def fn(x, scale):
+        return x * 1.0
+
+    fn.defjvp(lambda primals, tangents: (primals[0] * 1.0, -primals[1] * tangents[0]))
+    return fn
+
+
+@pytest.mark.parametrize("operand", [lambda s, x: s, lambda s, x: jnp.exp(s), lambda s, x: jnp.arange(6.0)])
+@pytest.mark.parametrize("layer", [scaled_backward, scaled_tangent])
+def test_an_operand_that_only_the_derivative_reads_is_not_taken_as_zero(layer, operand):
+    layer = layer()
+
+    def fn(params, x):
+        return layer(jnp.tanh(x @ params["w"]), operand(params["s"], x)) @ params["v"]
+
+    params, x = {"w": normal(4, 6), "s": normal(6), "v": weights(6, 2, rows=[2])}, normal(2, 4)
+    small_fn, small = check(fn, params, x)
+    with raises("GRADIENT_UNKNOWN", naming="another operand"):
+        jax.grad(lambda x: small_fn(small, x).sum())(x)
+
+
+def test_a_plan_with_constants_serves_other_batch_sizes_where_entries_are_numbered():
+    def fn(params, x):
+        constant = x @ params["dead"] + params["bias"]
+        return jnp.concatenate([jnp.take_along_axis(x, jnp.argsort(x, -1), -1), constant], -1) @ params["v"]
+
+    params = {"dead": jnp.zeros((4, 3)), "bias": normal(3), "v": normal(7, 2)}
+    _, small = check(fn, params, normal(2, 4), normal(3, 4))
+    assert small["v"].shape == (5, 2)  # one row for all constants
