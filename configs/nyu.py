@@ -78,6 +78,12 @@ def get_config() -> ml_collections.ConfigDict:
             # Target fraction of zero groups (with l1: of zero weights). lambda then starts at lambda_ and is adjusted
             # to reach the target. 0: lambda is fixed.
             target=0.0,
+            # In place of target: the fraction of the model's multiply-accumulates (MACs) or of its parameters that
+            # compaction is to leave. 0: no such target.
+            target_macs=0.0,
+            target_params=0.0,
+            # Target fraction of zero groups inside the heads, which then have their own lambda. 0: not penalized.
+            head_target=0.0,
             # Both are fractions of the run from the start of the penalty. The scheduled sparsity rises to the target
             # during target_ramp. From target_freeze on lambda is constant; the best checkpoint is chosen after it.
             target_ramp=0.4,
@@ -87,7 +93,18 @@ def get_config() -> ml_collections.ConfigDict:
             debias_at=0.0,
             penalty="group_lasso",  # or "group_mcp", or "l1"
             gamma=1000.0,  # of group_mcp: groups of root mean square above gamma * lambda are not shrunk
-            group_weights="sqrt_size",  # or "none"
+            # Groups of weights: "input", the input channels of each kernel, as in the paper; or "coupled": for each
+            # channel, its input slices in all kernels that read it, in the heads too, so that a zero group removes it.
+            groups="input",
+            # Weight of a group in the penalty: "sqrt_size", the square root of its size; "none", 1; or "macs",
+            # sqrt_size times the MACs that each of its weights costs, relative to the mean, to the power macs_exponent.
+            group_weights="sqrt_size",
+            macs_exponent=0.5,
+            # Limits: at least so many groups of each kernel stay, at most this fraction of them is removed, and layers
+            # whose names match one of the regular expressions in `exclude`, such as "backbone/stem_.*", stay whole.
+            at_least=1,
+            max_removed=1.0,
+            exclude=(),
             # Start of the penalty: a fraction of the run (start_at) or a step (start_step). Set at most one of them.
             start_at=0.0,
             start_step=0,

@@ -98,6 +98,21 @@ class LayerSparsity(Schema):
 
 
 @dataclasses.dataclass(frozen=True)
+class CoupledSparsity(Schema):
+    """Sparsity of a set of groups that span kernels.
+
+    Attributes:
+      name: the first kernel that reads these channels.
+      groups: number of groups (channels).
+      zero_groups: number of groups that are exactly zero.
+    """
+
+    name: str
+    groups: int
+    zero_groups: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RunSparsity(Schema):
     """Sparsity of a run's penalized conv kernels.
 
@@ -106,11 +121,12 @@ class RunSparsity(Schema):
       parameter: fraction of weights in zero groups.
       weight: fraction of weights that are exactly zero; None in files of the first runs.
       lambda_: strength of the penalty at the end of training.
-      target: target sparsity, 0 for a fixed lambda.
+      target: target fraction of zero groups (l1: weights), 0 for a fixed lambda and for targets of MACs or parameters.
       penalty: name of the penalty; "l1" acts on single weights.
       dead_layers: paths of the kernels without a non-zero group.
       dead_blocks: paths of the residual blocks with a dead layer on their branch.
       layers: an entry for each kernel.
+      coupled: an entry for each set of groups that span kernels; () where each kernel has its own groups.
     """
 
     group: float
@@ -122,6 +138,7 @@ class RunSparsity(Schema):
     dead_layers: tuple[str, ...]
     dead_blocks: tuple[str, ...]
     layers: tuple[LayerSparsity, ...]
+    coupled: tuple[CoupledSparsity, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class TargetSparsity:
     lambda stays as it is.
 
     Attributes:
-      sparsity: fraction of groups (under l1: of weights) to be zero, in [0, 1).
+      sparsity: fraction of groups (under l1: of weights) to be zero, or the value of `measure` to reach, in [0, 1).
       total_steps: steps of the run, from the first one with a penalty.
       ramp: fraction of them over which the scheduled sparsity rises, in (0, freeze].
       freeze: fraction of them after which lambda is constant, in (0, 1].
@@ -35,6 +36,9 @@ class TargetSparsity:
       slew: largest change of log lambda over as many steps as the ramp has.
       initial: lambda that the search starts from, > 0.
       phases: when the penalty acts; `total_steps` counts from its start.
+      measure: function of the parameters that returns the sparsity after a step, float32 [] in [0, 1], such as the
+        fraction of multiply-accumulates that compaction would remove, `1 - cost.left(params)["macs"]` of
+        `compaction.cost.from_function`; None is the fraction of groups that are zero.
 
     Raises:
       ValueError: a value out of its range.
@@ -49,6 +53,7 @@ class TargetSparsity:
     slew: float = 20.0
     initial: float = 1e-5
     phases: Phases = dataclasses.field(default_factory=Phases)
+    measure: Callable[[Any], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""

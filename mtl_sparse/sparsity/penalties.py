@@ -2,64 +2,79 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtl_sparse.sparsity import groups, prox, stats
-from mtl_sparse.sparsity.groups import ConvGroups
+from mtl_sparse.sparsity import groups as groups_lib
+from mtl_sparse.sparsity import prox
+from mtl_sparse.sparsity.groups import Groups
 
-GROUP_WEIGHTS = ("sqrt_size", "none")
+GROUP_WEIGHTS = ("sqrt_size", "none", "macs")
+Arrays = Sequence[jax.Array]  # one for each parameter that the groups are in
 
 
 @dataclasses.dataclass(frozen=True)
 class Penalty(abc.ABC):
-    """A penalty sum_k p(w_k) over conv kernels w_k.
+    """A penalty sum_k p(w_k) over sets of groups w_k.
 
     Attributes:
       scope: which kernels are penalized, see `groups.find`.
       rules: how they fall into groups, see `groups.find`.
+      groups: the groups themselves, such as those of `compaction.groups.from_function`; None finds them by `scope` and
+        `rules`.
     """
 
     scope: str | None = None
-    rules: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: groups.HWIO, kw_only=True)
+    rules: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: groups_lib.HWIO, kw_only=True)
+    groups: Sequence[Groups] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the scope."""
-        if self.scope not in (*groups.SCOPES, None):
-            raise ValueError(f"unknown scope {self.scope!r}; expected one of {', '.join(groups.SCOPES)}, None")
+        if self.scope not in (*groups_lib.SCOPES, None):
+            raise ValueError(f"unknown scope {self.scope!r}; expected one of {', '.join(groups_lib.SCOPES)}, None")
 
-    def kernels(self, params: Any) -> tuple[ConvGroups, ...]:
-        """Return the penalized kernels of a parameter tree; () for a tree without leaves."""
-        return groups.find(params, self.scope, self.rules) if jax.tree.leaves(params) else ()
+    def find(self, params: Any) -> tuple[Groups, ...]:
+        """Return the penalized groups of a parameter tree; () for a tree without leaves.
+
+        Raises:
+          ValueError: as `groups.find`; the tree lacks a parameter of `groups`.
+        """
+        if not jax.tree.leaves(params):
+            return ()
+        if self.groups is None:
+            return groups_lib.find(params, self.scope, self.rules)
+        groups_lib.check_fit(self.groups, params)
+        return tuple(self.groups)
 
     @abc.abstractmethod
     def prox(
-        self, z: jax.Array, threshold: jax.Array, learning_rate: Any, metric: jax.Array | None, kernel: ConvGroups
-    ) -> jax.Array:
+        self, z: Arrays, threshold: Any, learning_rate: Any, metric: Arrays | None, groups: Groups
+    ) -> list[jax.Array]:
         """Return argmin_x 1/2 |x - z|^2_D + threshold * p(x).
 
         Args:
-          z: the kernel after the optimizer's step.
-          threshold: learning rate times lambda, a scalar or one value for each part that `zeros` tells apart.
+          z: the parameters of the groups after the optimizer's step.
+          threshold: learning rate times lambda for each part that `zeros` tells apart, as a tree like its result.
           learning_rate: that of this step.
-          metric: diagonal D of the metric, of z's shape; None is 1.
-          kernel: whose groups these are.
+          metric: diagonal D of the metric, of z's shapes; None is 1.
+          groups: the groups.
         """
 
     @abc.abstractmethod
-    def zeros(self, x: jax.Array, kernel: ConvGroups) -> jax.Array:
-        """Return which of the parts that can become zero are zero: bool [groups], or of the kernel's shape."""
+    def zeros(self, x: Arrays, groups: Groups) -> Any:
+        """Return which of the parts that can become zero are zero: bool [groups.count], or a list like x."""
 
     @abc.abstractmethod
-    def broadcast(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
-        """Return a result of `zeros` in a shape that broadcasts against a kernel of `ndim` dimensions."""
+    def spread(self, parts: Any, x: Arrays, groups: Groups) -> list[jax.Array]:
+        """Return a result of `zeros` as arrays that broadcast against the parameters `x`."""
 
     @abc.abstractmethod
-    def typical_weight(self, kernel: ConvGroups) -> float:
-        """Return the factor of lambda in the penalty of a typical group of this kernel."""
+    def factors(self, groups: Groups) -> float | np.ndarray:
+        """Return the factor of lambda in the penalty of a typical group: one number, or float [groups.count]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,35 +82,53 @@ class GroupLasso(Penalty):
     """The group lasso sum_g c_g |w_g|.
 
     Attributes:
-      weights: c_g, "sqrt_size" (square root of the group's size, as in "Less is More") or "none" (1).
+      weights: c_g, "sqrt_size" (square root of the group's size n_g, as in "Less is More"), "none" (1), or "macs":
+        sqrt(n_g) (q_g / q)^exponent with the cost of a weight q_g = costs_g / n_g and its mean q over all weights. It
+        needs `groups` with costs.
+      exponent: of "macs": at 0 it is "sqrt_size", at 0.5 c_g is proportional to sqrt(costs_g).
     """
 
     weights: str = "sqrt_size"
+    exponent: float = dataclasses.field(default=0.5, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
         if self.weights not in GROUP_WEIGHTS:
             raise ValueError(f"unknown group weights {self.weights!r}; expected one of {', '.join(GROUP_WEIGHTS)}")
+        if self.weights == "macs" and not (self.groups and all(one.costs is not None for one in self.groups)):
+            raise ValueError(
+                "group weights 'macs' need groups with costs; pass groups=compaction.groups.from_function(fn, params, "
+                "*inputs)"
+            )
 
     def prox(
-        self, z: jax.Array, threshold: jax.Array, learning_rate: Any, metric: jax.Array | None, kernel: ConvGroups
-    ) -> jax.Array:
+        self, z: Arrays, threshold: Any, learning_rate: Any, metric: Arrays | None, groups: Groups
+    ) -> list[jax.Array]:
         """Return the proximal step, see `Penalty.prox`."""
         del learning_rate
-        return prox.group_lasso(z, threshold * self.typical_weight(kernel), metric, group_axis=kernel.axis)
+        return prox.group_lasso_over(groups, z, threshold * self.factors(groups), metric)
 
-    def zeros(self, x: jax.Array, kernel: ConvGroups) -> jax.Array:
-        """Return which groups are zero: bool [groups]."""
-        return stats.zero_groups(x, kernel.axis)
+    def zeros(self, x: Arrays, groups: Groups) -> jax.Array:
+        """Return which groups are zero: bool [groups.count]."""
+        return groups.zeros(x)
 
-    def broadcast(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
-        """Return a result of `zeros` in a shape that broadcasts against a kernel of `ndim` dimensions."""
-        return jnp.expand_dims(parts, kernel.other_axes(ndim))
+    def spread(self, parts: Any, x: Arrays, groups: Groups) -> list[jax.Array]:
+        """Return a result of `zeros` as arrays that broadcast against the parameters `x`."""
+        return groups.spread(parts, x)
 
-    def typical_weight(self, kernel: ConvGroups) -> float:
-        """Return c_g."""
-        return float(kernel.size**0.5) if self.weights == "sqrt_size" else 1.0
+    def factors(self, groups: Groups) -> float | np.ndarray:
+        """Return c_g, see `Penalty.factors`."""
+        if self.weights == "none":
+            return 1.0
+        root = groups.sizes**0.5
+        if self.weights == "sqrt_size":
+            return root
+        every = self.groups or ()
+        mean = sum(np.sum(np.asarray(one.costs)) for one in every) / sum(
+            np.sum(one.sizes * np.ones(one.count)) for one in every
+        )
+        return root * (np.asarray(groups.costs) / groups.sizes / mean) ** self.exponent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +149,13 @@ class GroupMCP(GroupLasso):
             raise ValueError(f"group_mcp needs gamma > 0, got {self.gamma}")
 
     def prox(
-        self, z: jax.Array, threshold: jax.Array, learning_rate: Any, metric: jax.Array | None, kernel: ConvGroups
-    ) -> jax.Array:
+        self, z: Arrays, threshold: Any, learning_rate: Any, metric: Arrays | None, groups: Groups
+    ) -> list[jax.Array]:
         """Return the proximal step, see `Penalty.prox`."""
-        weight = threshold * self.typical_weight(kernel)
-        rate, gamma = jnp.asarray(learning_rate, z.dtype), self.gamma or 0.0  # not None, see __post_init__
-        d = jnp.maximum(jnp.ones_like(z) if metric is None else metric, 2 * rate / gamma)
-        return prox.group_mcp(z, weight, gamma / rate, d, group_axis=kernel.axis)
+        weight = threshold * self.factors(groups)
+        rate, gamma = jnp.asarray(learning_rate, z[0].dtype), self.gamma or 0.0  # not None, see __post_init__
+        ds = [jnp.ones_like(a) for a in z] if metric is None else metric
+        return prox.group_mcp_over(groups, z, weight, gamma / rate, [jnp.maximum(d, 2 * rate / gamma) for d in ds])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,25 +163,26 @@ class L1(Penalty):
     """The lasso sum_i |w_i|, which zeroes single weights."""
 
     def prox(
-        self, z: jax.Array, threshold: jax.Array, learning_rate: Any, metric: jax.Array | None, kernel: ConvGroups
-    ) -> jax.Array:
+        self, z: Arrays, threshold: Any, learning_rate: Any, metric: Arrays | None, groups: Groups
+    ) -> list[jax.Array]:
         """Return the proximal step, see `Penalty.prox`."""
-        del learning_rate, kernel
-        return prox.l1(z, threshold, metric)
+        del learning_rate, groups
+        ds = [None] * len(z) if metric is None else metric
+        return [prox.l1(*arguments) for arguments in zip(z, threshold, ds, strict=True)]
 
-    def zeros(self, x: jax.Array, kernel: ConvGroups) -> jax.Array:
-        """Return which weights are zero: bool, of x's shape."""
-        del kernel
-        return x == 0
+    def zeros(self, x: Arrays, groups: Groups) -> list[jax.Array]:
+        """Return which weights are zero: bool, of the shapes of x."""
+        del groups
+        return [array == 0 for array in x]
 
-    def broadcast(self, parts: jax.Array, kernel: ConvGroups, ndim: int) -> jax.Array:
-        """Return `parts`, which has the kernel's shape."""
-        del kernel, ndim
+    def spread(self, parts: Any, x: Arrays, groups: Groups) -> list[jax.Array]:
+        """Return `parts`, which have the parameters' shapes."""
+        del x, groups
         return parts
 
-    def typical_weight(self, kernel: ConvGroups) -> float:
+    def factors(self, groups: Groups) -> float | np.ndarray:
         """Return sqrt(n), which the sum of n weights of about one size has over their norm."""
-        return float(kernel.size**0.5)
+        return groups.sizes**0.5
 
 
 PENALTIES = {"group_lasso": GroupLasso, "group_mcp": GroupMCP, "l1": L1}

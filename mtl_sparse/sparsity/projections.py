@@ -1,45 +1,46 @@
-"""Links after the proximal step: each changes a kernel's new value.
+"""Links after the proximal step: each changes the new values of one set of groups.
 
 In `proximal(..., projections=(...))` they act on the exact result of the proximal step, one after the other. Alone, in
 an `optax.chain`, use `hold_norm` and `freeze_zeros`.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_sparse.sparsity import groups
-from mtl_sparse.sparsity.groups import ConvGroups
+from mtl_sparse.sparsity import groups as groups_lib
+from mtl_sparse.sparsity.groups import Groups
 from mtl_sparse.sparsity.penalties import GroupLasso, Penalty
 
 NORMS = ("initial", "unpenalized")
 
 
 class Step(NamedTuple):
-    """What a projection may use of one kernel's step.
+    """What a projection may use of the step of one set of groups; lists have one entry for each of its parameters.
 
     Attributes:
-      kernel: its groups.
+      groups: the groups.
       penalty: which parts can become zero.
       steps: int32 [], steps taken before this one.
-      param: the kernel before the step.
-      z: the kernel after the optimizer's step, before the proximal one.
-      metric: diagonal of the metric, of z's shape; None is 1.
-      norm: float32 [], the kernel's initial norm where `HoldNorm` holds it.
+      params: the parameters before the step.
+      z: the parameters after the optimizer's step, before the proximal one.
+      metric: diagonals of the metric, of z's shapes; None is 1.
+      norms: float32 [], the initial norms where `HoldNorm` holds them; None elsewhere.
     """
 
-    kernel: ConvGroups
+    groups: Groups
     penalty: Penalty
     steps: jax.Array
-    param: jax.Array
-    z: jax.Array
-    metric: jax.Array | None
-    norm: jax.Array | None
+    params: list[jax.Array]
+    z: list[jax.Array]
+    metric: list[jax.Array] | None
+    norms: list[jax.Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,32 +58,58 @@ class FreezeZeros:
         if self.from_step < 0:
             raise ValueError(f"from_step must be >= 0, got {self.from_step}")
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        """Return x with zero where the kernel is zero."""
-        dead = step.penalty.broadcast(step.penalty.zeros(step.param, step.kernel), step.kernel, step.param.ndim)
-        return jnp.where((step.steps >= self.from_step) & dead, 0, x)
+    def __call__(self, x: list[jax.Array], step: Step) -> list[jax.Array]:
+        """Return x with zero where the parameters are zero."""
+        dead = step.penalty.spread(step.penalty.zeros(step.params, step.groups), step.params, step.groups)
+        return [jnp.where((step.steps >= self.from_step) & zero, 0, a) for zero, a in zip(dead, x, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepStrongest:
-    """Keep the group that would be zeroed last where all of a kernel is zero.
+    """Keep the groups that would be zeroed last where fewer are left.
 
     A large penalty then cannot cut the network in two.
 
     Attributes:
-      kernels: True for all penalized kernels, or a regular expression of whole paths.
+      kernels: True for all penalized kernels, or a regular expression of whole paths. Of groups that span kernels one
+        of them suffices.
+      count: number of groups to keep, >= 1; all where a kernel has fewer.
+      fraction: fraction of the groups to keep, in [0, 1]; the larger of both counts.
     """
 
     kernels: bool | str = True
+    count: int = 1
+    fraction: float = 0.0
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        """Return x, or the strongest group of z if x is zero."""
-        if not names(self.kernels, step.kernel.path):
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.count < 1 or not 0 <= self.fraction <= 1:
+            raise ValueError(
+                f"expected count >= 1 and fraction in [0, 1], got count={self.count}, fraction={self.fraction}"
+            )
+
+    def at_least(self, groups: Groups) -> int:
+        """Return how many groups are kept."""
+        if not any(names(self.kernels, path) for path in groups.paths):
+            return 0
+        return min(groups.count, max(self.count, math.ceil(self.fraction * groups.count - 1e-9)))
+
+    def __call__(self, x: list[jax.Array], step: Step) -> list[jax.Array]:
+        """Return x, or the strongest groups of z where fewer groups of x are not zero."""
+        groups, z = step.groups, step.z
+        least = self.at_least(groups)
+        if not least:
             return x
-        z, d = step.z, step.metric
-        scores = jnp.sum(jnp.square(z if d is None else d * z), step.kernel.other_axes(z.ndim), keepdims=True)
-        strongest = jnp.arange(scores.size).reshape(scores.shape) == jnp.argmax(scores)
-        return jnp.where(jnp.any(x != 0), x, jnp.where(strongest, z, 0))
+        d = step.metric or [jnp.ones([], a.dtype) for a in z]
+        (scores,) = groups.totals([jnp.square(b * a) for a, b in zip(z, d, strict=True)])
+        zero = groups.zeros(x)
+        if least == 1:
+            strongest, few = jnp.arange(groups.count) == jnp.argmax(scores), jnp.all(zero)
+        else:
+            ranked = jnp.argsort(jnp.argsort(-jnp.where(zero, scores, jnp.inf), stable=True))
+            strongest, few = (ranked < least) & zero, jnp.sum(~zero) < least
+        back = groups.spread(few & strongest, x)
+        return [jnp.where(keep, b, a) for keep, a, b in zip(back, x, z, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +135,13 @@ class HoldNorm:
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; expected one of {', '.join(NORMS)}")
 
-    def paths(self, kernels: Sequence[ConvGroups], params: Any) -> list[str]:
+    def paths(self, groups: Sequence[Groups], params: Any) -> list[str]:
         """Return the paths of the kernels whose norm is held.
 
         Raises:
           ValueError: with `kernels=True`, a tree of kernels alone: their biases may have been left out.
         """
-        found = [kernel.path for kernel in kernels]
+        found = [path for one in groups for path in one.paths]
         if self.kernels is not True:
             return [path for path in found if names(self.kernels, path)]
         if not found:
@@ -122,7 +149,7 @@ class HoldNorm:
         # `optax.masked` leaves a node without leaves in the place of another optimizer's parameter.
         hidden = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
         flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=hidden)[0]
-        ndims = {groups.path_name(path): 0 if hidden(leaf) else leaf.ndim for path, leaf in flat}
+        ndims = {groups_lib.path_name(path): 0 if hidden(leaf) else leaf.ndim for path, leaf in flat}
         if min(ndims.values()) > 1:
             raise ValueError(
                 "fixed norms by default are for kernels without a bias, but this tree holds no parameter beside its "
@@ -133,11 +160,14 @@ class HoldNorm:
         modules = {path.rpartition("/")[0] for path, ndim in ndims.items() if ndim < 4}
         return [path for path in found if path.rpartition("/")[0] not in modules]
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        """Return x at its norm; a kernel that is not held as it is."""
-        if step.norm is None:
+    def __call__(self, x: list[jax.Array], step: Step) -> list[jax.Array]:
+        """Return x at its norms; a kernel that is not held as it is."""
+        return [self._scaled(*arguments) for arguments in zip(x, step.z, step.norms, strict=True)]
+
+    def _scaled(self, x: jax.Array, z: jax.Array, norm: jax.Array | None) -> jax.Array:
+        if norm is None:
             return x
-        wanted = step.norm if self.norm == "initial" else jnp.linalg.norm(step.z)
+        wanted = norm if self.norm == "initial" else jnp.linalg.norm(z)
         length = jnp.linalg.norm(x)
         return x * jnp.where((length > 0) & (wanted > 0), wanted / jnp.where(length > 0, length, 1), 1)
 
@@ -157,26 +187,52 @@ class ProjectionState(NamedTuple):
     norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; initial norms of the kernels that are held
 
 
-def held_paths(projections: Sequence[Projection], kernels: Sequence[ConvGroups], params: Any) -> list[str]:
+def held_paths(projections: Sequence[Projection], groups: Sequence[Groups], params: Any) -> list[str]:
     """Return the paths of the kernels that a `HoldNorm` among the projections holds."""
     holds = [projection for projection in projections if isinstance(projection, HoldNorm)]
-    return holds[0].paths(kernels, params) if holds else []
+    return holds[0].paths(groups, params) if holds else []
 
 
 def initial_norms(paths: Sequence[str], params: Any) -> jax.Array:
     """Return the Frobenius norms of the kernels at these paths: float32 [kernels]."""
-    leaves = groups.by_path(params)
+    leaves = groups_lib.by_path(params)
     norms = [jnp.linalg.norm(leaves[path].astype(jnp.float32)) for path in paths]
     return jnp.stack(norms) if norms else jnp.zeros([0], jnp.float32)
 
 
-def new_update(update: jax.Array, param: jax.Array, z: jax.Array, x: jax.Array) -> jax.Array:
-    """Return the update that brings a parameter to x.
+def apply(
+    sets: Sequence[Groups],
+    updates: optax.Updates,
+    params: optax.Params,
+    change: Callable[[Groups, list[jax.Array], list[jax.Array]], list[jax.Array]],
+) -> optax.Updates:
+    """Change the step of each set of groups.
 
-    Where x is 0, `param + update` is exactly 0; where x equals z, it is the update that led to z. `x - param` would
-    give only the first.
+    Args:
+      sets: the sets of groups.
+      updates: of the optimizer.
+      params: the parameters before the step.
+      change: function of (groups, parameters before the step, parameters after it), both in float32 or float64 where
+        they are computed with, that returns the new parameters.
+
+    Returns:
+      The updates that bring the parameters there. Where a new parameter is 0, `param + update` is exactly 0; where it
+      is what it was after the optimizer's step, the update is the optimizer's. `new - param` would give only the first.
     """
-    return jnp.where(x == 0, -param, update + (x - z).astype(update.dtype))
+    old, steps = groups_lib.by_path(params), groups_lib.by_path(updates)
+    changed: dict[str, jax.Array] = {}
+    for groups in sets:
+        before = [old[path] for path in groups.paths]
+        z = [
+            (param + steps[path]).astype(jnp.promote_types(param.dtype, jnp.float32))
+            for path, param in zip(groups.paths, before, strict=True)
+        ]
+        for path, param, a, x in zip(groups.paths, before, z, change(groups, before, z), strict=True):
+            update = steps[path]
+            changed[path] = jnp.where(x == 0, -param, update + (x - a).astype(update.dtype))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, update: changed.get(groups_lib.path_name(path), update), updates
+    )
 
 
 def hold_norm(kernels: bool | str = True, penalty: Penalty | None = None) -> optax.GradientTransformation:
@@ -209,7 +265,7 @@ def _link(projection: Projection, penalty: Penalty | None) -> optax.GradientTran
     penalty = penalty or GroupLasso()
 
     def init(params: optax.Params) -> ProjectionState:
-        paths = held_paths([projection], penalty.kernels(params), params)
+        paths = held_paths([projection], penalty.find(params), params)
         return ProjectionState(jnp.zeros([], jnp.int32), initial_norms(paths, params))
 
     def update(
@@ -217,18 +273,14 @@ def _link(projection: Projection, penalty: Penalty | None) -> optax.GradientTran
     ) -> tuple[optax.Updates, ProjectionState]:
         if params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
-        kernels = {kernel.path: kernel for kernel in penalty.kernels(params)}
-        norms = dict(zip(held_paths([projection], tuple(kernels.values()), params), state.norms, strict=True))
+        sets = penalty.find(params)
+        norms = dict(zip(held_paths([projection], sets, params), state.norms, strict=True))
 
-        def project(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-            kernel = kernels.get(groups.path_name(path))
-            if kernel is None:
-                return update
-            z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
-            x = projection(z, Step(kernel, penalty, state.count, param, z, None, norms.get(kernel.path)))
-            return new_update(update, param, z, x)
+        def change(groups: Groups, before: list[jax.Array], z: list[jax.Array]) -> list[jax.Array]:
+            held = [norms.get(path) for path in groups.paths]
+            return projection(z, Step(groups, penalty, state.count, before, z, None, held))
 
-        updates = jax.tree_util.tree_map_with_path(project, updates, params)
+        updates = apply(sets, updates, params, change)
         return updates, ProjectionState(optax.safe_increment(state.count), state.norms)
 
     return optax.GradientTransformation(init, update)

@@ -2,13 +2,20 @@
 
 Each returns argmin_x 1/2 (x - z)' D (x - z) + penalty(x) with D = diag(metric), D = I where metric is None.
 A group is one index of `group_axis`: in an HWIO conv kernel, axis -2 is one input channel. z is float32 or float64,
-and so is the result, of z's shape; pruned entries are exactly zero, zero stays zero, NaN stays NaN.
+and so is the result, of z's shape; pruned entries are exactly zero, zero stays zero, NaN stays NaN. The operators
+that end in `_over` take groups of any form, which may span several arrays.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from mtl_sparse.sparsity.groups import ConvGroups, Groups
+
+Arrays = Sequence[jax.Array]
 
 
 def group_lasso(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None, *, group_axis: int = -2) -> jax.Array:
@@ -27,15 +34,9 @@ def group_lasso(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None
     Returns:
       Array of z's shape and dtype.
     """
-    z, weight, axes = _prepare(z, weight, group_axis)
-    if metric is None:
-        largest = jnp.max(jnp.abs(z), axes, keepdims=True)  # divided out, or squares under- and overflow
-        norm = largest * jnp.sqrt(jnp.sum(jnp.square(z / jnp.where(largest > 0, largest, 1)), axes, keepdims=True))
-        return jnp.where(norm <= weight, 0.0, z * (1.0 - weight / jnp.where(norm > 0, norm, 1.0)))
-    d = jnp.asarray(metric, z.dtype)
-    r, zero = _norm_of_solution(z, d * z, d, weight, axes)
-    shrunk = jnp.where(zero, 0.0, z * (d * r / (d * r + weight)))
-    return jnp.where(weight == 0, z, shrunk)
+    z = jnp.asarray(z)
+    diagonal = None if metric is None else [jnp.asarray(metric, z.dtype)]
+    return group_lasso_over(_along(z, group_axis), [z], weight, diagonal)[0]
 
 
 def group_mcp(
@@ -64,19 +65,9 @@ def group_mcp(
       ValueError: gamma is too small for the metric. Under `jit`, where values are not known, the groups
         concerned are NaN instead.
     """
-    z, weight, axes = _prepare(z, weight, group_axis)
-    d = jnp.ones_like(z) if metric is None else jnp.asarray(metric, z.dtype)
-    convex = d * gamma > 1
-    if not isinstance(convex, jax.core.Tracer) and not np.all(convex | jnp.isnan(d)):
-        raise ValueError(
-            f"gamma={gamma} is too small for the metric, whose smallest entry is {jnp.min(d):.3g}: "
-            "gamma times the metric must exceed 1 everywhere"
-        )
-    d_left = jnp.where(convex, d - 1 / gamma, jnp.nan)
-    dz = jnp.where(convex, d * z, jnp.nan)
-    r, zero = _norm_of_solution(dz / d_left, dz, d_left, weight, axes, steps=3)
-    shrunk = jnp.where(zero, 0.0, dz * (r / (d_left * r + weight)))
-    return jnp.where((r >= gamma * weight) | (weight == 0), z, shrunk)
+    z = jnp.asarray(z)
+    diagonal = None if metric is None else [jnp.asarray(metric, z.dtype)]
+    return group_mcp_over(_along(z, group_axis), [z], weight, gamma, diagonal)[0]
 
 
 def l1(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None) -> jax.Array:
@@ -96,26 +87,86 @@ def l1(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None) -> jax.
     return jnp.where(d * jnp.abs(z) <= weight, 0.0, z - jnp.sign(z) * (weight / d))
 
 
-def _prepare(z: ArrayLike, weight: ArrayLike, group_axis: int) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
-    """Return z, a weight that broadcasts against it, and the axes within a group."""
-    z = jnp.asarray(z)
-    group_axis = range(z.ndim)[group_axis]
-    axes = tuple(axis for axis in range(z.ndim) if axis != group_axis)
-    weight = jnp.asarray(weight, z.dtype)
-    if weight.ndim == 1:
-        weight = jnp.expand_dims(weight, axes)
-    return z, weight, axes
+def group_lasso_over(groups: Groups, z: Arrays, weight: ArrayLike, metric: Arrays | None = None) -> list[jax.Array]:
+    """Return `group_lasso` over groups that may span several arrays.
+
+    Args:
+      groups: which entries of the arrays are a group.
+      z: one array for each of `groups.paths`, all float32 or all float64.
+      weight: penalty weight >= 0: a scalar, or one weight a group, shape [groups.count].
+      metric: positive arrays of the same shapes, or None.
+
+    Returns:
+      Arrays of z's shapes and dtype.
+    """
+    weight = jnp.broadcast_to(jnp.asarray(weight, z[0].dtype), groups.count)
+    if metric is None:
+        largest = groups.largest([jnp.abs(a) for a in z])  # divided out, or squares under- and overflow
+        unit = groups.spread(jnp.where(largest > 0, largest, 1), z)
+        (squares,) = groups.totals([jnp.square(a / u) for a, u in zip(z, unit, strict=True)])
+        norm = largest * jnp.sqrt(squares)
+        factors = groups.spread(1.0 - weight / jnp.where(norm > 0, norm, 1.0), z)
+        zero = groups.spread(norm <= weight, z)
+        return [jnp.where(is_zero, 0.0, a * factor) for is_zero, a, factor in zip(zero, z, factors, strict=True)]
+    norm, is_zero = _norm_of_solution(groups, z, [d * a for d, a in zip(metric, z, strict=True)], metric, weight)
+    norms, zeros, weights = (groups.spread(values, z) for values in (norm, is_zero, weight))
+    shrunk = [
+        jnp.where(gone, 0.0, a * (d * r / (d * r + w)))
+        for gone, a, d, r, w in zip(zeros, z, metric, norms, weights, strict=True)
+    ]
+    return [jnp.where(w == 0, a, x) for w, a, x in zip(weights, z, shrunk, strict=True)]
+
+
+def group_mcp_over(
+    groups: Groups, z: Arrays, weight: ArrayLike, gamma: ArrayLike, metric: Arrays | None = None
+) -> list[jax.Array]:
+    """Return `group_mcp` over groups that may span several arrays.
+
+    Args:
+      groups: which entries of the arrays are a group.
+      z: one array for each of `groups.paths`, all float32 or all float64.
+      weight: penalty weight >= 0: a scalar, or one weight a group, shape [groups.count].
+      gamma: see `group_mcp`.
+      metric: positive arrays of the same shapes, or None.
+
+    Returns:
+      Arrays of z's shapes and dtype.
+
+    Raises:
+      ValueError: see `group_mcp`.
+    """
+    weight = jnp.broadcast_to(jnp.asarray(weight, z[0].dtype), groups.count)
+    ds = [jnp.ones_like(a) for a in z] if metric is None else metric
+    convex = [d * gamma > 1 for d in ds]
+    for d, ok in zip(ds, convex, strict=True):
+        if not isinstance(ok, jax.core.Tracer) and not np.all(ok | jnp.isnan(d)):
+            raise ValueError(
+                f"gamma={gamma} is too small for the metric, whose smallest entry is {jnp.min(d):.3g}: "
+                "gamma times the metric must exceed 1 everywhere"
+            )
+    d_left = [jnp.where(ok, d - 1 / gamma, jnp.nan) for ok, d in zip(convex, ds, strict=True)]
+    dz = [jnp.where(ok, d * a, jnp.nan) for ok, d, a in zip(convex, ds, z, strict=True)]
+    r, zero = _norm_of_solution(groups, [a / d for a, d in zip(dz, d_left, strict=True)], dz, d_left, weight, steps=3)
+    rs, zeros, weights, whole = (
+        groups.spread(values, z) for values in (r, zero, weight, (r >= gamma * weight) | (weight == 0))
+    )
+    shrunk = [
+        jnp.where(is_zero, 0.0, a * (r / (d * r + w)))
+        for is_zero, a, d, r, w in zip(zeros, dz, d_left, rs, weights, strict=True)
+    ]
+    return [jnp.where(keep, a, x) for keep, a, x in zip(whole, z, shrunk, strict=True)]
+
+
+def _along(z: jax.Array, axis: int) -> ConvGroups:
+    """Return the groups along one axis of an array."""
+    axis = range(z.ndim)[axis]
+    return ConvGroups("", axis, z.shape[axis], z.size // max(1, z.shape[axis]))
 
 
 def _norm_of_solution(
-    z: jax.Array,
-    dz: jax.Array,
-    d: jax.Array,
-    weight: jax.Array,
-    axes: tuple[int, ...],
-    steps: int | None = None,
+    groups: Groups, z: Arrays, dz: Arrays, d: Arrays, weight: jax.Array, steps: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return (r, zero): each group's norm at the solution, and whether it is zero; NaN and False for NaN.
+    """Return (r, zero) [groups.count]: each group's norm at the solution, whether it is zero; NaN and False for NaN.
 
     r is the root of g(r) = sum_i (d_i z_i / (d_i r + weight))^2 = 1. Every step stays at or below it: in
     t_i = d_i / (d_i r + weight), g(r + h) = sum_i a_i / (1 + t_i h)^2 averages a function whose even
@@ -123,28 +174,45 @@ def _norm_of_solution(
     and so does its root (the one-point one is Jensen's inequality, and Newton's step on 1 / sqrt(g)). A pass
     over the group is what costs; each of these multiplies the correct digits by four.
     """
-    tiny = jnp.finfo(z.dtype).tiny
+    tiny = jnp.finfo(weight.dtype).tiny
     weight = jnp.maximum(weight, tiny)
+    weights = groups.spread(weight, z)
     # Jensen's bounds from r = 0, and from r = infinity in 1 / d. All in units of weight, or squares underflow.
-    q2 = jnp.square(dz * (1 / weight))
-    z2 = z * z
-    g0, g1, n0, n1 = _sums(axes, q2, q2 * d, z2, z2 * (weight / jnp.maximum(d, tiny)))
+    q2 = [jnp.square(a * (1 / w)) for a, w in zip(dz, weights, strict=True)]
+    z2 = [a * a for a in z]
+    g0, g1, n0, n1 = groups.totals(
+        q2,
+        [a * b for a, b in zip(q2, d, strict=True)],
+        z2,
+        [a * (w / jnp.maximum(b, tiny)) for a, w, b in zip(z2, weights, d, strict=True)],
+    )
     zero = g0 <= 1
     from_zero = weight * (jnp.sqrt(g0) - 1) * (g0 / g1)
-    lost = tiny * (z.size // g0.size)  # what n1 may lack where its terms underflow
+    lost = tiny * groups.sizes  # what n1 may lack where its terms underflow
     from_infinity = jnp.sqrt(n0) - (n1 + lost) / n0
     r = jnp.zeros_like(g0)
     for bound in (from_zero, from_infinity):
         r = jnp.where((bound > r) & jnp.isfinite(bound), bound, r)
-    for _ in range(steps or (3 if z.dtype == jnp.float64 else 2)):
+    for _ in range(steps or (3 if weight.dtype == jnp.float64 else 2)):
         unit = jnp.where(r > 0, r, 1)  # t in units of 1 / r, so that no moment underflows
-        t = d * unit / (d * r + weight)
-        a = jnp.square(z * (1 / unit) * t)  # (d z / (d r + weight))^2
-        at = a * t
-        att = at * t
-        h = _quadrature_root(*_sums(axes, a, at, att, att * t))
+        h = _quadrature_root(*groups.totals(*_moments(groups, z, d, weights, r, unit)))
         r = r + jnp.where((h > 0) & jnp.isfinite(h), h * unit, 0)
     return jnp.where(jnp.isnan(g0), jnp.nan, r), zero
+
+
+def _moments(
+    groups: Groups, z: Arrays, d: Arrays, weights: Arrays, r: jax.Array, unit: jax.Array
+) -> tuple[list[jax.Array], ...]:
+    """Return the terms a, a t, a t^2 and a t^3 of each entry, with t in units of 1 / unit."""
+    moments: tuple[list[jax.Array], ...] = ([], [], [], [])
+    for a, b, w, radius, one in zip(z, d, weights, groups.spread(r, z), groups.spread(unit, z), strict=True):
+        t = b * one / (b * radius + w)
+        first = jnp.square(a * (1 / one) * t)  # (d z / (d r + weight))^2
+        second = first * t
+        third = second * t
+        for terms, term in zip(moments, (first, second, third, third * t), strict=True):
+            terms.append(term)
+    return moments
 
 
 def _quadrature_root(m0: jax.Array, m1: jax.Array, m2: jax.Array, m3: jax.Array) -> jax.Array:
@@ -165,11 +233,3 @@ def _quadrature_root(m0: jax.Array, m1: jax.Array, m2: jax.Array, m3: jax.Array)
         slope = p1 * t1 * i1**3 + p2 * t2 * i2**3
         h = h + g * (jnp.sqrt(g) - 1) / slope
     return h
-
-
-def _sums(axes: tuple[int, ...], *terms: jax.Array) -> tuple[jax.Array, ...]:
-    """Return sums of several terms in one pass over their inputs; the summed axes keep length 1."""
-    zero = jnp.zeros([], terms[0].dtype)
-    add = lambda left, right: tuple(a + b for a, b in zip(left, right, strict=True))  # noqa: E731
-    totals = jax.lax.reduce(terms, (zero,) * len(terms), add, axes)
-    return tuple(jnp.expand_dims(total, axes) for total in totals)

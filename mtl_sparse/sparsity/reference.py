@@ -75,14 +75,16 @@ def _restarted(state: Any, kept: jax.Array) -> Any:
 
 
 def _add_subgradient(updates: Any, params: Any, lambda_: jax.Array, penalty: Penalty) -> Any:
-    kernels = {kernel.path: kernel for kernel in penalty.kernels(params)}
+    leaves = groups.by_path(params)
+    changed: dict[str, jax.Array] = {}
+    for found in penalty.find(params):
+        x = [leaves[path] for path in found.paths]
+        norm = found.norms(x)
+        factors = found.spread(lambda_ * found.count**0.5 / jnp.where(norm > 0, norm, 1), x)
+        changed |= {path: factor * array for path, factor, array in zip(found.paths, factors, x, strict=True)}
 
-    def add(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-        kernel = kernels.get(groups.path_name(path))
-        if kernel is None:
-            return update
-        norm = jnp.sqrt(jnp.sum(jnp.square(param), kernel.other_axes(param.ndim), keepdims=True))
-        weight = lambda_ * kernel.count**0.5
-        return update + (weight * param / jnp.where(norm > 0, norm, 1)).astype(update.dtype)
+    def add(path: Any, update: jax.Array) -> jax.Array:
+        more = changed.get(groups.path_name(path))
+        return update if more is None else update + more.astype(update.dtype)
 
-    return jax.tree_util.tree_map_with_path(add, updates, params)
+    return jax.tree_util.tree_map_with_path(add, updates)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mtl_sparse.sparsity import groups as groups_lib
+from mtl_sparse.sparsity.groups import Groups
 
 _BRANCH = re.compile(r"conv\d+")  # names of the layers on a residual block's branch, one after the other
 
@@ -33,19 +34,37 @@ class LayerSparsity:
 
 
 @dataclasses.dataclass(frozen=True)
+class CoupledSparsity:
+    """Groups that may span kernels.
+
+    Attributes:
+      name: of the set, such as the path of the first kernel that reads the channels.
+      groups: number of groups (channels).
+      zero_groups: how many of them are exactly zero, in all kernels.
+    """
+
+    name: str
+    groups: int
+    zero_groups: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Sparsity:
     """Sparsity of the penalized conv kernels.
 
     Attributes:
       layers: one entry for each kernel, in the order of the tree.
+      coupled: one entry for each set of groups that span kernels; () where each kernel has its own groups.
     """
 
     layers: tuple[LayerSparsity, ...]
+    coupled: tuple[CoupledSparsity, ...] = ()
 
     @property
     def group(self) -> float:
         """Fraction of groups that are exactly zero, in [0, 1]."""
-        return sum(layer.zero_groups for layer in self.layers) / sum(layer.groups for layer in self.layers)
+        sets = self.coupled or self.layers
+        return sum(one.zero_groups for one in sets) / sum(one.groups for one in sets)
 
     @property
     def parameter(self) -> float:
@@ -90,13 +109,21 @@ def _count(kernels: list[jax.Array], axes: tuple[int, ...]) -> list[tuple[jax.Ar
     ]
 
 
-def sparsity(params: Any, scope: str | None = None, rules: Mapping[str, int | None] = groups_lib.HWIO) -> Sparsity:
+def sparsity(
+    params: Any,
+    scope: str | None = None,
+    rules: Mapping[str, int | None] = groups_lib.HWIO,
+    *,
+    groups: Sequence[Groups] | None = None,
+) -> Sparsity:
     """Count the zero groups of a parameter tree.
 
     Args:
       params: the tree.
       scope: which kernels count, see `groups.find`.
       rules: how they fall into groups, see `groups.find`.
+      groups: the groups of the run, if they span kernels. `Sparsity.group` then counts them; `layers` still has the
+        kernels that `scope` and `rules` name.
 
     Raises:
       ValueError: as `groups.find`.
@@ -104,9 +131,12 @@ def sparsity(params: Any, scope: str | None = None, rules: Mapping[str, int | No
     found = groups_lib.find(params, scope, rules)
     leaves = groups_lib.by_path(params)
     counts = jax.device_get(_count([leaves[entry.path] for entry in found], tuple(entry.axis for entry in found)))
-    return Sparsity(
-        tuple(
-            LayerSparsity(entry.path, entry.count, int(groups), entry.size, int(weights))
-            for entry, (groups, weights) in zip(found, counts, strict=True)
-        )
+    layers = tuple(
+        LayerSparsity(entry.path, entry.count, int(zeros), entry.size, int(weights))
+        for entry, (zeros, weights) in zip(found, counts, strict=True)
     )
+    coupled = tuple(
+        CoupledSparsity(one.name, one.count, int(jnp.sum(one.zeros([leaves[path] for path in one.paths]))))
+        for one in groups or ()
+    )
+    return Sparsity(layers, coupled)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_sparse.sparsity import control, groups, metrics, penalties, projections
+from mtl_sparse.sparsity import control, metrics, penalties, projections
+from mtl_sparse.sparsity import groups as groups_lib
 from mtl_sparse.sparsity.control import TargetSparsity
-from mtl_sparse.sparsity.groups import ConvGroups
+from mtl_sparse.sparsity.groups import Groups
 from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection, Step
 from mtl_sparse.sparsity.schedules import concrete, phased
 
@@ -99,13 +100,13 @@ def _check_gamma(penalty: penalties.Penalty, metric: Any, learning_rate: Any) ->
         )
 
 
-def _check_metric(metric: metrics.Metric | None, kernels: Sequence[ConvGroups]) -> None:
+def _check_metric(metric: metrics.Metric | None, sets: Sequence[Groups]) -> None:
     if metric is None:
         return
-    known = groups.by_path(metric.gradient)
+    known = set(groups_lib.by_path(metric.gradient))
     if metric.diagonal is not None:
-        known = {path: leaf for path, leaf in known.items() if path in groups.by_path(metric.diagonal)}
-    missing = [kernel.path for kernel in kernels if kernel.path not in known]
+        known &= set(groups_lib.by_path(metric.diagonal))
+    missing = [path for groups in sets for path in groups.paths if path not in known]
     if missing:
         raise ValueError(
             f"the metric has no entry for the penalized kernels {', '.join(missing[:3])}: choose an inner optimizer "
@@ -145,9 +146,9 @@ class _Proximal:
     def init(self, params: optax.Params) -> ProximalState:
         norms, inner = jnp.zeros([0], jnp.float32), self.inner.init(params)
         if self.penalizes:
-            kernels = self.penalty.kernels(params)
-            norms = projections.initial_norms(self._held(kernels, params), params)
-            _check_metric(jax.eval_shape(lambda: self.metric(inner, params, 1.0)) if kernels else None, kernels)
+            sets = self.penalty.find(params)
+            norms = projections.initial_norms(self._held(sets, params), params)
+            _check_metric(jax.eval_shape(lambda: self.metric(inner, params, 1.0)) if sets else None, sets)
         return ProximalState(
             jnp.zeros([], jnp.int32),
             inner,
@@ -165,8 +166,8 @@ class _Proximal:
         extra |= {"proximal_lambda": self._lambda(state.count, state.control), "proximal_step": state.count}
         updates, inner = self.inner.update(updates, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
-        kernels = self.penalty.kernels(params) if self.penalizes else ()
-        if not kernels:  # no penalty, or another optimizer has all parameters (`optax.multi_transform`)
+        sets = self.penalty.find(params) if self.penalizes else ()
+        if not sets:  # no penalty, or another optimizer has all parameters (`optax.multi_transform`)
             return updates, state._replace(count=count, inner=inner)
         rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
         peak = jnp.maximum(state.peak_learning_rate, rate).astype(jnp.float32)
@@ -175,14 +176,20 @@ class _Proximal:
         penalized = count
         if self.target:
             penalized = count - self.target.phases.start_step
-            controller = control.clamp(self.target, controller, self._typical_lambda(kernels, metric), penalized)
+            controller = control.clamp(self.target, controller, self._typical_lambda(sets, metric), penalized)
         now = _Now(state.count, rate, peak, self._lambda(state.count, controller))
-        updates, zeros = self._project(kernels, updates, params, state.norms, metric, now)
+        updates, zeros = self._project(sets, updates, params, state.norms, metric, now)
         if self.target:
-            count_zero: Any = sum(jnp.sum(part) for part in zeros)
-            measured = (count_zero / sum(part.size for part in zeros)).astype(jnp.float32)
+            measured = self._measured(zeros, optax.apply_updates(params, updates))
             controller = control.update(self.target, controller, measured, penalized)
         return updates, ProximalState(count, inner, state.norms, now.lambda_, peak, controller)
+
+    def _measured(self, zeros: Sequence[jax.Array], params: optax.Params) -> jax.Array:
+        """Return the sparsity that the target is about: float32 []."""
+        if self.target is not None and self.target.measure is not None:
+            return jnp.asarray(self.target.measure(params), jnp.float32)
+        count_zero: Any = sum(jnp.sum(part) for part in zeros)
+        return (count_zero / sum(part.size for part in zeros)).astype(jnp.float32)
 
     def _lambda(self, count: jax.Array, controller: Any) -> jax.Array:
         """Return lambda of the step after `count` steps."""
@@ -190,55 +197,48 @@ class _Proximal:
             return jnp.exp(controller.log_lambda) * self.target.phases.factor(count)
         return jnp.asarray(self.lambda_(count) if callable(self.lambda_) else self.lambda_, jnp.float32)
 
-    def _typical_lambda(self, kernels: Sequence[ConvGroups], metric: metrics.Metric) -> jax.Array:
+    def _typical_lambda(self, sets: Sequence[Groups], metric: metrics.Metric) -> jax.Array:
         """Return the median over the groups of the lambda up to which a zero group stays zero: float32 []."""
-        gradient = groups.by_path(metric.gradient)
-
-        def lambdas(kernel: ConvGroups) -> jax.Array:
-            leaf = gradient[kernel.path]
-            norm = jnp.sqrt(jnp.sum(jnp.square(leaf), kernel.other_axes(leaf.ndim)))
-            return norm / self.penalty.typical_weight(kernel)
-
-        found = jnp.concatenate([lambdas(kernel) for kernel in kernels])
+        gradient = groups_lib.by_path(metric.gradient)
+        found = jnp.concatenate(
+            [groups.norms([gradient[path] for path in groups.paths]) / self.penalty.factors(groups) for groups in sets]
+        )
         return jnp.nanmedian(jnp.where(found > 0, found, jnp.nan)).astype(jnp.float32)
 
-    def _held(self, kernels: Sequence[ConvGroups], params: Any) -> list[str]:
-        return projections.held_paths(self.projections, kernels, params)
+    def _held(self, sets: Sequence[Groups], params: Any) -> list[str]:
+        return projections.held_paths(self.projections, sets, params)
 
     def _project(
         self,
-        kernels: Sequence[ConvGroups],
+        sets: Sequence[Groups],
         updates: optax.Updates,
         params: optax.Params,
         norms: jax.Array,
         metric: metrics.Metric,
         now: _Now,
     ) -> tuple[optax.Updates, list[jax.Array]]:
-        """Return the updates after the proximal step and the projections, and which parts of each kernel are zero."""
-        by_path = {kernel.path: kernel for kernel in kernels}
-        diagonal = groups.by_path(metric.diagonal) if metric.diagonal is not None else {}
-        held = {path: norms[i] for i, path in enumerate(self._held(kernels, params))}
+        """Return the updates after the proximal step and the projections, and which parts are zero."""
+        diagonal = groups_lib.by_path(metric.diagonal) if metric.diagonal is not None else None
+        held = dict(zip(self._held(sets, params), norms, strict=True))
         zeros: list[jax.Array] = []
 
-        def project(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-            kernel = by_path.get(groups.path_name(path))
-            if kernel is None:
-                return update
-            z = (param + update).astype(jnp.promote_types(param.dtype, jnp.float32))
-            d = diagonal.get(kernel.path)
-            step = Step(kernel, self.penalty, now.steps, param, z, d, held.get(kernel.path))
+        def change(groups: Groups, before: list[jax.Array], z: list[jax.Array]) -> list[jax.Array]:
+            d = None if diagonal is None else [diagonal[path] for path in groups.paths]
+            step = Step(groups, self.penalty, now.steps, before, z, d, [held.get(path) for path in groups.paths])
             x = self._prox(step, now)
             for projection in self.projections:
                 x = projection(x, step)
-            zeros.append(self.penalty.zeros(x, kernel))
-            return projections.new_update(update, param, z, x)
+            zeros.extend(jax.tree.leaves(self.penalty.zeros(x, groups)))
+            return x
 
-        return jax.tree_util.tree_map_with_path(project, updates, params), zeros
+        return projections.apply(sets, updates, params, change), zeros
 
-    def _prox(self, step: Step, now: _Now) -> jax.Array:
-        dead = self.penalty.zeros(step.param, step.kernel)
-        threshold = jnp.where(dead & self.annealed, now.peak, now.learning_rate) * now.lambda_
-        return self.penalty.prox(step.z, threshold, now.learning_rate, step.metric, step.kernel)
+    def _prox(self, step: Step, now: _Now) -> list[jax.Array]:
+        def threshold(dead: jax.Array) -> jax.Array:
+            return jnp.where(dead & self.annealed, now.peak, now.learning_rate) * now.lambda_
+
+        thresholds = jax.tree.map(threshold, self.penalty.zeros(step.params, step.groups))
+        return self.penalty.prox(step.z, thresholds, now.learning_rate, step.metric, step.groups)
 
 
 def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among them

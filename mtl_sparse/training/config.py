@@ -53,6 +53,12 @@ RANGES = {
     "optimizer.plateau_factor": Range(0, most=1),
     "optimizer.weight_decay": Range(0),
     "sparsity.target": Range(0, below=1),
+    "sparsity.target_macs": Range(0, below=1),
+    "sparsity.target_params": Range(0, below=1),
+    "sparsity.head_target": Range(0, below=1),
+    "sparsity.macs_exponent": Range(0),
+    "sparsity.at_least": Range(1),
+    "sparsity.max_removed": Range(0, most=1),
     "sparsity.target_freeze": Range(0, below=1),
     "sparsity.target_ramp": Range(0, most=1),
     "sparsity.start_at": Range(0, below=1),
@@ -76,7 +82,14 @@ RANGES = {
     "run.summary_rounds": Range(0),
 }
 _EMBEDDED = {"data.embedded.frames": Range(12), "data.embedded.height": Range(8), "data.embedded.width": Range(8)}
-_ITEMS = {"tasks": str, "data.size": int, "model.attach": str, "benchmark.batch_sizes": int}  # types in tuples
+# types in tuples
+_ITEMS = {
+    "tasks": str,
+    "data.size": int,
+    "model.attach": str,
+    "sparsity.exclude": str,
+    "benchmark.batch_sizes": int,
+}
 _LARGEST = 2**31 - 1  # of integers
 
 

@@ -16,7 +16,7 @@ from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.sparsity import stats
 from mtl_sparse.tasks import Task
-from mtl_sparse.training import metric_log, optimizer, state
+from mtl_sparse.training import groups, metric_log, optimizer, state
 from mtl_sparse.training.checkpoints import Checkpoints
 from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run
@@ -149,12 +149,13 @@ def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState
     score = validation_score(values, run.tasks)
     if not math.isfinite(score):
         logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
-    sparsity = stats.sparsity(current.params["model"], run.config.sparsity.scope)
+    sparsity = stats.sparsity(current.params["model"], run.config.sparsity.scope, groups=groups.of_model(run.config))
     values |= {
         "score": score,
         "sparsity/group": sparsity.group,
         "sparsity/parameter": sparsity.parameter,
         "sparsity/weight": sparsity.weight,
+        **{f"sparsity/{name}": value for name, value in groups.left(run.config, current.params).items()},
     }
     if log:
         log.write(step, "validation", values)
@@ -252,6 +253,9 @@ def _log_epoch(run, step, values, sparsity, lambda_, improved):
     zero = f"{100 * sparsity.group:.1f} % of groups zero"
     if run.config.sparsity.penalty == "l1":
         zero = f"{100 * sparsity.weight:.1f} % of weights, {zero}"
+    for name, key in groups.TARGETS.items():
+        if run.config.sparsity[name] > 0:
+            zero += f", {100 * values[f'sparsity/{key}_left']:.1f} % of {key} left"
     logging.info(
         "epoch %d/%d, validation: %s; %s, lambda %.2g%s",
         step // run.steps_per_epoch, run.config.train.epochs, headlines, zero, lambda_,

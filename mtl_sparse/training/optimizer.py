@@ -1,5 +1,6 @@
 """The optimizer of a run, from its config."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import optax
 
 from mtl_sparse.models import resnet
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.sparsity import groups, metrics, penalties, reference, transform
+from mtl_sparse.sparsity import metrics, penalties, reference, transform
 from mtl_sparse.sparsity.control import TargetSparsity
+from mtl_sparse.sparsity.groups import path_name
 from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection
 from mtl_sparse.sparsity.schedules import Phases, phased
+from mtl_sparse.training import groups
 
 SCHEDULES = ("constant", "cosine", "plateau")
 LONG = 10**9  # steps of a run of unknown length, which leave room for every phase
@@ -44,12 +47,14 @@ def check(config) -> None:
                 f"sparsity.{fraction}={sparsity[fraction]} and sparsity.{steps}={sparsity[steps]} are two values for "
                 "one thing: set one of them to 0",
             )
-    if sparsity.target > 0 and not sparsity.lambda_ > 0:
+    if groups.has_target(sparsity) and not sparsity.lambda_ > 0:
+        name = next(name for name in ("target", *groups.TARGETS) if sparsity[name] > 0)
         raise UserError(
             "OPTION_CONFLICT",
-            f"sparsity.target={sparsity.target} needs a sparsity.lambda_ above 0 to start from; for a dense run set "
+            f"sparsity.{name}={sparsity[name]} needs a sparsity.lambda_ above 0 to start from; for a dense run set "
             "the target to 0, too",
         )
+    groups.check(config)
     build(config, LONG)
 
 
@@ -85,7 +90,7 @@ def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> op
       ValueError: an argument of one of them is out of its range.
     """
     options, sparsity = config.optimizer, config.sparsity
-    penalty = _penalty(sparsity)
+    penalty = _penalty(config)
     if sparsity.penalty_in_gradient and sparsity.penalty != "group_lasso":
         raise ValueError(f"penalty_in_gradient goes with penalty 'group_lasso', not {sparsity.penalty!r}")
     inner = optax.adamw(
@@ -100,30 +105,35 @@ def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> op
             penalty_in_gradient=penalty if sparsity.penalty_in_gradient and _penalizes(sparsity) else None,
             restart_every=restart_every,
         )
-    return transform.proximal(
-        inner,
-        learning_rate,
-        lambda_=_lambda(config, total_steps),
-        penalty=penalty,
+    proximal = functools.partial(
+        transform.proximal,
         metric=metrics.AdamMetric(options.b1, options.b2, options.eps, _metric(sparsity)),
         regrowth="annealed" if sparsity.anneal_revival else "free",
         projections=_projections(config, total_steps),
     )
+    if sparsity.head_target > 0:
+        heads = penalties.GroupLasso(groups=groups.of_heads(config))
+        target = _target(config, total_steps, sparsity.head_target)
+        inner = proximal(inner, learning_rate, lambda_=target, penalty=heads)
+    return proximal(inner, learning_rate, lambda_=_lambda(config, total_steps), penalty=penalty)
 
 
 def _penalizes(sparsity):
-    return sparsity.lambda_ > 0 or sparsity.target > 0
+    return sparsity.lambda_ > 0 or groups.has_target(sparsity)
 
 
-def _penalty(sparsity):
+def _penalty(config):
+    sparsity = config.sparsity
     if sparsity.penalty not in penalties.PENALTIES:
         known = ", ".join(penalties.PENALTIES)
         raise ValueError(f"unknown penalty {sparsity.penalty!r}; expected one of {known}")
     if sparsity.penalty == "l1":
         return penalties.L1(sparsity.scope)
+    options = {"groups": groups.find(config) if _penalizes(sparsity) else None, "exponent": sparsity.macs_exponent}
+    weights = sparsity.group_weights if _penalizes(sparsity) else "sqrt_size"
     if sparsity.penalty == "group_mcp":
-        return penalties.GroupMCP(sparsity.scope, sparsity.group_weights, sparsity.gamma)
-    return penalties.GroupLasso(sparsity.scope, sparsity.group_weights)
+        return penalties.GroupMCP(sparsity.scope, weights, sparsity.gamma, **options)
+    return penalties.GroupLasso(sparsity.scope, weights, **options)
 
 
 def _metric(sparsity):
@@ -137,26 +147,35 @@ def _lambda(config, total_steps):
     sparsity = config.sparsity
     start, debias = start_step(config, total_steps), debias_step(config, total_steps)
     phases = Phases(start, warmup_steps(config, total_steps), debias)
-    if sparsity.target > 0:
-        return TargetSparsity(
-            sparsity.target,
-            total_steps - start,
-            sparsity.target_ramp,
-            sparsity.target_freeze,
-            initial=sparsity.lambda_,
-            phases=phases,
-        )
+    if groups.has_target(sparsity):
+        return _target(config, total_steps, groups.aim(sparsity), groups.measure(config))
     if not sparsity.lambda_ > 0:
         return sparsity.lambda_
     return phased(sparsity.lambda_, phases.start_step, phases.warmup_steps, phases.end_step)
 
 
+def _target(config, total_steps, aim, measure=None):
+    """Return the target of a component of the model."""
+    sparsity, start = config.sparsity, start_step(config, total_steps)
+    return TargetSparsity(
+        aim,
+        total_steps - start,
+        sparsity.target_ramp,
+        sparsity.target_freeze,
+        initial=sparsity.lambda_,
+        phases=Phases(start, warmup_steps(config, total_steps), debias_step(config, total_steps)),
+        measure=measure,
+    )
+
+
 def _projections(config, total_steps):
     sparsity, debias = config.sparsity, debias_step(config, total_steps)
     found: list[Projection] = [] if debias is None else [FreezeZeros(debias)]
-    if sparsity.target > 0 and sparsity.keep_connected:
+    if groups.has_target(sparsity) and sparsity.keep_connected:
         backbone = "|".join(resnet.unavoidable(config.model.attach))
         found.append(KeepStrongest(f"model/(backbone/({backbone})|head_.*)/kernel"))
+    if sparsity.at_least > 1 or sparsity.max_removed < 1:
+        found.append(groups.limit(sparsity))
     if sparsity.fixed_norm:
         found.append(HoldNorm(sparsity.fixed_norm, "unpenalized" if sparsity.norm_decays else "initial"))
     return found
@@ -178,7 +197,7 @@ def warmup_steps(config, total_steps: int) -> int:
 
     That is where a target's lambda is frozen, or where the run or its penalized part ends.
     """
-    if config.sparsity.target > 0:
+    if groups.has_target(config.sparsity):
         end = _freeze_step(config, total_steps)
     else:
         end = debias_step(config, total_steps) or total_steps
@@ -198,7 +217,7 @@ def settled_step(config, total_steps: int) -> int:
 def _penalized_step(config, total_steps):
     """Return `settled_step` without a debiasing phase: with a fixed lambda, one step at its full value."""
     sparsity = config.sparsity
-    if sparsity.target > 0:
+    if groups.has_target(sparsity):
         return _freeze_step(config, total_steps)
     waits = start_step(config, total_steps) + warmup_steps(config, total_steps)
     return waits + 1 if sparsity.lambda_ > 0 and waits > 0 else 0
@@ -232,20 +251,20 @@ def check_steps(config, total_steps: int) -> None:
     if debias is not None and (debias < _penalized_step(config, total_steps) or debias <= start):
         raise UserError(
             "OPTION_CONFLICT",
-            f"sparsity.debias_at={sparsity.debias_at} lies before "
-            f"sparsity.{'target_freeze' if sparsity.target > 0 else name}: the zero pattern would be frozen before the "
+            f"sparsity.debias_at={sparsity.debias_at} lies before sparsity."
+            f"{'target_freeze' if groups.has_target(sparsity) else name}: the zero pattern would be frozen before the "
             "penalty has made it",
         )
 
 
 def _kernels(params):
     """Return a mask of the parameters with weight decay: kernels, not biases, BatchNorm or loss weights."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: groups.path_name(path).endswith("kernel"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith("kernel"), params)
 
 
 def _model(params):
     """Return a mask of the model's parameters, all but the loss weights."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not groups.path_name(path).startswith("weighting/"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).startswith("weighting/"), params)
 
 
 def learning_rate(opt_state) -> jax.Array:

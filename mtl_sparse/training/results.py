@@ -17,7 +17,7 @@ from mtl_sparse.models import costs, multitask
 from mtl_sparse.report import plots, records, schema, tables
 from mtl_sparse.runtime import processes
 from mtl_sparse.sparsity import stats
-from mtl_sparse.training import checkpoints, evaluation, optimizer
+from mtl_sparse.training import checkpoints, evaluation, groups, optimizer
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 
@@ -69,7 +69,7 @@ class Best:
     def summary(self) -> str:
         """Return one sentence on what compaction saves; times both models at batch 1 in run.summary_rounds rounds."""
         config, variables = self.run.config, self.state.variables
-        zero = stats.sparsity(variables["params"], config.sparsity.scope).group
+        zero = stats.sparsity(variables["params"], config.sparsity.scope, groups=groups.of_model(config)).group
         text = (
             f"compact (--job=compact): {100 * zero:.1f} % of groups zero; "
             f"{explain.compare_sentence(self.explain(), variables, self.compact[1])}"
@@ -137,7 +137,7 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
 
 
 def _sparsity(config, state) -> schema.RunSparsity:
-    found = stats.sparsity(state.params["model"], config.sparsity.scope)
+    found = stats.sparsity(state.params["model"], config.sparsity.scope, groups=groups.of_model(config))
     return schema.RunSparsity(
         group=found.group,
         parameter=found.parameter,
@@ -148,6 +148,7 @@ def _sparsity(config, state) -> schema.RunSparsity:
         dead_layers=tuple(found.dead_layers),
         dead_blocks=tuple(found.dead_blocks),
         layers=tuple(schema.LayerSparsity(**dataclasses.asdict(layer)) for layer in found.layers),
+        coupled=tuple(schema.CoupledSparsity(**dataclasses.asdict(one)) for one in found.coupled),
     )
 
 
