@@ -10,18 +10,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.sparse import coo_matrix, csgraph
 
 from mtl_sparse.compaction import graph as graph_lib
 from mtl_sparse.compaction.graph import Graph, Node
-from mtl_sparse.compaction.primitives import rule_of
+from mtl_sparse.compaction.primitives import PRODUCTS, rule_of
 from mtl_sparse.compaction.rules import Elementwise
 from mtl_sparse.compaction.shaping import segments
 from mtl_sparse.compaction.streams import Axis
 from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.sparsity.groups import path_name
 
 Numbers = np.ndarray  # integers of a shape that broadcasts against a parameter's
+Places = frozenset[int]  # indices of `Channels.events`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +39,10 @@ class Kernel:
       macs: multiply-accumulates of one entry, for the example inputs.
       read: fraction of the entries that the function reads; less than 1 where taps of an atrous convolution meet only
         padding.
+      slots: of a grouped convolution, for each entry (its group, its input and its output among those of the group),
+        likewise; compaction removes whole groups, and the same inputs and outputs of all groups. Otherwise ().
+      makers: events that make what it reads.
+      readers: events that read what it makes.
     """
 
     path: str
@@ -44,6 +51,9 @@ class Kernel:
     outputs: Numbers
     macs: float
     read: float = 1.0
+    slots: tuple[Numbers, ...] = ()
+    makers: Places = frozenset()
+    readers: Places = frozenset()
 
     @property
     def size(self) -> int:
@@ -53,9 +63,37 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Needed:
-    """Channels that are needed whole at a point of the function, by an equation that mixes them or as an output."""
+    """Channels that are needed whole at a point of the function, by an equation that mixes them or as an output.
+
+    Attributes:
+      channels: the channels.
+      makers: events that make them.
+    """
 
     channels: np.ndarray
+    makers: Places = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Free:
+    """Channels that depend on the inputs without a kernel, such as those of the image."""
+
+    channels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vector:
+    """A parameter whose entries belong to channels, such as a bias or an embedding of positions.
+
+    Attributes:
+      size: number of entries.
+      channels: channel of each entry, int32, of a shape that broadcasts against the parameter's.
+      readers: events that read what it is combined with.
+    """
+
+    size: int
+    channels: Numbers
+    readers: Places = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,17 +102,18 @@ class Channels:
 
     Attributes:
       count: number of channels.
-      events: the kernels, and where channels are needed whole, in the order of the function.
-      sources: channels that depend on the inputs without a kernel, such as those of the image.
-      vectors: path -> channel of each entry, of parameters that have one entry a channel, such as biases.
+      events: the kernels, where channels are needed whole, and where they begin, in the order of the function.
+      vectors: path -> parameter whose entries belong to channels.
       others: number of entries of all other parameters.
+      other_macs: multiply-accumulates of products with weights that are computed from parameters in a way that is not
+        followed, such as a product of two.
     """
 
     count: int
-    events: tuple[Kernel | Needed, ...]
-    sources: np.ndarray
-    vectors: dict[str, Numbers]
+    events: tuple[Kernel | Needed | Free, ...]
+    vectors: dict[str, Vector]
     others: int
+    other_macs: float = 0.0
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -98,7 +137,8 @@ def of(fn: Any, params: Any, *inputs: Any, unroll: bool = False) -> Channels:
       UserError: the function has side effects, or multiplies its inputs with none of its parameters.
     """
     graph = graph_lib.trace(fn, params, inputs, unroll=unroll)
-    found = _Finder(graph).find()
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    found = _Finder(graph, dict(zip(graph.params, paths, strict=True))).find()
     if not found.kernels:
         raise UserError(
             "NO_KERNELS",
@@ -108,325 +148,433 @@ def of(fn: Any, params: Any, *inputs: Any, unroll: bool = False) -> Channels:
     return found
 
 
-class _Finder:
-    """Elements are the entries of the axes of all variables, in one numbering; channels are sets of elements."""
+class _Elements:
+    """The entries of the axes of all variables, in one numbering; channels are sets of them."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        starts = np.cumsum([0, *(sum(graph.shape(v)) for v in range(len(graph.avals)))])
-        self._start = {}
+        self._start: dict[Axis, int] = {}
+        self.total = 0
         for variable in range(len(graph.avals)):
-            place = int(starts[variable])
             for axis, size in enumerate(graph.shape(variable)):
-                self._start[variable, axis] = place
-                place += size
-        self._total = int(starts[-1])
-        self._made_by = {variable: node for node in graph.nodes for variable in node.outputs}
-        self._leaf = dict(zip(graph.params, graph.paths, strict=True))
-        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
-        self._read: dict[int, Kernel] = {}  # node's place -> kernel, with elements for channels
-        self._first: dict[int, tuple[Numbers, Numbers]] = {}  # parameter -> elements of its first reader
-        self._vectors: dict[int, Numbers] = {}
-        self._heads = self._find_heads()
+                self._start[variable, axis] = self.total
+                self.total += size
 
-    def elements(self, axis: Axis) -> np.ndarray:
+    def __call__(self, axis: Axis) -> np.ndarray:
         """Return the elements of an axis."""
         return self._start[axis] + np.arange(self._graph.shape(axis[0])[axis[1]])
 
-    def find(self) -> Channels:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Product:
+    """A product of activations and weights.
+
+    Attributes:
+      numbers: elements of the inputs and the outputs, and slots (see `Kernel`), of shapes that broadcast against the
+        weights'.
+      reads: axes of the activations that it explains.
+      makes: axes of the result that it explains.
+    """
+
+    numbers: tuple[Numbers, ...]
+    reads: tuple[Axis, ...]
+    makes: tuple[Axis, ...]
+
+
+class _Products:
+    """What the products of activations and weights read and make."""
+
+    def __init__(self, graph: Graph, elements: _Elements) -> None:
+        self._graph, self._elements = graph, elements
+        self.heads, self.made = _find_heads(graph)
+
+    def of(self, node: Node) -> _Product | None:
+        """Return what a product reads and makes; None where that is not known."""
+        k = _weights(node, self._graph)
+        if node.name == "dot_general":
+            return self._dot(node, k)
+        return self._conv(node) if k == 1 and node.params["batch_group_count"] == 1 else None
+
+    def _dot(self, node: Node, k: int) -> _Product | None:
+        graph, out = self._graph, node.outputs[0]
+        contracted, batch = node.params["dimension_numbers"]
+        weights, x = node.inputs[k], node.inputs[1 - k]
+        if batch[0] or not contracted[0]:
+            return None
+        chosen = list(zip(contracted[1 - k], contracted[k], strict=True))
+        if len(chosen) > 1:  # the axis of attention heads, or the one that is made by a kernel
+            chosen = [pair for pair in chosen if (x, pair[0]) in self.heads] or [
+                pair for pair in chosen if (x, pair[0]) in self.made
+            ]
+        if not chosen:
+            return None
+        x_axis, w_axis = chosen[0]
+        rank = len(graph.shape(weights))
+        inputs = _along(self._elements((x, x_axis)), w_axis, rank)
+        free = [axis for axis in range(rank) if axis not in contracted[k]]
+        first = 0 if k == 0 else len(graph.shape(out)) - len(free)
+        places = {axis: first + i for i, axis in enumerate(free)}
+        made = [axis for axis in free if (out, places[axis]) in self.heads] or free[-1:]
+        outputs = np.full((1,) * rank, -1)
+        if made:
+            outputs = _along(self._elements((out, places[made[0]])), made[0], rank)
+        reads = tuple((x, axis) for axis in contracted[1 - k])
+        return _Product((inputs, outputs), reads, tuple((out, places[axis]) for axis in made))
+
+    def _conv(self, node: Node) -> _Product:
+        numbers, (x, weights), out = node.params["dimension_numbers"], node.inputs, node.outputs[0]
+        read, made = (x, numbers.lhs_spec[1]), (out, numbers.out_spec[1])
+        w_out, w_in = numbers.rhs_spec[:2]
+        shape, groups = self._graph.shape(weights), node.params["feature_group_count"]
+        outputs = _along(self._elements(made), w_out, len(shape))
+        if groups == 1:
+            return _Product((_along(self._elements(read), w_in, len(shape)), outputs), (read,), (made,))
+        each = shape[w_out] // groups
+        place = _along(np.arange(shape[w_out]), w_out, len(shape))
+        slots = (place // each, _along(np.arange(shape[w_in]), w_in, len(shape)), place % each)
+        inputs = self._elements(read)[slots[0] * shape[w_in] + slots[1]]
+        return _Product((inputs, outputs, *slots), (read,), (made,))
+
+    def macs(self, node: Node) -> float:
+        """Return the multiply-accumulates of a product."""
+        graph, out = self._graph, math.prod(self._graph.shape(node.outputs[0]))
+        if node.name == "dot_general":
+            contracted = node.params["dimension_numbers"][0][0]
+            return float(out * math.prod(graph.shape(node.inputs[0])[axis] for axis in contracted))
+        kernel, numbers = graph.shape(node.inputs[1]), node.params["dimension_numbers"]
+        return float(out * math.prod(kernel) // kernel[numbers.rhs_spec[0]])
+
+
+class _Parameters:
+    """Which parameters the operands of products are made of."""
+
+    def __init__(self, graph: Graph, paths: dict[int, str]) -> None:
+        self._graph, self.paths = graph, paths
+        self._made_by = {variable: node for node in graph.nodes for variable in node.outputs}
+        self._computed = set(graph.params)
+        for node in graph.nodes:
+            if self._computed.intersection(node.inputs):
+                self._computed.update(node.outputs)
+
+    def are_in(self, variable: int) -> bool:
+        """Return whether a variable depends on a parameter."""
+        return variable in self._computed
+
+    def sources(self, variable: int, numbers: tuple[Numbers, ...]) -> list[tuple[int, tuple[Numbers, ...]]]:
+        """Return the parameters that a variable is made of entry by entry, each with the numbers of its entries."""
         graph = self._graph
-        needed: dict[int, list[np.ndarray]] = {}
-        sources: list[np.ndarray] = [
-            self.elements((v, axis)) for v in graph.inputs for axis in range(len(graph.shape(v)))
-        ]
+        while variable not in self.paths:
+            node = self._made_by.get(variable)
+            if node is None:
+                return []
+            if node.name in ("reshape", "transpose", "squeeze", "broadcast_in_dim"):
+                before = _before(node, graph, numbers)
+                if before is None:
+                    return []
+                numbers = before
+            elif not (node.name == "spread" or (node.name in ("slice", "rev") and _is_whole(node, graph, numbers))):
+                if not isinstance(rule_of(node.name), Elementwise):
+                    return []
+                same = dict.fromkeys(i for i in node.inputs if graph.shape(i) == graph.shape(variable))
+                found = {leaf: x for i in same for leaf, x in self.sources(i, numbers)}
+                return list(found.items())
+            variable = node.inputs[0]
+        return [(variable, numbers)]
+
+
+class _Finder:
+    """Walks over the equations: what they link, and what they read and make."""
+
+    def __init__(self, graph: Graph, paths: dict[int, str]) -> None:
+        self._graph, self._elements = graph, _Elements(graph)
+        self._parameters, self._products = _Parameters(graph, paths), _Products(graph, self._elements)
+        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self._flows: list[list[tuple[Axis, Axis]]] = [[] for _ in graph.nodes]  # axes that an equation passes on
+        self._kernels: dict[int, tuple[Kernel, _Product]] = {}  # node's place -> kernel, with elements for channels
+        self._first: dict[int, tuple[Numbers, ...]] = {}  # parameter -> elements of its first reader
+        self._vectors: dict[int, list[tuple[Numbers, Axis]]] = {}  # parameter -> elements, axis that it meets
+        self._needed: dict[int, list[Axis]] = {}  # node's place -> axes that it needs whole
+        self._free: dict[int, list[Axis]] = {}  # node's place -> axes of its results that it makes of anything
+        self._other_macs = 0.0
+
+    def find(self) -> Channels:
+        """Return the channels."""
+        graph = self._graph
+        self._free[-1] = [(v, axis) for v in graph.inputs for axis in range(len(graph.shape(v)))]
         for place, node in enumerate(graph.nodes):
             if not any(graph.varies[i] for i in node.outputs):
                 continue
-            linked = self._link(node)
-            if node.name in ("conv_general_dilated", "dot_general") and not all(graph.varies[i] for i in node.inputs):
-                linked |= self._product(place, node)
-            for k, variable in enumerate(node.inputs):
-                if graph.varies[variable]:
-                    free = [a for a in range(len(graph.shape(variable))) if (False, k, a) not in linked]
-                    needed.setdefault(place, []).extend(self.elements((variable, axis)) for axis in free)
-            for k, variable in enumerate(node.outputs):
-                free = [a for a in range(len(graph.shape(variable))) if (True, k, a) not in linked]
-                sources += [self.elements((variable, axis)) for axis in free]
-        last = [self.elements((v, axis)) for v in graph.outputs for axis in range(len(graph.shape(v)))]
-        needed[len(graph.nodes)] = last
-        return self._collect(needed, sources)
+            explained: set[Axis] = set()
+            if node.name in PRODUCTS and not all(graph.varies[i] for i in node.inputs):
+                explained = self._product(place, node)
+            linked = self._link(place, node, explained)
+            self._needed[place], self._free[place] = (
+                [
+                    (v, axis)
+                    for k, v in enumerate(variables)
+                    for axis in range(len(graph.shape(v)))
+                    if graph.varies[v] and (v, axis) not in explained and (is_result, k, axis) not in linked
+                ]
+                for is_result, variables in ((False, node.inputs), (True, node.outputs))
+            )
+        self._needed[len(graph.nodes)] = [(v, axis) for v in graph.outputs for axis in range(len(graph.shape(v)))]
+        return self._collect()
 
-    def _link(self, node: Node) -> set[tuple[bool, int, int]]:
-        """Add the edges of an equation; return its axes that have some, as (is a result, its index, axis)."""
-        graph, linked = self._graph, set()
+    def _link(self, place: int, node: Node, explained: set[Axis]) -> set[tuple[bool, int, int]]:
+        """Add the edges of an equation, and what it passes on except axes that its kernel explains.
+
+        Returns:
+          The axes that are linked, as (is a result, its index, axis).
+        """
+        graph = self._graph
+        linked: set[tuple[bool, int, int]] = set()
         for link in rule_of(node.name).links(node, graph):
-            variable, out = node.inputs[link.operand], node.outputs[link.output]
-            one, other = self.elements((variable, link.axis)), self.elements((out, link.out_axis))
+            before, after = (node.inputs[link.operand], link.axis), (node.outputs[link.output], link.out_axis)
+            one, other = self._elements(before), self._elements(after)
             if link.to is None and len(one) != len(other):
                 continue
             linked |= {(False, link.operand, link.axis), (True, link.output, link.out_axis)}
             to = np.arange(len(one)) if link.to is None else link.to
-            if graph.varies[variable]:
+            if graph.varies[before[0]]:
                 self._edges.append((one[to >= 0], other[to[to >= 0]]))
-            elif link.to is None and node.name not in ("dot_general", "conv_general_dilated"):
-                self._vector(variable, link.axis, other)
+                if not explained.issuperset((before, after)):
+                    self._flows[place].append((before, after))
+            elif link.to is None and node.name not in PRODUCTS:
+                self._vector(before, after)
         if node.name == "reshape":
-            linked |= self._reshape(node)
+            linked |= self._reshape(place, node)
         return linked
 
-    def _reshape(self, node: Node) -> set[tuple[bool, int, int]]:
+    def _reshape(self, place: int, node: Node) -> set[tuple[bool, int, int]]:
         """Link an axis that is merged from several, or split into several, with the one that has the channels."""
         graph = self._graph
         linked: set[tuple[bool, int, int]] = set()
         (x,), (y,) = node.inputs, node.outputs
         if 0 in graph.shape(x):
             return linked
+        heads, made = self._products.heads, self._products.made
         for one, other in segments(graph.shape(x), graph.shape(y)):
             merged: Axis
             if len(one) == 1 and len(other) > 1:
-                merged, parts, side = (x, one[0]), [(y, axis) for axis in other], False
-                chosen = [part for part in parts if part in self._heads]
+                merged, parts = (x, one[0]), [(y, axis) for axis in other]
+                chosen = [part for part in parts if part in heads]
             elif len(other) == 1 and len(one) > 1:
-                merged, parts, side = (y, other[0]), [(x, axis) for axis in one], True
-                chosen = [part for part in parts if part in self._heads] or [p for p in parts if p in self._made]
+                merged, parts = (y, other[0]), [(x, axis) for axis in one]
+                chosen = [part for part in parts if part in heads] or [part for part in parts if part in made]
             else:
                 continue
             if len(chosen) != 1:
                 continue
             sizes = [graph.shape(v)[axis] for v, axis in parts]
             along = np.indices(sizes)[parts.index(chosen[0])].reshape(-1)
-            self._edges.append((self.elements(merged), self.elements(chosen[0])[along]))
-            linked |= {(side, 0, merged[1])} | {(not side, 0, axis) for _, axis in parts}
+            self._edges.append((self._elements(merged), self._elements(chosen[0])[along]))
+            self._flows[place].append((merged, chosen[0]) if merged[0] == x else (chosen[0], merged))
+            linked |= {(v == y, 0, axis) for v, axis in (merged, *parts)}
         return linked
 
-    def _product(self, place: int, node: Node) -> set[tuple[bool, int, int]]:
+    def _product(self, place: int, node: Node) -> set[Axis]:
         """Record the kernel of a product; return the axes of the activations and of the result that it explains."""
-        graph = self._graph
-        k = next(k for k in range(2) if not graph.varies[node.inputs[k]])
-        if node.name == "dot_general":
-            found = self._dot(node, k)
-        else:
-            found = self._conv(node) if k == 1 and node.params["batch_group_count"] == 1 else None
-        if found is None:
+        graph, product = self._graph, self._products.of(node)
+        weights = node.inputs[_weights(node, graph)]
+        sources = self._parameters.sources(weights, product.numbers) if product else []
+        if product is None or len(sources) != 1:
+            self._other_macs += self._products.macs(node) if self._parameters.are_in(weights) else 0
             return set()
-        inputs, outputs, explained = found
-        weights = node.inputs[k]
-        sources = self._sources(weights, (inputs, outputs))
-        if len(sources) != 1:
-            return set()
-        leaf, (inputs, outputs) = sources[0]
-        if leaf in self._first:
-            for before, now in zip(self._first[leaf], (inputs, outputs), strict=True):
-                one, other = np.broadcast_arrays(before, now)
-                self._edges.append((one.reshape(-1), other.reshape(-1)))
-        self._first.setdefault(leaf, (inputs, outputs))
-        size = math.prod(graph.shape(leaf))
-        read = math.prod(graph.shape(weights)) / size
-        self._read[place] = Kernel(
-            self._leaf[leaf], graph.shape(leaf), inputs, outputs, self._macs(node) / size, min(1.0, read)
-        )
-        return explained
+        ((leaf, numbers),) = sources
+        for before, now in zip(self._first.setdefault(leaf, numbers)[:2], numbers[:2], strict=True):
+            one, other = np.broadcast_arrays(before, now)
+            self._edges.append((one.reshape(-1), other.reshape(-1)))
+        shape = graph.shape(leaf)
+        size = math.prod(shape)
+        read = min(1.0, math.prod(graph.shape(weights)) / size)
+        inputs, outputs, *slots = numbers
+        macs = self._products.macs(node) / size
+        kernel = Kernel(self._parameters.paths[leaf], shape, inputs, outputs, macs, read, tuple(slots))
+        self._kernels[place] = kernel, product
+        return {*product.reads, *product.makes}
 
-    def _dot(self, node: Node, k: int) -> tuple[Numbers, Numbers, set[tuple[bool, int, int]]] | None:
-        """Return (inputs, outputs) as elements that broadcast against the weights, and the axes that this explains."""
-        graph = self._graph
-        contracted, batch = node.params["dimension_numbers"]
-        weights, x = node.inputs[k], node.inputs[1 - k]
-        if batch[0] or not contracted[0]:
-            return None
-        pairs = list(zip(contracted[1 - k], contracted[k], strict=True))
-        if len(pairs) > 1:  # the axis of attention heads, or the one that is made by a kernel
-            chosen = [pair for pair in pairs if (x, pair[0]) in self._heads] or [
-                pair for pair in pairs if (x, pair[0]) in self._made
-            ]
-        else:
-            chosen = pairs
-        if not chosen:
-            return None
-        x_axis, w_axis = chosen[0]
-        rank = len(graph.shape(weights))
-        inputs = _along(self.elements((x, x_axis)), w_axis, rank)
-        free = [axis for axis in range(rank) if axis not in contracted[k]]
-        out_rank = len(graph.shape(node.outputs[0]))
-        first = 0 if k == 0 else out_rank - len(free)
-        places = {axis: first + i for i, axis in enumerate(free)}
-        made = [axis for axis in free if (node.outputs[0], places[axis]) in self._heads] or free[-1:]
-        outputs = np.full((1,) * rank, -1)
-        explained = {(False, 1 - k, axis) for axis in contracted[1 - k]}
-        if made:
-            outputs = _along(self.elements((node.outputs[0], places[made[0]])), made[0], rank)
-        explained |= {(True, 0, places[axis]) for axis in made}
-        return inputs, outputs, explained
+    def _vector(self, axis: Axis, after: Axis) -> None:
+        """Record that the entries of a parameter along an axis meet those of a result."""
+        numbers = _along(self._elements(after), axis[1], len(self._graph.shape(axis[0])))
+        for leaf, (elements,) in self._parameters.sources(axis[0], (numbers,)):
+            self._vectors.setdefault(leaf, []).append((elements, after))
 
-    def _conv(self, node: Node) -> tuple[Numbers, Numbers, set[tuple[bool, int, int]]]:
-        """Return the same of a convolution, whose second operand are the weights."""
-        graph, numbers = self._graph, node.params["dimension_numbers"]
-        x_axis, out_axis = numbers.lhs_spec[1], numbers.out_spec[1]
-        w_out, w_in = numbers.rhs_spec[:2]
-        shape = graph.shape(node.inputs[1])
-        groups = node.params["feature_group_count"]
-        x, y = self.elements((node.inputs[0], x_axis)), self.elements((node.outputs[0], out_axis))
-        outputs = _along(y, w_out, len(shape))
-        inputs = np.repeat(x.reshape(groups, shape[w_in]), shape[w_out] // groups, axis=0)  # [O, I]
-        if groups == 1:
-            return _along(x, w_in, len(shape)), outputs, {(False, 0, x_axis), (True, 0, out_axis)}
-        target = [1] * len(shape)
-        target[w_in], target[w_out] = shape[w_in], shape[w_out]
-        inputs = (inputs if w_out < w_in else inputs.T).reshape(target)
-        return inputs, outputs, {(False, 0, x_axis), (True, 0, out_axis)}
-
-    def _macs(self, node: Node) -> float:
-        """Return the multiply-accumulates of a product."""
-        graph, out = self._graph, math.prod(self._graph.shape(node.outputs[0]))
-        if node.name == "dot_general":
-            return float(out * math.prod(graph.shape(node.inputs[0])[axis] for axis in self._contracted(node)))
-        kernel, numbers = graph.shape(node.inputs[1]), node.params["dimension_numbers"]
-        return float(out * math.prod(kernel) // kernel[numbers.rhs_spec[0]])
-
-    @staticmethod
-    def _contracted(node: Node) -> Sequence[int]:
-        return node.params["dimension_numbers"][0][0]
-
-    def _sources(self, variable: int, numbers: tuple[Numbers, ...]) -> list[tuple[int, tuple[Numbers, ...]]]:
-        """Return the parameters that a variable is made of entry by entry, each with the numbers of its entries."""
-        graph = self._graph
-        while variable not in self._leaf:
-            node = self._made_by.get(variable)
-            if node is None:
-                return []
-            shape = graph.shape(variable)
-            if node.name == "reshape":
-                before = graph.shape(node.inputs[0])
-                numbers = tuple(_collapsed(np.broadcast_to(x, shape).reshape(before)) for x in numbers)
-            elif node.name == "transpose":
-                numbers = tuple(x.transpose(np.argsort(node.params["permutation"])) for x in numbers)
-            elif node.name == "squeeze":
-                rank = len(graph.shape(node.inputs[0]))
-                removed = tuple(sorted(axis % rank for axis in node.params["dimensions"]))
-                numbers = tuple(np.expand_dims(x, removed) for x in numbers)
-            elif node.name == "broadcast_in_dim":
-                places = node.params["broadcast_dimensions"]
-                before = graph.shape(node.inputs[0])
-                others = tuple(axis for axis in range(len(shape)) if axis not in places)
-                if any(x.shape[axis] != 1 for x in numbers for axis in others):
-                    return []
-                numbers = tuple(x.squeeze(others) for x in numbers)
-                if any(m > n for x in numbers for m, n in zip(x.shape, before, strict=True)):
-                    return []
-            elif not (node.name == "spread" or (node.name in ("slice", "rev") and self._is_whole(node, numbers))):
-                if not isinstance(rule_of(node.name), Elementwise):
-                    return []
-                same = dict.fromkeys(i for i in node.inputs if graph.shape(i) == shape)
-                found = {leaf: x for i in same for leaf, x in self._sources(i, numbers)}
-                return list(found.items())
-            variable = node.inputs[0]
-        return [(variable, numbers)]
-
-    def _is_whole(self, node: Node, numbers: tuple[Numbers, ...]) -> bool:
-        """Return whether a slice or a reversal leaves the numbered axes as they are."""
-        if node.name == "rev":
-            return all(x.shape[axis] == 1 for x in numbers for axis in node.params["dimensions"])
-        before, after = (self._graph.shape(i) for i in (node.inputs[0], node.outputs[0]))
-        return all(n == 1 or a == b for x in numbers for n, a, b in zip(x.shape, before, after, strict=True))
-
-    def _vector(self, variable: int, axis: int, elements: np.ndarray) -> None:
-        """Record that a parameter has one entry a channel."""
-        shape = self._graph.shape(variable)
-        if math.prod(shape) == shape[axis]:
-            for leaf, (numbers,) in self._sources(variable, (_along(elements, axis, len(shape)),)):
-                self._vectors.setdefault(leaf, numbers)
-
-    def _find_heads(self) -> set[Axis]:
-        """Return the axes of attention heads; sets `_made`, the axes that kernels make.
-
-        Heads are the axes along which activations are multiplied with each other separately, and which are not the axis
-        of the batch.
-        """
-        graph = self._graph
-        parent: dict[Axis, Axis] = {}
-
-        def root(axis: Axis) -> Axis:
-            while parent.get(axis, axis) != axis:
-                axis = parent[axis]
-            return axis
-
-        seeds: list[Axis] = []
-        made: list[Axis] = []
-        for node in graph.nodes:
-            if not any(graph.varies[i] for i in node.outputs):
-                continue
-            for link in rule_of(node.name).links(node, graph):
-                if link.to is None and graph.varies[node.inputs[link.operand]]:
-                    parent[root((node.inputs[link.operand], link.axis))] = root(
-                        (node.outputs[link.output], link.out_axis)
-                    )
-            if node.name == "dot_general" and all(graph.varies[i] for i in node.inputs):
-                batch = node.params["dimension_numbers"][1]
-                seeds += [(node.inputs[k], axis) for k in range(2) for axis in batch[k]]
-            elif node.name == "dot_general":
-                k = next(k for k in range(2) if not graph.varies[node.inputs[k]])
-                contracted, batch = node.params["dimension_numbers"]
-                rank, out = len(graph.shape(node.inputs[k])), node.outputs[0]
-                free = rank - len(contracted[k]) - len(batch[k])
-                out_rank = len(graph.shape(out))
-                places = range(len(batch[k]), len(batch[k]) + free) if k == 0 else range(out_rank - free, out_rank)
-                made += [(out, axis) for axis in places]
-            elif node.name == "conv_general_dilated":
-                made.append((node.outputs[0], node.params["dimension_numbers"].out_spec[1]))
-        of_batch = {root((v, axis)) for v in graph.inputs for axis in range(len(graph.shape(v)))}
-        heads = {root(axis) for axis in seeds} - of_batch
-        makes = {root(axis) for axis in made} - of_batch
-        every = [(v, axis) for v in range(len(graph.avals)) for axis in range(len(graph.shape(v))) if graph.varies[v]]
-        self._made = {axis for axis in every if root(axis) in makes | heads}
-        return {axis for axis in every if root(axis) in heads}
-
-    def _collect(self, needed: dict[int, list[np.ndarray]], sources: list[np.ndarray]) -> Channels:
+    def _collect(self) -> Channels:
         """Number the channels that a kernel reads or makes, and replace elements by them."""
+        channel, count = self._channels()
+
+        def numbered(elements: Numbers) -> Numbers:
+            return np.where(elements >= 0, channel[elements], -1).astype(np.int32)
+
+        order = _Order(self._flows)
+        for place in range(-1, len(self._graph.nodes) + 1):
+            needed, free = (
+                np.unique(np.concatenate([np.arange(0), *(numbered(self._elements(axis)) for axis in axes)]))
+                for axes in (self._needed.get(place, []), self._free.get(place, []))
+            )
+            if (needed >= 0).any():
+                order.add(place, Needed(needed[needed >= 0]), reads=self._needed[place])
+            if place in self._kernels:
+                kernel, product = self._kernels[place]
+                kernel = dataclasses.replace(kernel, inputs=numbered(kernel.inputs), outputs=numbered(kernel.outputs))
+                order.add(place, kernel, product.reads, product.makes)
+            if (free >= 0).any():
+                order.add(place, Free(free[free >= 0]), makes=self._free[place])
+        events, readers = order.events()
+        kernels, paths = {kernel.path for kernel, _ in self._kernels.values()}, self._parameters.paths
+        vectors: dict[str, Vector] = {}
+        for leaf, uses in self._vectors.items():
+            found = [(numbered(x), axis) for x, axis in uses if paths[leaf] not in kernels and (numbered(x) >= 0).all()]
+            if found:
+                together = frozenset().union(*(readers.get(axis, ()) for _, axis in found))
+                vectors[paths[leaf]] = Vector(math.prod(self._graph.shape(leaf)), found[0][0], together)
+        rest = [leaf for leaf, path in paths.items() if path not in kernels and path not in vectors]
+        others = sum(math.prod(self._graph.shape(leaf)) for leaf in rest)
+        return Channels(count, events, vectors, others, self._other_macs)
+
+    def _channels(self) -> tuple[np.ndarray, int]:
+        """Return (channel of each element, -1 where no kernel reads or makes it; number of channels)."""
         one, other = (
             np.concatenate([edge[i] for edge in self._edges] or [np.arange(0)]).astype(np.int64) for i in range(2)
         )
         valid = (one >= 0) & (other >= 0)
-        one, other = one[valid], other[valid]
-        edges = coo_matrix((np.ones(len(one), bool), (one, other)), (self._total, self._total))
+        total = self._elements.total
+        edges = coo_matrix((np.ones(valid.sum(), bool), (one[valid], other[valid])), (total, total))
         _, label = csgraph.connected_components(edges, directed=False)
-        used = np.concatenate(
-            [np.arange(0)]
-            + [label[x[x >= 0]] for kernel in self._read.values() for x in (kernel.inputs, kernel.outputs)]
-        )
-        channel = np.full(label.max(initial=-1) + 2, -1)
-        names = np.unique(used)
+        used = [np.arange(0)]
+        for kernel, _ in self._kernels.values():
+            used += [label[x[x >= 0]] for x in (kernel.inputs, kernel.outputs)]
+        names = np.unique(np.concatenate(used))
+        channel = np.full(label.max(initial=-1) + 1, -1)
         channel[names] = np.arange(len(names))
+        return channel[label], len(names)
 
-        def numbered(x: Numbers) -> Numbers:
-            return np.where(x >= 0, channel[label[x]], -1).astype(np.int32)
 
-        events: list[Kernel | Needed] = []
-        for place in range(len(self._graph.nodes) + 1):
-            if place in needed:
-                found = np.unique(np.concatenate([np.arange(0), *(numbered(x) for x in needed[place])]))
-                if (found >= 0).any():
-                    events.append(Needed(found[found >= 0]))
-            if place in self._read:
-                kernel = self._read[place]
-                kernel = dataclasses.replace(kernel, inputs=numbered(kernel.inputs), outputs=numbered(kernel.outputs))
-                last = events[-1] if events else None
-                if isinstance(last, Kernel) and last.path == kernel.path:  # the taps of one convolution
-                    macs, read = kernel.macs + last.macs, min(1.0, kernel.read + last.read)
-                    events[-1] = dataclasses.replace(kernel, macs=macs, read=read)
-                else:
-                    events.append(kernel)
-        graph = self._graph
-        kernels = {kernel.path for kernel in self._read.values()}
-        vectors = {
-            self._leaf[leaf]: numbered(x)
-            for leaf, x in self._vectors.items()
-            if self._leaf[leaf] not in kernels and (numbered(x) >= 0).all()
+class _Order:
+    """Events in the order of the function, and which of them make what others read."""
+
+    def __init__(self, flows: Sequence[Sequence[tuple[Axis, Axis]]]) -> None:
+        self._flows = flows
+        self._events: list[Kernel | Needed | Free] = []
+        self._reads: list[list[tuple[Axis, int]]] = [[] for _ in range(len(flows) + 2)]  # by place + 1
+        self._makes: list[list[tuple[Axis, int]]] = [[] for _ in range(len(flows) + 2)]
+
+    def add(
+        self, place: int, event: Kernel | Needed | Free, reads: Sequence[Axis] = (), makes: Sequence[Axis] = ()
+    ) -> None:
+        """Add an event of the equation at a place; the taps of one convolution are one event."""
+        last = self._events[-1] if self._events else None
+        if isinstance(event, Kernel) and isinstance(last, Kernel) and last.path == event.path:
+            macs, read = event.macs + last.macs, event.read + last.read
+            if read < 1 + 1e-6:
+                self._events.pop()
+                event = dataclasses.replace(event, macs=macs, read=min(1.0, read))
+        self._reads[place + 1] += [(axis, len(self._events)) for axis in reads]
+        self._makes[place + 1] += [(axis, len(self._events)) for axis in makes]
+        self._events.append(event)
+
+    def events(self) -> tuple[tuple[Kernel | Needed | Free, ...], dict[Axis, Places]]:
+        """Return (the events, for each axis the events that read it)."""
+        made: dict[Axis, int] = {}  # sets of events as bits
+        read: dict[Axis, int] = {}
+        makers, readers = [0] * len(self._events), [0] * len(self._events)
+        flows = [(), *self._flows, ()]
+        for place, passed in enumerate(flows):
+            for axis, index in self._reads[place]:
+                makers[index] |= made.get(axis, 0)
+            for one, other in passed:
+                made[other] = made.get(other, 0) | made.get(one, 0)
+            for axis, index in self._makes[place]:
+                made[axis] = made.get(axis, 0) | 1 << index
+        for place in reversed(range(len(flows))):
+            for axis, index in self._makes[place]:
+                readers[index] |= read.get(axis, 0)
+            for one, other in flows[place]:
+                read[one] = read.get(one, 0) | read.get(other, 0)
+            for axis, index in self._reads[place]:
+                read[axis] = read.get(axis, 0) | 1 << index
+        sets = {
+            bits: frozenset(i for i in range(len(self._events)) if bits >> i & 1)
+            for bits in {*makers, *readers, *read.values()}
         }
-        others = sum(
-            math.prod(graph.shape(v)) for v, path in self._leaf.items() if path not in kernels and path not in vectors
-        )
-        free = np.unique(np.concatenate([np.arange(0), *(numbered(x) for x in sources)]))
-        return Channels(len(names), tuple(events), free[free >= 0], vectors, others)
+        events: list[Kernel | Needed | Free] = []
+        for event, before, after in zip(self._events, makers, readers, strict=True):
+            if isinstance(event, Kernel):
+                event = dataclasses.replace(event, makers=sets[before], readers=sets[after])
+            elif isinstance(event, Needed):
+                event = dataclasses.replace(event, makers=sets[before])
+            events.append(event)
+        return tuple(events), {axis: sets[bits] for axis, bits in read.items()}
+
+
+def _weights(node: Node, graph: Graph) -> int:
+    """Return which operand of a product depends on no input."""
+    return next(k for k in range(2) if not graph.varies[node.inputs[k]])
+
+
+def _before(node: Node, graph: Graph, numbers: tuple[Numbers, ...]) -> tuple[Numbers, ...] | None:
+    """Return the numbers of an operand's entries, given those of the result, for an equation that moves entries."""
+    before, shape = graph.shape(node.inputs[0]), graph.shape(node.outputs[0])
+    if node.name == "reshape":
+        return tuple(_collapsed(np.broadcast_to(x, shape).reshape(before)) for x in numbers)
+    if node.name == "transpose":
+        return tuple(x.transpose(np.argsort(node.params["permutation"])) for x in numbers)
+    if node.name == "squeeze":
+        removed = tuple(sorted(axis % len(before) for axis in node.params["dimensions"]))
+        return tuple(np.expand_dims(x, removed) for x in numbers)
+    others = tuple(axis for axis in range(len(shape)) if axis not in node.params["broadcast_dimensions"])
+    if any(x.shape[axis] != 1 for x in numbers for axis in others):
+        return None
+    numbers = tuple(x.squeeze(others) for x in numbers)
+    repeated = any(m > n for x in numbers for m, n in zip(x.shape, before, strict=True))
+    return None if repeated else numbers
+
+
+def _is_whole(node: Node, graph: Graph, numbers: tuple[Numbers, ...]) -> bool:
+    """Return whether a slice or a reversal leaves the numbered axes as they are."""
+    if node.name == "rev":
+        return all(x.shape[axis] == 1 for x in numbers for axis in node.params["dimensions"])
+    before, after = (graph.shape(i) for i in (node.inputs[0], node.outputs[0]))
+    return all(n == 1 or a == b for x in numbers for n, a, b in zip(x.shape, before, after, strict=True))
+
+
+def _find_heads(graph: Graph) -> tuple[set[Axis], set[Axis]]:
+    """Return (the axes of attention heads, these and the axes that kernels make).
+
+    Heads are the axes along which activations are multiplied with each other separately, and which are not the axis of
+    the batch.
+    """
+    parent: dict[Axis, Axis] = {}
+
+    def root(axis: Axis) -> Axis:
+        while parent.get(axis, axis) != axis:
+            axis = parent[axis]
+        return axis
+
+    seeds: list[Axis] = []
+    made: list[Axis] = []
+    for node in graph.nodes:
+        if not any(graph.varies[i] for i in node.outputs):
+            continue
+        for link in rule_of(node.name).links(node, graph):
+            if link.to is None and graph.varies[node.inputs[link.operand]]:
+                parent[root((node.inputs[link.operand], link.axis))] = root((node.outputs[link.output], link.out_axis))
+        if node.name == "dot_general" and all(graph.varies[i] for i in node.inputs):
+            batch = node.params["dimension_numbers"][1]
+            seeds += [(node.inputs[k], axis) for k in range(2) for axis in batch[k]]
+        elif node.name == "dot_general":
+            k, out = _weights(node, graph), node.outputs[0]
+            contracted, batch = node.params["dimension_numbers"]
+            free = len(graph.shape(node.inputs[k])) - len(contracted[k]) - len(batch[k])
+            first = len(batch[k]) if k == 0 else len(graph.shape(out)) - free
+            made += [(out, axis) for axis in range(first, first + free)]
+        elif node.name == "conv_general_dilated":
+            made.append((node.outputs[0], node.params["dimension_numbers"].out_spec[1]))
+    of_batch = {root((v, axis)) for v in graph.inputs for axis in range(len(graph.shape(v)))}
+    heads = {root(axis) for axis in seeds} - of_batch
+    makes = {root(axis) for axis in made} - of_batch
+    every = [(v, axis) for v in range(len(graph.avals)) for axis in range(len(graph.shape(v))) if graph.varies[v]]
+    return {axis for axis in every if root(axis) in heads}, {axis for axis in every if root(axis) in makes | heads}
 
 
 def _along(numbers: np.ndarray, axis: int, rank: int) -> Numbers:

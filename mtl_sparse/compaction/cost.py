@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_sparse.compaction import channels as channels_lib
-from mtl_sparse.compaction.channels import Channels, Kernel, Needed
+from mtl_sparse.compaction.channels import Channels, Free, Kernel, Needed, Places
 from mtl_sparse.sparsity.groups import by_path
 
 
@@ -19,8 +19,12 @@ class Cost:
     """Multiply-accumulates (MACs) and parameters of a function, and how much of both compaction would leave.
 
     It follows the zeros of the kernels through the function: a channel is needed if a weight that is not zero leads
-    from it to a needed output, and it is alive if such a weight leads to it from the inputs. Not included are weights
-    that compaction keeps because gathering channels costs more than computing with zeros.
+    from it to a needed output, and it is alive if such a weight leads to it from the inputs. A grouped convolution
+    keeps whole groups, and the same inputs and outputs of all groups. MACs are those of products with parameters; of
+    those whose weights are computed from parameters in a way that is not followed, all are left. Not included are
+    weights that compaction keeps because gathering channels costs more than computing with zeros, and the input that it
+    adds to a kernel for the effect of channels that became constant but not zero, such as the bias of a depthwise
+    kernel's zero channel.
 
     Attributes:
       channels: of the function.
@@ -31,7 +35,7 @@ class Cost:
     @functools.cached_property
     def macs(self) -> float:
         """MACs of the whole function, for the example inputs."""
-        return sum(kernel.macs * kernel.size for kernel in self.channels.kernels)
+        return sum(kernel.macs * kernel.size for kernel in self.channels.kernels) + self.channels.other_macs
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -53,34 +57,62 @@ class Cost:
           {"macs", "parameters"}: float32 [] each, in [0, 1].
         """
         leaves = by_path(params)
-        nonzero = {kernel.path: _nonzero(kernel, leaves[kernel.path]) for kernel in self.channels.kernels}
-        alive = self._alive(nonzero)
-        needed = jnp.zeros(self.channels.count, bool)
-        macs = jnp.zeros([], jnp.float32)
-        kept: dict[str, jax.Array] = {}
-        for event in reversed(self.channels.events):
+        weights = {kernel.path: _nonzero(kernel, leaves[kernel.path]) for kernel in self.channels.kernels}
+        alive = self._alive(weights)
+        needed = _Unions(self.channels.count)
+        macs = jnp.asarray(self.channels.other_macs, jnp.float32)
+        kept: dict[str, tuple[Kernel, jax.Array, jax.Array]] = {}
+        for place, event in reversed(list(enumerate(self.channels.events))):
             if isinstance(event, Needed):
-                needed = needed.at[event.channels].set(True)
+                needed.put(place, _mask(event.channels, self.channels.count) & alive.of(event.makers))
+            if not isinstance(event, Kernel):
                 continue
-            weights = nonzero[event.path]
-            out = _take(needed & alive, event.outputs)
-            inputs = _reduce(weights & out & _take(alive, event.inputs), event.inputs, self.channels.count)
-            needed = needed | inputs
-            entries = _pairs(_take(inputs, event.inputs), out) * (event.size / _broadcast_size(event))
-            macs = macs + event.macs * entries
-            kept[event.path] = jnp.maximum(kept.get(event.path, 0.0), event.read * entries)
-        vectors = sum((jnp.sum(_take(needed & alive, x)) for x in self.channels.vectors.values()), jnp.zeros([]))
-        parameters = sum(kept.values()) + vectors + self.channels.others
+            inputs, outputs = _kept(event, weights[event.path], alive.of(event.makers), needed.of(event.readers))
+            needed.put(place, _reduce(inputs, event.inputs, self.channels.count))
+            macs = macs + event.macs * _entries(event, inputs, outputs)
+            before = kept.get(event.path)
+            if before is not None:  # a kernel with several readers has what any of them needs
+                inputs, outputs = inputs | before[1], outputs | before[2]
+            kept[event.path] = event, inputs, outputs
+        parameters = jnp.asarray(self.channels.others, jnp.float32)
+        for kernel, inputs, outputs in kept.values():
+            parameters = parameters + kernel.read * _entries(kernel, inputs, outputs)
+        for vector in self.channels.vectors.values():
+            kept_entries = jnp.sum(_take(needed.of(vector.readers), vector.channels))
+            parameters = parameters + vector.size / vector.channels.size * kept_entries
         return {"macs": macs / self.macs, "parameters": parameters / self.parameters}
 
-    def _alive(self, nonzero: dict[str, jax.Array]) -> jax.Array:
-        """Return which channels depend on the inputs: bool [channels]."""
-        alive = np.zeros(self.channels.count, bool)
-        alive[self.channels.sources] = True
-        found = jnp.asarray(alive)
-        for kernel in self.channels.kernels:
-            made = nonzero[kernel.path] & _take(found, kernel.inputs)
-            found = found | _reduce(made, kernel.outputs, self.channels.count)
+    def _alive(self, weights: dict[str, jax.Array]) -> "_Unions":
+        """Return which channels each event makes that depend on the inputs."""
+        made = _Unions(self.channels.count)
+        for place, event in enumerate(self.channels.events):
+            if isinstance(event, Free):
+                made.put(place, _mask(event.channels, self.channels.count))
+            elif isinstance(event, Kernel):
+                reads = weights[event.path] & _take(made.of(event.makers), event.inputs)
+                made.put(place, _reduce(reads, event.outputs, self.channels.count))
+        return made
+
+
+class _Unions:
+    """Masks of channels, one for each of some events, and their unions."""
+
+    def __init__(self, count: int) -> None:
+        self._masks: dict[int, jax.Array] = {}
+        self._unions: dict[Places, jax.Array] = {frozenset(): jnp.zeros(count, bool)}
+
+    def put(self, place: int, mask: jax.Array) -> None:
+        """Set the mask of an event."""
+        self._masks[place] = mask
+
+    def of(self, places: Places) -> jax.Array:
+        """Return the union of the masks that some events have, from the largest part of it that is known."""
+        places = places.intersection(self._masks)
+        part = max((known for known in self._unions if known <= places), key=len)
+        found = self._unions[part]
+        for place in sorted(places - part):
+            found = found | self._masks[place]
+        self._unions[places] = found
         return found
 
 
@@ -122,13 +154,45 @@ def _reduce(values: jax.Array, numbers: np.ndarray, count: int) -> jax.Array:
     return jnp.zeros(count + 1, bool).at[np.where(numbers < 0, count, numbers).reshape(-1)].max(flat)[:count]
 
 
-def _broadcast_size(kernel: Kernel) -> int:
-    return math.prod(np.broadcast_shapes(kernel.inputs.shape, kernel.outputs.shape))
+def _mask(channels: np.ndarray, count: int) -> jax.Array:
+    """Return the channels as a mask: bool [count]."""
+    found = np.zeros(count, bool)
+    found[channels] = True
+    return jnp.asarray(found)
 
 
-def _pairs(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Return the number of entries, without the axes that have no channels, whose input and output are kept."""
+def _kept(kernel: Kernel, weights: jax.Array, alive: jax.Array, needed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return which entries of a kernel compaction keeps, as two masks that both hold there.
+
+    Args:
+      kernel: the kernel.
+      weights: where it has weights that are not zero.
+      alive: channels that depend on the inputs where it reads them.
+      needed: channels that are needed where it makes them.
+
+    Returns:
+      (of the input channels, of the output channels), each broadcasts against the kernel.
+    """
+    out = _take(needed, kernel.outputs)
+    reads = weights & out & _take(alive, kernel.inputs)
+    if not kernel.slots:
+        return _take(_reduce(reads, kernel.inputs, len(needed)), kernel.inputs), out
+    groups, outputs = _any_of(out, kernel.slots[0]), _any_of(out, kernel.slots[2])
+    inputs = _any_of(weights & groups & outputs & _take(alive, kernel.inputs), kernel.slots[1])
+    return groups & inputs, groups & outputs
+
+
+def _any_of(values: jax.Array, slot: np.ndarray) -> jax.Array:
+    """Return for each entry whether one with the same number is True."""
+    found = _reduce(jnp.broadcast_to(values, np.broadcast_shapes(values.shape, slot.shape)), slot, int(slot.max()) + 1)
+    return found[slot]
+
+
+def _entries(kernel: Kernel, inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    """Return the number of entries of a kernel where both masks hold."""
+    shape = np.broadcast_shapes(kernel.inputs.shape, kernel.outputs.shape)
+    each = kernel.size / math.prod(shape)
     disjoint = all(m == 1 or n == 1 for m, n in zip(inputs.shape, outputs.shape, strict=True))
     if disjoint:
-        return jnp.sum(inputs, dtype=jnp.float32) * jnp.sum(outputs, dtype=jnp.float32)
-    return jnp.sum(inputs & outputs, dtype=jnp.float32)
+        return each * jnp.sum(inputs, dtype=jnp.float32) * jnp.sum(outputs, dtype=jnp.float32)
+    return each * jnp.sum(inputs & outputs, dtype=jnp.float32)
