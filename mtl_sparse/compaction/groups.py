@@ -75,9 +75,8 @@ def _making(channels: Channels) -> np.ndarray:
     for event in channels.events:
         if isinstance(event, Needed):
             found[event.channels] = np.nan
-        elif (
-            isinstance(event, Kernel) and event.outputs.min() >= 0 and not _same(event)
-        ):  # a depthwise kernel counts as a reader
+        elif isinstance(event, Kernel) and event.outputs.min() >= 0 and not _same(event):
+            # a depthwise kernel counts as a reader
             _, count = _entries(event.outputs, event.shape)
             np.add.at(found, event.outputs.reshape(-1), event.macs * count)
     return np.nan_to_num(found)

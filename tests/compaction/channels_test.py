@@ -217,6 +217,20 @@ def test_heads_are_the_groups_of_an_attentions_output():
     check_fit(tuple(sets.values()), state)
 
 
+def test_rows_of_a_head_are_one_group_where_heads_are_merged():
+    """And of a kernel that is stored as (out, in), the columns."""
+    params = {name: normal(4, 2, 3) for name in ("q", "k", "v")} | {"out": normal(5, 6)}
+
+    def fn(p, x):
+        q, k, v = (jnp.einsum("bnc,chd->bnhd", x, p[name]) for name in "qkv")
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)), v)
+        return y.reshape(*y.shape[:2], 6) @ p["out"].T
+
+    one = found(fn, params, normal(2, 7, 4))["out"]
+    assert one.count == 2
+    np.testing.assert_array_equal(numbers(one, (5, 6)), np.repeat(np.arange(2), 3)[None].repeat(5, 0))
+
+
 def test_kernels_of_other_libraries():
     """Equinox has [O, I, H, W], Haiku and Keras [H, W, I, O]; Keras has depthwise kernels [H, W, C, 1]."""
     model = eqx.nn.Sequential(
@@ -267,12 +281,14 @@ def test_shuffled_channels_keep_their_weights_together():
 
     def fn(p, x):
         y = x @ p["a"]
-        return y @ p["b"] + y.reshape(-1, 2, 3).transpose(0, 2, 1).reshape(-1, 6) @ p["c"]
+        shuffled = y.reshape(-1, 2, 3).transpose(0, 2, 1).reshape(-1, 6)
+        return shuffled @ p["b"] + y @ p["c"]
 
     _, one = groups_lib.from_function(fn, params, normal(5, 3), coupled=True)
     assert one.paths == ("b", "c") and one.count == 6
-    b, c = one.numbers
-    np.testing.assert_array_equal(c.reshape(-1), b.reshape(-1)[[0, 3, 1, 4, 2, 5]])
+    b, c = (x.reshape(-1) for x in one.numbers)
+    np.testing.assert_array_equal(b, np.arange(6), "the first reader's channels are in order")
+    np.testing.assert_array_equal(b, c[[0, 3, 1, 4, 2, 5]])
 
 
 # ---------------------------------------------------------------------------------------------- coupled groups
