@@ -4,7 +4,7 @@
     python launch.py --config=configs/sweeps.py:table1:demo --job=sweep
 
 `NAME:demo` is the same list at a size for two cores: embedded data, small models, two or three seeds, and penalties
-that act in short runs. `evidence:cpu` is that list on NYU-v2 at a size for two cores (configs/nyu_cpu.py).
+that act in short runs. `evidence:cpu` and `groups:cpu` are on NYU-v2 at a size for two cores (configs/nyu_cpu.py).
 """
 
 import functools
@@ -139,6 +139,17 @@ def fidelity(small: bool) -> list[Options]:
     return [{**ours, **row, "seed": seed} for row in rows for seed in (range(3) if small else SEEDS)]
 
 
+def groups(small: bool) -> list[Options]:
+    """Return forms of groups and of their weights at a quarter of the MACs, and the dense row (docs/groups.md).
+
+    Three seeds, which vary slowest, so that each part of the sweep compares all rows.
+    """
+    del small
+    forms = _product(sparsity__groups=("input", "coupled"), sparsity__group_weights=("sqrt_size", "macs"))
+    rows: list[Options] = [{"sparsity.lambda_": 0.0}, *({"sparsity.target_macs": 0.25} | form for form in forms)]
+    return [{"sparsity.target": 0.0} | row | {"seed": seed} for seed in range(3) for row in rows]
+
+
 def _shrink(config: ml_collections.ConfigDict, frames: int, size: tuple[int, int]) -> ml_collections.ConfigDict:
     """Return a demo's config at the size of a run of a sweep, with a fixed lambda, which the sweep sets."""
     config.sparsity.update(target=0.0, start_at=0.0, warmup=0.0, warmup_steps=20)
@@ -160,6 +171,15 @@ def small_faces() -> ml_collections.ConfigDict:
     """Return the base config of demo sweeps on embedded faces."""
     config = _shrink(demo_faces.get_config(), 480, (48, 48))
     config.optimizer.learning_rate = 1e-3  # it scales the penalty, which must act in few steps
+    return config
+
+
+def short_demo() -> ml_collections.ConfigDict:
+    """Return the base config of the demo of `groups`: the demo in half the epochs."""
+    config = demo.get_config()
+    config.train.epochs = 12
+    config.run.summary_rounds = 0
+    config.benchmark.batch_sizes = (1, 8)
     return config
 
 
@@ -191,6 +211,7 @@ SWEEPS = {
     "fair_baseline": (fair_baseline, NYU),
     "fidelity": (fidelity, NYU),
     "paper_baseline": (paper_baseline, NYU),
+    "groups": (groups, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
     "evidence": (evidence, NYU | {":cpu": nyu_cpu.get_config}),
 }
 
@@ -206,14 +227,14 @@ def _lookup(name: str) -> tuple[Callable[[bool], list[Options]], Callable[[], ml
         names = ", ".join(SWEEPS)
         raise UserError(
             "SWEEP_UNKNOWN",
-            f"unknown sweep {name!r}; the sweeps are {names}, each also as NAME:demo, and evidence:cpu",
+            f"unknown sweep {name!r}; the sweeps are {names}, each also as NAME:demo, evidence:cpu and groups:cpu",
         )
     trials_of, bases = SWEEPS[sweep]
     return trials_of, bases[colon + size], size == "demo"
 
 
 def trials(name: str) -> list[dict]:
-    """Return the options of each trial of a sweep; the seed varies fastest.
+    """Return the options of each trial of a sweep; the seed varies fastest, but slowest in `groups`.
 
     Args:
       name: a sweep as after --config=configs/sweeps.py:, such as "table1" or "table1:demo".

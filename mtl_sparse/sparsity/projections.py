@@ -103,12 +103,8 @@ class KeepStrongest:
         d = step.metric or [jnp.ones([], a.dtype) for a in z]
         (scores,) = groups.totals([jnp.square(b * a) for a, b in zip(z, d, strict=True)])
         zero = groups.zeros(x)
-        if least == 1:
-            strongest, few = jnp.arange(groups.count) == jnp.argmax(scores), jnp.all(zero)
-        else:
-            ranked = jnp.argsort(jnp.argsort(-jnp.where(zero, scores, jnp.inf), stable=True))
-            strongest, few = (ranked < least) & zero, jnp.sum(~zero) < least
-        back = groups.spread(few & strongest, x)
+        ranks = jnp.argsort(jnp.argsort(-jnp.where(zero, scores, jnp.inf), stable=True))  # what is not zero comes first
+        back = groups.spread(zero & (ranks < least), x)
         return [jnp.where(keep, b, a) for keep, a, b in zip(back, x, z, strict=True)]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mtl_sparse.compaction import channels as channels_lib
 from mtl_sparse.compaction import groups as groups_lib
 from mtl_sparse.compaction.cost import Cost
-from mtl_sparse.models import costs, multitask
+from mtl_sparse.models import atrous, costs, multitask
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity.groups import CoupledGroups, Groups
@@ -59,8 +59,7 @@ def check(config) -> None:
             f"sparsity.head_target={sparsity.head_target} needs a target of the backbone, scope='backbone', "
             "penalty='group_lasso' and penalty_in_gradient=False; with scope='all' one target is for both",
         )
-    if tuple(sparsity.exclude):
-        excluded(config)
+    find(config)  # names what cannot work
     if any(sparsity[name] for name in ("target", *TARGETS)) and (sparsity.max_removed < 1 or sparsity.at_least > 1):
         _check_limits(config)
 
@@ -187,10 +186,14 @@ def _of_model(model, size) -> channels_lib.Channels:
         return model.apply({"params": params["model"], **params["others"]}, images)
 
     params = {"model": variables["params"], "others": {k: v for k, v in variables.items() if k != "params"}}
-    found = channels_lib.of(apply, params, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    read = {kernel.path: kernel.read for kernel in channels_lib.of(apply, params, images).kernels}
+    read = {path: part for path, part in read.items() if "/backbone/" not in path}  # whose taps compaction keeps
+    with atrous.plain_convolutions():  # some products of few channels are written as sums else
+        found = channels_lib.of(lambda *args: apply(*args), params, images)  # JAX keeps the trace of a function
     macs = {f"{_PREFIX}{path}/kernel": layer.macs for path, layer in costs.layers(model, size).items()}
     events = tuple(
-        dataclasses.replace(event, macs=macs[event.path] / event.size)
+        dataclasses.replace(event, macs=macs[event.path] / event.size, read=read.get(event.path, 1.0))
         if isinstance(event, channels_lib.Kernel)
         else event
         for event in found.events

@@ -88,7 +88,7 @@ def assert_close(actual, expected, signal=None, tolerance=1e-10):
         assert np.isfinite(old).all()
         if old.size:
             allowed = tolerance * np.abs(np.asarray(signal, np.float64)).max() + 1e-3 * tolerance * np.abs(old).max()
-            allowed += 1e-4 * tolerance  # rounding of values of about 1, where all that is left of them is rounding
+            allowed += 1e-3 * tolerance  # rounding of values of about 1, where all that is left of them is rounding
             np.testing.assert_allclose(new, old, rtol=0, atol=allowed)
 
 
