@@ -19,7 +19,9 @@ from mtl_sparse.runtime.errors import UserError
 
 VERSION = 1  # of every kind of file; when a key changes, raise it and extend `migrate`
 # Options that are on by default, and what runs did that were made before these options existed.
-_EARLIER_OPTIONS = {"sparsity": {"keep_connected": False}}
+_EARLIER_OPTIONS = {
+    "sparsity": {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
+}
 
 
 class Schema:
@@ -126,7 +128,7 @@ class RunSparsity(Schema):
       dead_layers: paths of the kernels without a non-zero group.
       dead_blocks: paths of the residual blocks with a dead layer on their branch.
       layers: an entry for each kernel.
-      coupled: an entry for each set of groups that span kernels; () where each kernel has its own groups.
+      coupled: an entry for each set of groups that span kernels; None where each kernel has its own groups.
     """
 
     group: float
@@ -138,7 +140,7 @@ class RunSparsity(Schema):
     dead_layers: tuple[str, ...]
     dead_blocks: tuple[str, ...]
     layers: tuple[LayerSparsity, ...]
-    coupled: tuple[CoupledSparsity, ...] = ()
+    coupled: tuple[CoupledSparsity, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

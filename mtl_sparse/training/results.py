@@ -148,7 +148,7 @@ def _sparsity(config, state) -> schema.RunSparsity:
         dead_layers=tuple(found.dead_layers),
         dead_blocks=tuple(found.dead_blocks),
         layers=tuple(schema.LayerSparsity(**dataclasses.asdict(layer)) for layer in found.layers),
-        coupled=tuple(schema.CoupledSparsity(**dataclasses.asdict(one)) for one in found.coupled),
+        coupled=tuple(schema.CoupledSparsity(**dataclasses.asdict(one)) for one in found.coupled) or None,
     )
 
 

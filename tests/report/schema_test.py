@@ -25,12 +25,13 @@ WHOLE = {
         "sparsity": {
             "group": 1.0, "parameter": 1.0, "weight": 1.0, "lambda": 1e-5, "target": 0.7, "penalty": "l1",
             "dead_layers": ["backbone/stem_conv1/kernel"], "dead_blocks": ["backbone/layer1_0"], "layers": [LAYER],
+            "coupled": [{"name": "backbone/stem_conv1", "groups": 3, "zero_groups": 2}],
         },
         "size": {"trained": {"parameters": 9, "macs": 99}, "compact": {"parameters": 1, "macs": 11}},
         "step": 4,
         "seed": 1,
         "frames": {"train": 8, "test": 3},
-        "config": {"sparsity": {"lambda_": 0.0, "keep_connected": True}, "tasks": ["depth"]},
+        "config": {"sparsity": {**EARLIER, "lambda_": 0.0, "keep_connected": True}, "tasks": ["depth"]},
         "versions": {"jax": "0.10.0"},
         "device": "1 x cpu",
     },
@@ -45,6 +46,9 @@ WHOLE = {
     },
 }  # fmt: skip
 
+# Options that runs had no names for, and what they did.
+EARLIER = {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
+
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(path.parents[2])))
 def test_the_files_under_docs_are_read_and_written_without_losing_a_key(path):
@@ -56,9 +60,8 @@ def test_the_files_under_docs_are_read_and_written_without_losing_a_key(path):
     if path.stem == "results":
         assert value["config"]["sparsity"].items() <= found["config"]["sparsity"].items()
         added = found["config"]["sparsity"].keys() - value["config"]["sparsity"].keys()
-        assert added <= {"keep_connected"}
         for name in added:
-            assert found["config"]["sparsity"].pop(name) is False
+            assert found["config"]["sparsity"].pop(name) == EARLIER[name]
     assert found == value and list(found) == list(value), "and in the same order"
 
 
@@ -107,9 +110,9 @@ def test_the_first_benchmarks_are_read():
 
 def test_a_config_gets_the_options_that_it_was_made_before():
     config = {"seed": 0, "sparsity": {"lambda_": 1.0}}
-    assert schema.migrate("config", config) == {"seed": 0, "sparsity": {"lambda_": 1.0, "keep_connected": False}}
+    assert schema.migrate("config", config) == {"seed": 0, "sparsity": {"lambda_": 1.0, **EARLIER}}
     assert config == {"seed": 0, "sparsity": {"lambda_": 1.0}}
-    later = {"sparsity": {"keep_connected": True}}
+    later = {"sparsity": {name: "another" for name in EARLIER}}
     assert schema.migrate("config", later) == later
 
 
