@@ -16,6 +16,8 @@ ROW = {"part": "model", "model": "dense", "batch": 1, "parameters": 2, "macs": 3
 LAYER = {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 3, "group_size": 9, "zero_weights": 27}
 CHOICE = {"layer": "stem_conv1", "point": "stem", "kept": ["stem_conv1"], "active": {"stem_conv1": [0.5, 1.0]},
           "folders": ["runs/a", "runs/b"]}  # fmt: skip
+# Options that runs had no names for, and what they did.
+EARLIER = {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
 # A whole file of each kind, without its version.
 WHOLE = {
     "results": {
@@ -45,9 +47,6 @@ WHOLE = {
         "parameters_after": 0, "macs": 99, "macs_after": 0, "why": "removed",
     },
 }  # fmt: skip
-
-# Options that runs had no names for, and what they did.
-EARLIER = {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(path.parents[2])))
