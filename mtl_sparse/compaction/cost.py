@@ -60,7 +60,6 @@ class Cost:
         weights = {kernel.path: _nonzero(kernel, leaves[kernel.path]) for kernel in self.channels.kernels}
         alive = self._alive(weights)
         needed = _Unions(self.channels.count)
-        macs = jnp.asarray(self.channels.other_macs, jnp.float32)
         kept: dict[str, tuple[Kernel, jax.Array, jax.Array]] = {}
         for place, event in reversed(list(enumerate(self.channels.events))):
             if isinstance(event, Needed):
@@ -69,14 +68,15 @@ class Cost:
                 continue
             inputs, outputs = _kept(event, weights[event.path], alive.of(event.makers), needed.of(event.readers))
             needed.put(place, _reduce(inputs, event.inputs, self.channels.count))
-            macs = macs + event.macs * _entries(event, inputs, outputs)
             before = kept.get(event.path)
-            if before is not None:  # a kernel with several readers has what any of them needs
+            if before is not None:  # each use of a kernel computes with what any of them needs
+                event = dataclasses.replace(event, macs=event.macs + before[0].macs)
                 inputs, outputs = inputs | before[1], outputs | before[2]
             kept[event.path] = event, inputs, outputs
-        parameters = jnp.asarray(self.channels.others, jnp.float32)
+        macs, parameters = (jnp.asarray(x, jnp.float32) for x in (self.channels.other_macs, self.channels.others))
         for kernel, inputs, outputs in kept.values():
-            parameters = parameters + kernel.read * _entries(kernel, inputs, outputs)
+            entries = _entries(kernel, inputs, outputs)
+            macs, parameters = macs + kernel.macs * entries, parameters + kernel.read * entries
         for vector in self.channels.vectors.values():
             kept_entries = jnp.sum(_take(needed.of(vector.readers), vector.channels))
             parameters = parameters + vector.size / vector.channels.size * kept_entries

@@ -93,6 +93,8 @@ def curves(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
 def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
     """Plot the zero groups, the parameters in them and, for l1, the zero weights at each validation; below, lambda.
 
+    For a target of MACs or parameters, also plot what compaction would remove of them.
+
     Args:
       metrics: split -> metric -> (steps, values), see `records.read_metrics`.
       results: of the run.
@@ -105,9 +107,14 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
     for name, label, color in shown:
         steps, values = metrics["validation"][name]
         above.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
-    if results.sparsity.target:
-        label = f"target for {shown[0][1]}"
-        above.axhline(100 * results.sparsity.target, color="#b03a2e", linestyle=":", label=label)
+    target, about = results.sparsity.target, shown[0][1]
+    for option, name, what in (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters")):
+        if results.config.get("sparsity", {}).get(option, 0) > 0:
+            steps, values = metrics["validation"][f"sparsity/{name}_left"]
+            above.plot(steps, 100 * (1 - values), color="#2c3e50", label=f"{what} removed")
+            target, about = 1 - results.config["sparsity"][option], f"{what} removed"
+    if target:
+        above.axhline(100 * target, color="#b03a2e", linestyle=":", label=f"target for {about}")
     steps, lambda_ = metrics["train"]["lambda"]
     below.plot(steps, lambda_, color=_LEFT)
     if (lambda_ > 0).any():
@@ -121,15 +128,25 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
 
 
 def groups_per_layer(results: Results) -> "Figure":
-    """Plot the groups of each conv layer and how many of them are left (Fig. 3 of the paper)."""
-    layers = sorted(results.sparsity.layers, key=lambda layer: layer_names.network_order(layer.path))
-    names = [layer_names.short(layer.path) for layer in layers]
+    """Plot the groups of each conv layer and how many of them are left (Fig. 3 of the paper).
+
+    Coupled groups are shown by the first layer that reads them.
+    """
+    layers = [*(results.sparsity.coupled or results.sparsity.layers)]
+    paths = [getattr(layer, "path", None) or f"{layer.name}/kernel" for layer in layers]
+    order = sorted(range(len(layers)), key=lambda i: layer_names.network_order(paths[i]))
+    layers, names = [layers[i] for i in order], [layer_names.short(paths[i]) for i in order]
     total = np.array([layer.groups for layer in layers])
     left = total - np.array([layer.zero_groups for layer in layers])
     figure = new_figure(figsize=(max(6, 0.24 * len(layers) + 1.5), 4))
     axis = figure.subplots()
     place = np.arange(len(layers))
-    axis.bar(place, total, color=_DENSE, label="groups (input channels)")
+    axis.bar(
+        place,
+        total,
+        color=_DENSE,
+        label="groups (coupled channels)" if results.sparsity.coupled else "groups (input channels)",
+    )
     axis.bar(place, left, color=_LEFT, label="left after training")
     axis.set_xticks(place, names, rotation=90, fontsize=7)
     axis.set(ylabel="groups", xlim=(-0.8, len(layers) - 0.2))

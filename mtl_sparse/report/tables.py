@@ -17,8 +17,18 @@ def run_table(results: Results) -> str:
             continue
         shown = f"**{metric}**" if name in headline else metric
         rows.append((task, shown, f"{value:.4f}", f"{results.constant[name]:.4f}"))
-    sentence = sparsity_sentences(results.sparsity)
+    sentence = sparsity_sentences(results.sparsity) + _size_sentence(results)
     return f"{markdown(rows)}\n\n{sentence}; best validation at step {results.step}"
+
+
+def _size_sentence(results: Results) -> str:
+    """Return what compaction leaves, for a run whose target is about it."""
+    targets, text = results.config.get("sparsity", {}), ""
+    for option, key, what in (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters")):
+        if targets.get(option, 0) > 0 and results.size is not None:
+            left = getattr(results.size.compact, key) / getattr(results.size.trained, key)
+            text += f"; {100 * left:.1f} % of the {what} left after compaction (target {100 * targets[option]:.1f} %)"
+    return text
 
 
 def sparsity_sentences(sparsity: RunSparsity) -> str:
@@ -33,6 +43,8 @@ def sparsity_sentences(sparsity: RunSparsity) -> str:
         f", {100 * sparsity.parameter:.1f} % of the penalized weights in them, lambda {sparsity.lambda_:.2g}; "
         f"{len(sparsity.layers)} conv layers"
     )
+    if sparsity.coupled:
+        text += f" in {len(sparsity.coupled)} sets of coupled groups"
     for name, dead in (("layers", sparsity.dead_layers), ("blocks", sparsity.dead_blocks)):
         if dead:
             text += f", dead {name}: {', '.join(map(layer_names.short, dead))}"
