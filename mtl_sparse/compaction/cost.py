@@ -22,9 +22,9 @@ class Cost:
     from it to a needed output, and it is alive if such a weight leads to it from the inputs. A grouped convolution
     keeps whole groups, and the same inputs and outputs of all groups. MACs are those of products with parameters; of
     those whose weights are computed from parameters in a way that is not followed, all are left. Not included are
-    weights that compaction keeps because gathering channels costs more than computing with zeros, and the input that it
-    adds to a kernel for the effect of channels that became constant but not zero, such as the bias of a depthwise
-    kernel's zero channel.
+    weights that compaction keeps because gathering channels costs more than computing with zeros, and what it keeps for
+    channels that became constant but not zero: an input of a kernel for their effect, or, where a padded convolution
+    reads them, that convolution. The first are few; the second is much only where whole layers are zero.
 
     Attributes:
       channels: of the function.
