@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, loader, ours, peers, prox
+from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox
 from mtl_sparse.runtime.timing import timed
 
 
@@ -177,3 +177,48 @@ def test_peers_that_start_together_leave_a_failed_one_out():
     assert list(seconds) == ["ours"] and seconds["ours"].shape == (2,)
     with pytest.raises(RuntimeError, match="all functions failed"):
         peers.alternate({"theirs": pair["theirs"]}, 1, together=True)
+
+
+def finished_run(folder, seed, miou, mae, macs, **sparsity):
+    """Write the results of a run as the sweep of groups leaves them."""
+    results = {
+        "test": {"segmentation/miou": miou, "depth/mae": mae},
+        "constant": {},
+        "headlines": {
+            "segmentation": {"metric": "segmentation/miou", "higher_is_better": True},
+            "depth": {"metric": "depth/mae", "higher_is_better": False},
+        },
+        "sparsity": {
+            "group": 0.5, "parameter": 0.5, "weight": 0.5, "lambda": 1e-4, "target": 0.0, "penalty": "group_lasso",
+            "dead_layers": [], "dead_blocks": [], "layers": [],
+        },
+        "size": {"trained": {"parameters": 100, "macs": 1000}, "compact": {"parameters": 20, "macs": macs}},
+        "step": 1, "seed": seed, "frames": {}, "versions": {}, "device": "cpu",
+        "config": {"sparsity": {"lambda_": 1e-4, "groups": "input", "group_weights": "sqrt_size", **sparsity}},
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"version": 1, **results}))
+
+
+def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path):
+    for seed in (0, 1):
+        finished_run(tmp_path / f"dense{seed}", seed, 0.5, 0.1 * (1 + seed), 1000, lambda_=0.0)
+        finished_run(tmp_path / f"input{seed}", seed, 0.4, 0.1 * (1 + seed), 250)
+    finished_run(tmp_path / "more", 2, 0.1, 0.1, 1000, lambda_=0.0)  # of a seed that the other row has not finished
+    finished_run(tmp_path / "coupled", 0, 0.5, 0.05, 200, groups="coupled", group_weights="macs")
+    folders = groups.finished(tmp_path)
+    assert {name: list(its) for name, its in folders.items()} == {
+        "dense": [0], "input groups, by size": [0], "coupled groups, by MACs": [0]
+    }  # fmt: skip
+    (tmp_path / "coupled" / "results.json").unlink()
+    rows = {row["form"]: row for row in groups.summary(groups.finished(tmp_path))}
+    np.testing.assert_allclose(rows["input groups, by size"]["delta_m"], [-10, -10])
+    times = {name: {"batch 1": {"speedup": 3.0 if name != "dense" else 1.0, "median_ms": 1.0}} for name in rows}
+    first, second = groups.table(list(rows.values()), times).splitlines()[2:]
+    assert "| dense" in first and "| 3.00 (0.75)" in second and "25.0 ± 0.0 %" in second
+
+
+def test_a_sweep_without_a_dense_run_is_refused(tmp_path):
+    finished_run(tmp_path / "input", 0, 0.4, 0.1, 250)
+    with pytest.raises(SystemExit, match="with a dense one"):
+        groups.finished(tmp_path)

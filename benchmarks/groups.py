@@ -1,0 +1,142 @@
+"""Forms of groups at equal multiply-accumulates: metrics, and the speed of the compact models in one alternation.
+
+    python launch.py --config=configs/sweeps.py:groups:demo --job=sweep --workdir=runs/groups
+    python -m benchmarks.groups --sweep=runs/groups [--rounds=15] [--record=docs/benchmarks/groups.json]
+
+Each row is one form of groups and of their weights, over the seeds that all rows have finished. Delta m is the mean
+over the tasks of the relative change of the main metric against the dense run of the same seed, better being positive.
+The compact models of the first seed are timed together with its dense one, round by round.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from configs import run as run_config
+from mtl_sparse.compaction import speed
+from mtl_sparse.report import tables
+from mtl_sparse.report.schema import Results
+from mtl_sparse.runtime import environment
+from mtl_sparse.training import setup
+
+DENSE = "dense"
+
+
+def form(results: Results) -> str:
+    """Return the name of a run's row."""
+    sparsity = results.config["sparsity"]
+    if sparsity["lambda_"] == 0:
+        return DENSE
+    return f"{sparsity['groups']} groups, {'by MACs' if sparsity['group_weights'] == 'macs' else 'by size'}"
+
+
+def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
+    """Return form -> seed -> folder of the finished runs, for the seeds that every form has."""
+    found: dict[str, dict[int, pathlib.Path]] = {}
+    for path in sorted(sweep.glob("*/results.json")):
+        results = Results.read(path)
+        found.setdefault(form(results), {})[results.seed] = path.parent
+    seeds = set.intersection(*(set(folders) for folders in found.values())) if found else set()
+    if DENSE not in found or not seeds:
+        raise SystemExit(f"expected finished runs of the sweep `groups` in {sweep}, with a dense one; train it first")
+    return {name: {seed: folders[seed] for seed in sorted(seeds)} for name, folders in found.items()}
+
+
+def delta_m(results: Results, dense: Results) -> float:
+    """Return the mean over the tasks of the relative change against the dense run, in percent; better is positive."""
+    changes = []
+    for headline in results.headlines.values():
+        ours, theirs = results.test[headline.metric], dense.test[headline.metric]
+        changes.append((1 if headline.higher_is_better else -1) * (ours - theirs) / theirs)
+    return 100 * float(np.mean(changes))
+
+
+def summary(folders: dict[str, dict[int, pathlib.Path]]) -> list[dict[str, Any]]:
+    """Return for each form its metrics, what is zero and what compaction leaves: lists over the seeds."""
+    runs = {name: [Results.read(path / "results.json") for path in its.values()] for name, its in folders.items()}
+    rows = []
+    for name, its in runs.items():
+        sizes = [one.size for one in its]
+        rows.append(
+            {
+                "form": name,
+                "seeds": [one.seed for one in its],
+                "metrics": {h.metric: [one.test[h.metric] for one in its] for h in its[0].headlines.values()},
+                "delta_m": [delta_m(one, dense) for one, dense in zip(its, runs[DENSE], strict=True)],
+                "zero_groups": [one.sparsity.group for one in its],
+                "macs_left": [size.compact.macs / size.trained.macs for size in sizes],
+                "parameters_left": [size.compact.parameters / size.trained.parameters for size in sizes],
+            }
+        )
+    return rows
+
+
+def timings(folders: dict[str, dict[int, pathlib.Path]], batches: list[int], rounds: int) -> dict[str, dict[str, Any]]:
+    """Return form -> {"batch B": {"speedup", "median_ms"}} of the whole compact models of the first seed."""
+    models, size = {}, None
+    for name, its in sorted(folders.items(), key=lambda item: item[0] != DENSE):
+        folder = next(iter(its.values()))
+        config = run_config.get_config(str(folder))
+        model, variables = setup.load_model(folder, config)
+        size = tuple(config.data.size)
+        models[name] = (model, variables) if name == DENSE else setup.compact(config, model, variables)
+    found: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for batch in batches:
+        for row in speed.compare(models, size, batch, rounds, parts=("model",)):
+            found[row["model"]][f"batch {batch}"] = {"speedup": row["speedup"], "median_ms": row["median_ms"]}
+    return found
+
+
+def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
+    """Return the record as a Markdown table."""
+    metrics = list(rows[0]["metrics"])
+    batches = list(next(iter(times.values())))
+    lines = [
+        ("", *metrics, "delta m", "MACs left", "parameters left", *(f"speed-up, {b} (of MAC ratio)" for b in batches))
+    ]
+    for row in sorted(rows, key=lambda row: row["form"] != DENSE):
+        ratio = 1 / row["macs_left"][0]
+        speedups = [times[row["form"]][batch]["speedup"] for batch in batches]
+        is_dense = row["form"] == DENSE
+        lines.append(
+            (
+                row["form"],
+                *(_over_seeds(row["metrics"][name], 4) for name in metrics),
+                "" if is_dense else f"{_over_seeds(row['delta_m'], 1)} %",
+                "" if is_dense else f"{_over_seeds([100 * x for x in row['macs_left']], 1)} %",
+                "" if is_dense else f"{_over_seeds([100 * x for x in row['parameters_left']], 1)} %",
+                *("1" if is_dense else f"{value:.2f} ({value / ratio:.2f})" for value in speedups),
+            )
+        )
+    return tables.markdown(lines)
+
+
+def _over_seeds(values: list[float], digits: int) -> str:
+    """Return the mean, and the standard deviation where there are several values."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:
+    """Print the table, and write the numbers to a file if one is named."""
+    folders = finished(pathlib.Path(sweep))
+    rows = summary(folders)
+    times = timings(folders, batches, rounds)
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; {rounds} rounds\n{table(rows, times)}")
+    if record:
+        numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rounds": rounds}
+        pathlib.Path(record).write_text(json.dumps(numbers | {"rows": rows, "times": times}, indent=1) + "\n")
+
+
+if __name__ == "__main__":  # here, because flags of other benchmarks have the same names
+    environment.restart_tuned()
+    _SWEEP = flags.DEFINE_string("sweep", "runs/groups", "Folder of the sweep.")
+    _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Images in a call, each timed.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of each model.")
+    _RECORD = flags.DEFINE_string("record", "", "A JSON file to write.")
+    app.run(lambda _: main(_SWEEP.value, [int(x) for x in _BATCHES.value], _ROUNDS.value, _RECORD.value))
