@@ -402,6 +402,7 @@ COUNTS = {
     "fidelity": 14,
     "paper_baseline": 7,
     "evidence": 15,
+    "groups": 5,
 }
 
 
@@ -412,6 +413,7 @@ def test_named_sweeps_hold_valid_runs(name):
             "lomt": {":demo": 3},
             "fidelity": {":demo": 3},
             "evidence": {"": 3, ":cpu": 3},
+            "groups": {"": 3, ":demo": 3, ":cpu": 3},
         }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
         more = 2 * 3 if name == "evidence" and size != ":demo" else 0  # the first two rows have six seeds
