@@ -82,7 +82,9 @@ def problem(record, pattern):
             tolerance = max(tolerance, 4 * entry.get("float64", {}).get("rounding", 0))
         worst = max(part["against signal"], part.get("batch 3", 0))
         if not worst <= tolerance:
-            return f"{dtype}: differs by {worst:.1g}"
+            rounding = record["patterns"].get("50 %", {}).get("float64", {}).get("rounding", 0)
+            own = f" (the full model's own rounding in float32: {rounding:.1g})" if rounding > 1e-3 else ""
+            return f"{dtype}: differs by {worst:.1g}{own}"
     return ""
 
 
