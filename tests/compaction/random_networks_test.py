@@ -116,8 +116,9 @@ def check(network, options, twice=True):
     """Compare the outputs; with `twice`, also check that a second compaction finds nothing more to remove."""
     note(repr(network))
     fn, params = function(network), networks.init(network)
-    if "batch_norm_training" in repr(network):
-        options = {**options, "fold": False}  # a mean over the batch divides by its size: constants serve no other one
+    if "batch_norm_training" in repr(network) or "loop=True" in repr(network):
+        # A mean over the batch divides by its size, and a loop has its shape: such constants serve no other batch size.
+        options = {**options, "fold": False}
     plan = plan_unless_dead(fn, params, networks.images(), **options)
     if plan is None:
         return
