@@ -263,7 +263,7 @@ def test_limits_do_not_bring_back_more_than_they_ask_for():
 
 
 def test_limits_leave_the_shrunk_groups_as_they_are():
-    """Groups 0 and 3 stay without a limit; with one of three, the strongest zero group comes back at its full size."""
+    """Groups 0 and 3 stay without a limit; with one of three, the strongest of the zero groups is kept as it was."""
     kernel = jnp.asarray(np.array([9.0, 1.0, 2.0, 8.0, 3.0, 0.5])[:, None] * np.ones(4), jnp.float32)[None, None]
     own = ConvGroups("a/kernel", 2, 6, 4)
     options = {"lambda_": 7.0, "penalty": GroupLasso(groups=(own,), weights="none")}
