@@ -44,7 +44,7 @@ def sparsity_sentences(sparsity: RunSparsity) -> str:
         f"{len(sparsity.layers)} conv layers"
     )
     if sparsity.coupled:
-        text += f" in {len(sparsity.coupled)} sets of coupled groups"
+        text += f", {len(sparsity.coupled)} sets of coupled groups"
     for name, dead in (("layers", sparsity.dead_layers), ("blocks", sparsity.dead_blocks)):
         if dead:
             text += f", dead {name}: {', '.join(map(layer_names.short, dead))}"

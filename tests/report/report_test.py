@@ -5,7 +5,7 @@ import numpy as np
 
 from input_pipeline.labels import VOID
 from mtl_sparse.report import plots, records, tables
-from mtl_sparse.report.schema import Results
+from mtl_sparse.report.schema import CoupledSparsity, ModelSize, Results, Size
 from mtl_sparse.runtime import files
 from tests.conftest import raises
 
@@ -70,6 +70,31 @@ def test_groups_per_layer_are_drawn_in_network_order():
     assert names == ["stem_conv1", "layer1_0/conv1", "layer1_0/conv2", "layer1_10/conv1"]
     heights = [bar.get_height() for bar in axis.patches]
     assert heights == [3, 5, 4, 2, 0, 3, 3, 2], "all groups, then those left"
+
+
+COUPLED = (CoupledSparsity("backbone/layer1_0/conv1", 6, 2), CoupledSparsity("backbone/stem_conv2", 3, 1))
+
+
+def test_coupled_groups_are_drawn_by_the_first_layer_that_reads_them():
+    found = results(coupled=COUPLED)
+    axis = plots.groups_per_layer(found).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["stem_conv2", "layer1_0/conv1"]
+    assert [bar.get_height() for bar in axis.patches] == [3, 6, 2, 4]
+    assert "4 conv layers, 2 sets of coupled groups" in tables.sparsity_sentences(found.sparsity)
+
+
+def test_a_target_of_macs_is_compared_with_what_compaction_left():
+    size = Size(ModelSize(100, 1000), ModelSize(30, 260))
+    found = dataclasses.replace(results(), size=size, config={"sparsity": {"target_macs": 0.25, "target_params": 0.0}})
+    assert "; 26.0 % of the MACs left after compaction (target 25.0 %); best" in tables.run_table(found)
+    steps = np.array([1, 2, 3])
+    series = {name: (steps, np.array([0.0, 0.2, 0.5])) for name in ("sparsity/group", "sparsity/parameter")}
+    series["sparsity/macs_left"] = steps, np.array([1.0, 0.6, 0.26])
+    metrics = {"validation": series, "train": {"lambda": (steps, np.array([1e-5, 1e-4, 1e-4]))}}
+    above = plots.sparsity_over_steps(metrics, found).axes[0]
+    lines = {line.get_label(): np.asarray(line.get_ydata()) for line in above.lines}
+    np.testing.assert_allclose(lines["MACs removed"], [0, 40, 74])
+    np.testing.assert_allclose(lines["target for MACs removed"], 75)
 
 
 def test_sparsity_is_drawn_with_its_target_and_lambda():
