@@ -10,7 +10,7 @@ import numpy as np
 from input_pipeline.labels import VOID
 from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import records
-from mtl_sparse.report.schema import Choices, CompactLayer, Results, Timing, TimingRow
+from mtl_sparse.report.schema import SIZE_TARGETS, Choices, CompactLayer, Results, Timing, TimingRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +108,7 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
         steps, values = metrics["validation"][name]
         above.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)
     target, about = results.sparsity.target, shown[0][1]
-    for option, name, what in (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters")):
+    for option, name, what in SIZE_TARGETS:
         if results.config.get("sparsity", {}).get(option, 0) > 0:
             steps, values = metrics["validation"][f"sparsity/{name}_left"]
             above.plot(steps, 100 * (1 - values), color="#2c3e50", label=f"{what} removed")

@@ -18,6 +18,8 @@ from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
 
 VERSION = 1  # of every kind of file; when a key changes, raise it and extend `migrate`
+# Targets of what compaction leaves: option of config.sparsity, name in `ModelSize`, name in texts.
+SIZE_TARGETS = (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters"))
 # Options that are on by default, and what runs did that were made before these options existed.
 _EARLIER_OPTIONS = {
     "sparsity": {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mtl_sparse.models import layers as layer_names
-from mtl_sparse.report.schema import CompactLayer, Results, RunSparsity, TimingRow
+from mtl_sparse.report.schema import SIZE_TARGETS, CompactLayer, Results, RunSparsity, TimingRow
 
 
 def run_table(results: Results) -> str:
@@ -24,7 +24,7 @@ def run_table(results: Results) -> str:
 def _size_sentence(results: Results) -> str:
     """Return what compaction leaves, for a run whose target is about it."""
     targets, text = results.config.get("sparsity", {}), ""
-    for option, key, what in (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters")):
+    for option, key, what in SIZE_TARGETS:
         if targets.get(option, 0) > 0 and results.size is not None:
             left = getattr(results.size.compact, key) / getattr(results.size.trained, key)
             text += f"; {100 * left:.1f} % of the {what} left after compaction (target {100 * targets[option]:.1f} %)"

@@ -13,6 +13,7 @@ from mtl_sparse.compaction import channels as channels_lib
 from mtl_sparse.compaction import groups as groups_lib
 from mtl_sparse.compaction.cost import Cost
 from mtl_sparse.models import atrous, costs, multitask
+from mtl_sparse.report.schema import SIZE_TARGETS
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity.groups import CoupledGroups, Groups
@@ -20,7 +21,7 @@ from mtl_sparse.sparsity.projections import KeepStrongest
 from mtl_sparse.tasks import resolve
 
 KINDS = ("input", "coupled")
-TARGETS = {"target_macs": "macs", "target_params": "parameters"}  # option -> key of `Cost.left`
+TARGETS = {option: key for option, key, _ in SIZE_TARGETS}  # option -> key of `Cost.left`
 _PREFIX = "model/"  # of the model's parameters in the tree that the optimizer gets
 
 
