@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
-import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from input_pipeline import celebamask_hq, folders, nyud_mt, transforms
-from input_pipeline.synthetic import faces, rooms
+from input_pipeline import celebamask_hq, folders, mtan, nyud_mt, transforms
+from input_pipeline.synthetic import faces, mtan_rooms, rooms
 from mtl_sparse.runtime import files, text
 from mtl_sparse.runtime.errors import UserError, as_os_error
 
@@ -46,12 +45,13 @@ class Published:
     """A data set that is published as a folder and prepared with TFDS.
 
     Attributes:
-      module: has `BUILDER`, `LABELS`, `classes`, `frames`, `read_splits` and `fingerprint`, see `nyud_mt`.
+      module: a module or an object with `BUILDER`, `LABELS`, `classes`, `frames`, `read_splits` and `fingerprint`, see
+        `nyud_mt` and `mtan.Layout`.
       draw: (frames, height, width, seed, folder) -> folder of embedded samples in the same layout.
       train_count: number of embedded samples -> number of training images among them.
     """
 
-    module: types.ModuleType
+    module: Any
     draw: Callable[..., pathlib.Path]
     train_count: Callable[[int], int]
 
@@ -64,6 +64,8 @@ class Published:
 DATASETS: dict[str, Callable[..., Data]] = {
     "nyud_mt": Published(nyud_mt, rooms.draw_folder, rooms.train_count),
     "celebamask_hq": Published(celebamask_hq, faces.draw_folder, celebamask_hq.train_count),
+    "nyuv2_13": Published(mtan.NYUV2_13, mtan_rooms.draw_nyuv2, mtan_rooms.train_count),
+    "cityscapes_7": Published(mtan.CITYSCAPES_7, mtan_rooms.draw_cityscapes, mtan_rooms.train_count),
 }
 
 
@@ -281,7 +283,8 @@ def _check_split(split: str, metadata: dict, lists: dict[str, list[str]], prepar
     if (
         bool(split) != metadata.get("given_split", False)
         or (split == folders.SCENES) != metadata.get("scenes", False)
-        or (split not in ("", folders.SCENES) and folders.read_splits(split) != lists)
+        or (split == folders.ALL) != metadata.get("all", False)
+        or (split not in ("", folders.SCENES, folders.ALL) and folders.read_splits(split) != lists)
     ):
         raise UserError(
             "DATA_SPLIT_DIFFERS",

@@ -16,6 +16,7 @@ from mtl_sparse.runtime.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 SCENES = "scenes"  # a value of config.data.split, see `nyud_mt`
+ALL = "all"  # a value of config.data.split, see `mtan`
 MAX_PIXELS = 2**26  # of an image file, 8192 x 8192: the header of a small file can claim any size
 
 _Name = TypeVar("_Name")
@@ -31,7 +32,11 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
     def record(self, lists: dict[str, list[str]], fingerprint: str) -> None:
         """Store in the metadata the sample names of each split and the fingerprint of the folder."""
         self.info.metadata.update(
-            splits=lists, given_split=bool(self._split), scenes=self._split == SCENES, fingerprint=fingerprint
+            splits=lists,
+            given_split=bool(self._split),
+            scenes=self._split == SCENES,
+            all=self._split == ALL,
+            fingerprint=fingerprint,
         )
 
 
@@ -160,8 +165,37 @@ def read_photo(path: pathlib.Path, way_out: str) -> np.ndarray:
     return image
 
 
+def read_array(path: pathlib.Path) -> np.ndarray:
+    """Return the array of a .npy file, mapped to memory.
+
+    Raises:
+      UserError: DATA_LABEL_DAMAGED for a file that NumPy cannot read without pickle or that ends before its array does;
+        DATA_LABEL_FORMAT for an array of other than real numbers.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim any size
+    except Exception as error:  # NumPy evaluates the header as Python, which may raise anything
+        raise UserError(
+            "DATA_LABEL_DAMAGED", f"{path} is not a readable .npy array ({error}); replace the file"
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise UserError("DATA_LABEL_FORMAT", f"{path}: expected real numbers, got {array.dtype}; replace the file")
+    return array
+
+
+def size_and_end(path: pathlib.Path) -> bytes:
+    """Return the size of a file and its last 4 KiB, which change with nearly any change of an array or image."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 4096))
+        return f"{size} ".encode() + file.read()
+
+
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Return a PNG file of uint8 pixels [H, W, 1]. TFDS stores it as it is; to encode an array it needs TensorFlow."""
+    """Return a PNG file of uint8 pixels [H, W, 1] or BGR [H, W, 3].
+
+    TFDS stores it as it is; to encode an array it needs TensorFlow.
+    """
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()  # 6 is TensorFlow's choice
 
 

@@ -201,10 +201,7 @@ def fingerprint(folder: pathlib.Path, split: str = "") -> str:
         for name in names:
             digest.update(f"{kind} {name}\n".encode())
             for key in _FILES:
-                with _existing(folder, key, name).open("rb") as file:
-                    size = file.seek(0, 2)
-                    file.seek(max(0, size - 4096))
-                    digest.update(f"{size} ".encode() + file.read())
+                digest.update(folders.size_and_end(_existing(folder, key, name)))
     return digest.hexdigest()[:16]
 
 
@@ -229,17 +226,7 @@ def read_frame(folder: pathlib.Path, name: str) -> dict:
     segmentation = folders.read_image(path, f"remove {name} from gt_sets", cv2.IMREAD_UNCHANGED)
     frame = {"segmentation": segmentation}
     for key in ("depth", "normals", "edge"):
-        path = _existing(folder, key, name)
-        try:
-            frame[key] = np.load(path, mmap_mode="r", allow_pickle=False)  # its header may claim any size
-        except Exception as error:  # NumPy evaluates the header as Python, which may raise anything
-            raise UserError(
-                "DATA_LABEL_DAMAGED", f"label {path} is not a readable .npy array ({error}); replace the file"
-            ) from error
-        if frame[key].dtype.kind not in "fiub":
-            raise UserError(
-                "DATA_LABEL_FORMAT", f"label {path}: expected real numbers, got {frame[key].dtype}; replace the file"
-            )
+        frame[key] = folders.read_array(_existing(folder, key, name))
     for key, label in frame.items():
         shape = (*image.shape[:2], 3) if key == "normals" else image.shape[:2]
         if label.shape != shape:
