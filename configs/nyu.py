@@ -18,19 +18,23 @@ def get_config() -> ml_collections.ConfigDict:
         # "segmentation", "depth", "normals", "edge", and, for data with attributes, "attribute:NAME".
         tasks=("segmentation", "depth", "normals"),
         data=create(
-            name="nyud_mt",  # or "celebamask_hq", or a registered data set (README, "A data set of your own")
+            # Or "celebamask_hq", "nyuv2_13", "cityscapes_7", or a registered one (README, "A data set of your own").
+            name="nyud_mt",
             folder="",  # the published folder, here NYUD_MT
             prepared="",  # folder of the prepared array_record files; "" is <folder>.tfds
             size=(256, 256),  # (height, width) of the images after resizing, multiples of 8
             num_classes=40,  # of the segmentation, without void; 1 to 255
             classes=(),  # for celebamask_hq: pairs (class, its parts)
-            # Without gt_sets/test.txt, "scenes" holds out whole scenes for validation, and "" single images. Any other
-            # value is the path of a JSON file with the lists "train", "validation" and "test" of sample names.
+            # Without gt_sets/test.txt, "scenes" holds out whole scenes for validation, and "" single images; for "all"
+            # see docs/protocols.md. Any other value is the path of a JSON file with the lists "train", "validation" and
+            # "test" of sample names.
             split="scenes",
-            depth_target="normalized",  # as in the paper; "metres" trains L1 in meters
+            # "normalized" is the paper's; "metres" trains L1 in meters, "disparity" L1 on inverse depth.
+            depth_target="normalized",
             unit_range=False,  # True: images in [0, 1], as in the reference implementation, not ImageNet-normalized
             flip=False,  # True mirrors training images with probability 1/2
             max_scale=1.0,  # random zoom between 1 and this factor; 1.5 is common
+            scales=(),  # or random zoom by one of these factors; MTAN's are (1.0, 1.2, 1.5)
             # frames > 0 draws that many embedded images (input_pipeline/synthetic/) instead of reading data.folder.
             embedded=create(frames=0, height=0, width=0, seed=0, folder="runs/data"),
         ),

@@ -174,7 +174,8 @@ class Layout:
         if found is None:
             raise UserError(
                 "FILE_MISSING",
-                f"{paths[0]} is missing, but {folder / part / 'image'} has sample {number}; restore the file",
+                f"{paths[0]} is missing; the samples of {folder / part} are numbered from 0 without a gap; restore the "
+                "file",
             )
         return found
 
@@ -189,19 +190,13 @@ def held_out(count: int) -> frozenset[int]:
 
 
 def _count(folder: pathlib.Path) -> int:
-    """Return the number of samples in a folder of images, which must be numbered from 0 without a gap."""
+    """Return the number of samples in a folder of images, which are numbered from 0 without a gap."""
     if not folder.is_dir():
         raise UserError("FILE_MISSING", f"{folder} is missing; a folder in MTAN's form has train/image and val/image")
-    numbers = {path.stem for path in folder.glob("*.npy") if path.stem.isdecimal()}
-    if not numbers:
+    count = sum(path.stem.isdecimal() for path in folder.glob("*.npy"))
+    if not count:
         raise UserError("DATA_TOO_FEW_IMAGES", f"{folder} has no image; expected 0.npy, 1.npy, ...")
-    missing = next((n for n in range(len(numbers)) if str(n) not in numbers), None)
-    if missing is not None:
-        raise UserError(
-            "FILE_MISSING",
-            f"{folder / f'{missing}.npy'} is missing, but higher numbers are there; restore the whole folder",
-        )
-    return len(numbers)
+    return count
 
 
 def _to_bytes(image, path):

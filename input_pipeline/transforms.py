@@ -89,7 +89,7 @@ class Transform:
     Any other label is resized by nearest neighbor if it has two or more dimensions, and unchanged otherwise.
 
     - segmentation: integers [H, W] or [H, W, 1], 0 = void, k = class k - 1.
-    - depth: [H, W] or [H, W, 1], meters, 0 = no measurement.
+    - depth: [H, W] or [H, W, 1], meters (or disparity, see `depth_target`), 0 = no measurement.
     - normals: float32 [H, W, 3], unit vectors (x right, y down, z forward), 0 = none.
     - edge: [H, W] or [H, W, 1] in [0, 1], of any numeric dtype or bool.
 
@@ -98,11 +98,13 @@ class Transform:
     Attributes:
       size: (height, width) of the example; images and labels are resized without cropping or padding.
       labels: keys of the labels of the example.
-      depth_target: "normalized" (as in the paper, see `normalize_depth`) or "metres".
+      depth_target: "normalized" (as in the paper, see `normalize_depth`), "metres", or "disparity", for labels that are
+        inverse depth, in their own unit.
       flip: whether to mirror an example with probability 1/2; the x of its normals then changes sign.
       max_scale: zoom in by a random factor in [1, max_scale] at a random place; 1 is off. Depth is divided by the
-        factor, since a scene that appears that much larger is that much nearer. Normals are transformed accordingly,
-        exactly for a crop at the image center; elsewhere a shear is neglected.
+        factor, and disparity multiplied, since a scene that appears that much larger is that much nearer. Normals are
+        transformed accordingly, exactly for a crop at the image center; elsewhere a shear is neglected.
+      scales: zoom in by one of these factors, such as MTAN's (1, 1.2, 1.5), instead; () is off.
       unit_range: whether images stay in [0, 1].
       num_classes: number of classes of the segmentation; 0 skips the check of its values.
     """
@@ -114,6 +116,7 @@ class Transform:
     max_scale: float = 1.0
     unit_range: bool = False
     num_classes: int = 0
+    scales: tuple[float, ...] = ()
 
     def __call__(self, frame: dict, rng: np.random.Generator | None = None) -> dict[str, np.ndarray | np.float32]:
         """Return the example of a stored sample.
@@ -135,25 +138,30 @@ class Transform:
         for key in arrays.keys() & {"depth", "normals", "edge"}:
             arrays[key] = arrays[key].astype(np.float32, copy=False)
         maps = [key for key, array in arrays.items() if array.ndim >= 2]
-        if rng is not None and self.max_scale > 1:
-            scale = rng.uniform(1, self.max_scale)
-            height, width = arrays["image"].shape[:2]
-            crop_h, crop_w = round(height / scale), round(width / scale)
-            top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
-            for key in maps:
-                rows = _scaled(top, crop_h, arrays[key].shape[0] / height)
-                columns = _scaled(left, crop_w, arrays[key].shape[1] / width)
-                arrays[key] = arrays[key][rows, columns]
-            if "depth" in arrays:
-                arrays["depth"] = arrays["depth"] / scale
-            if "normals" in arrays:  # the inverse transpose of dividing z; `_label` normalizes them
-                arrays["normals"] = arrays["normals"] * np.array([1, 1, scale], np.float32)
+        if rng is not None and (self.max_scale > 1 or self.scales):
+            self._zoom(arrays, maps, rng)
         if rng is not None and self.flip and rng.random() < 0.5:
             arrays |= {key: arrays[key][:, ::-1] for key in maps}
             if "normals" in arrays:
                 arrays["normals"] = arrays["normals"] * np.array([-1, 1, 1], np.float32)
         image = normalize_image(self._smooth(arrays["image"]), self.unit_range)
         return {"image": image, **{key: self._label(key, arrays[key]) for key in self.labels}, "mask": np.float32(1)}
+
+    def _zoom(self, arrays: dict[str, np.ndarray], maps: list[str], rng: np.random.Generator) -> None:
+        """Crop the `maps` among the arrays at a random place, and scale depth and normals accordingly."""
+        scale = self.scales[rng.integers(len(self.scales))] if self.scales else rng.uniform(1, self.max_scale)
+        height, width = arrays["image"].shape[:2]
+        crop_h, crop_w = round(height / scale), round(width / scale)
+        top, left = rng.integers(height - crop_h + 1), rng.integers(width - crop_w + 1)
+        for key in maps:
+            rows = _scaled(top, crop_h, arrays[key].shape[0] / height)
+            columns = _scaled(left, crop_w, arrays[key].shape[1] / width)
+            arrays[key] = arrays[key][rows, columns]
+        if "depth" in arrays:
+            is_inverse = self.depth_target == "disparity"
+            arrays["depth"] = arrays["depth"] * scale if is_inverse else arrays["depth"] / scale
+        if "normals" in arrays:  # the inverse transpose of dividing z; `_label` normalizes them
+            arrays["normals"] = arrays["normals"] * np.array([1, 1, scale], np.float32)
 
     def _label(self, key: str, x: np.ndarray) -> np.ndarray:
         """Return one label, resized and in the form of an example."""

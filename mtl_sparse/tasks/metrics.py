@@ -80,7 +80,7 @@ def depth_sums(prediction: Float[Array, "H W 1"], label: Float[Array, "H W"]) ->
 
 def normalized_depth_values(sums: Totals) -> dict[str, float]:
     """Return the depth metrics on the paper's normalized depth, where each image's maximum is 1."""
-    return {f"{name}_normalized": value for name, value in _depth_values(sums).items()}
+    return {f"{name}_normalized": value for name, value in depth_values(sums).items()}
 
 
 def depth_scale(label: Float[Array, "H W"]) -> tuple[Scalar, Scalar]:
@@ -119,10 +119,11 @@ def metric_depth_sums(
 def metric_depth_values(sums: Totals) -> dict[str, float]:
     """Return the depth metrics in meters; mae_normalized is comparable with that of normalized depth."""
     normalized = _divide(sums["normalized"], sums["pixels"])
-    return {**_depth_values(sums), "mae_normalized": normalized}
+    return {**depth_values(sums), "mae_normalized": normalized}
 
 
-def _depth_values(sums: Totals) -> dict[str, float]:
+def depth_values(sums: Totals) -> dict[str, float]:
+    """Return the depth metrics in the unit of the label: absolute and relative error, RMSE, and ratios below 1.25^k."""
     pixels = sums["pixels"]
     return {
         "mae": _divide(sums["absolute"], pixels),

@@ -86,20 +86,36 @@ def _segmentation(config: ConfigDict) -> Task:
     )
 
 
+_UNSCALED = {"loss": losses.depth_l1, "activation": activations.metric_depth}
+# Value of config.data.depth_target -> the parts of the spec of depth that depend on it.
+DEPTH_TARGETS: dict[str, dict[str, Any]] = {
+    "normalized": {
+        "loss": losses.depth_mse,
+        "activation": activations.unit_depth,
+        "sums": metrics.depth_sums,
+        "values": metrics.normalized_depth_values,
+        "headline": "mae_normalized",
+    },
+    "metres": _UNSCALED
+    | {
+        "sums": metrics.metric_depth_sums,
+        "values": metrics.metric_depth_values,
+        "whole": metrics.depth_scale,
+        "headline": "mae_normalized",
+    },
+    "disparity": _UNSCALED | {"sums": metrics.depth_sums, "values": metrics.depth_values, "headline": "mae"},
+}
+
+
 def _depth(config: ConfigDict) -> Task:
-    in_meters = config.data.depth_target == "metres"
+    kind = DEPTH_TARGETS[config.data.depth_target]
     return Task(
         name="depth",
         label="depth",
         outputs=1,
-        loss=losses.depth_l1 if in_meters else losses.depth_mse,
-        activation=activations.metric_depth if in_meters else activations.unit_depth,
-        sums=metrics.metric_depth_sums if in_meters else metrics.depth_sums,
-        values=metrics.metric_depth_values if in_meters else metrics.normalized_depth_values,
         target=lambda label: (label[..., None], labels.has_depth(label)),
-        headline="mae_normalized",
         higher_is_better=False,
-        whole=metrics.depth_scale if in_meters else None,
+        **kind,
     )
 
 

@@ -11,7 +11,7 @@ from mtl_sparse.compaction import multitask
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.tasks import weighting
+from mtl_sparse.tasks import registry, weighting
 from mtl_sparse.training import optimizer
 
 
@@ -150,9 +150,15 @@ def _check_data(data):
             "OPTION_OUT_OF_RANGE",
             f"data.size={size}: expected (height, width), both multiples of the output stride {OUTPUT_STRIDE}",
         )
-    if data.depth_target not in ("normalized", "metres"):
+    if data.depth_target not in registry.DEPTH_TARGETS:
+        known = ", ".join(map(repr, registry.DEPTH_TARGETS))
+        raise UserError("OPTION_UNKNOWN_VALUE", f"data.depth_target={data.depth_target!r}: expected one of {known}")
+    scales = tuple(data.scales)
+    if not all(isinstance(scale, int | float) and 1 <= scale < math.inf for scale in scales):
+        raise UserError("OPTION_OUT_OF_RANGE", f"data.scales={scales}: expected zoom factors of at least 1")
+    if scales and data.max_scale > 1:
         raise UserError(
-            "OPTION_UNKNOWN_VALUE", f"data.depth_target={data.depth_target!r}: expected 'normalized' or 'metres'"
+            "OPTION_CONFLICT", f"data.scales={scales} and data.max_scale={data.max_scale} both zoom: set one of them"
         )
 
 

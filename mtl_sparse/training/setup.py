@@ -46,6 +46,7 @@ class Batches:
             max_scale=data.max_scale if train else 1.0,
             unit_range=data.unit_range,
             num_classes=data.num_classes,
+            scales=tuple(data.scales) if train else (),
         )
 
     def train(self, start_step: int) -> Iterator[loader.Batch]:

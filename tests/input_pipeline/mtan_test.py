@@ -115,6 +115,10 @@ def test_a_split_of_ones_own(drawn, tmp_path):
     config.split = str(tmp_path / "lists.json")
     assert datasets.load(config).names == lists
     (tmp_path / "lists.json").write_text(json.dumps(lists | {"test": ["val/99"]}))
+    prepared = options("", prepared=str(tmp_path / "own"))
+    prepared.split = "all"
+    with raises("DATA_SPLIT_DIFFERS", naming="config.data.split='all'"):
+        datasets.load(prepared)
     config.prepared = str(tmp_path / "other")
     with raises("DATA_SPLIT_INVALID", naming="val/99"):
         datasets.load(config)

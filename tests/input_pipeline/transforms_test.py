@@ -91,6 +91,34 @@ def test_zoom_crops_jointly_and_divides_depth(frame):
     np.testing.assert_array_equal(transforms.unnormalize_image(zoomed["image"]), frame["image"][window])
 
 
+def test_disparity_is_multiplied_by_the_scale(frame):
+    """A scene that appears twice as large is at half the distance, so its inverse depth doubles."""
+    options = {"labels": ("depth",), "max_scale": 2.0}
+    zoomed = Transform((8, 12), depth_target="disparity", **options)(frame, Always(uniform=2.0, integer=5))
+    np.testing.assert_allclose(zoomed["depth"], 2 * frame["depth"][5:13, 5:17])
+    near = frame | {"depth": np.where(frame["depth"] > 0, 1 / np.maximum(frame["depth"], 1e-3), 0)}
+    depth = Transform((8, 12), depth_target="metres", **options)(frame, Always(uniform=2.0, integer=5))["depth"]
+    inverse = Transform((8, 12), depth_target="disparity", **options)(near, Always(uniform=2.0, integer=5))["depth"]
+    np.testing.assert_allclose(inverse[depth > 0], 1 / depth[depth > 0], rtol=1e-6)
+
+
+def test_scales_are_the_only_zooms(frame):
+    """MTAN's scales: depth is divided by 1, 1.2 or 1.5, each about as often, and a normal is turned alike."""
+    frame["depth"][:] = 6.0
+    frame["normals"][:] = np.array([0.6, 0.0, 0.8], np.float32)
+    transform = Transform((16, 24), labels=("depth", "normals"), depth_target="metres", scales=(1.0, 1.2, 1.5))
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        example = transform(frame, rng)
+        (depth,) = np.unique(example["depth"])
+        found.append(round(6.0 / float(depth), 4))
+        turned = np.array([0.6, 0.0, 0.8 * found[-1]])
+        np.testing.assert_allclose(example["normals"][3, 4], turned / np.linalg.norm(turned), atol=1e-5)
+    counts = {scale: found.count(scale) for scale in sorted(set(found))}
+    assert list(counts) == [1.0, 1.2, 1.5] and min(counts.values()) > 70
+    np.testing.assert_array_equal(transform(frame)["depth"], frame["depth"])
+
+
 def test_zoom_turns_normals_as_the_zoomed_depth_has_them():
     """For a tilted plane and a pinhole camera, three zoomed points span a plane with the zoomed normal."""
     normal, focal = np.array([0.5, 0.3, -0.8]) / np.linalg.norm([0.5, 0.3, -0.8]), 40.0
