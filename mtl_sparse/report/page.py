@@ -15,6 +15,7 @@ table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-
 td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } tr.published td { color: #777 }"""
 
 _TITLES = {
+    "protocol": "Ours beside published figures, whose protocols differ: A and B are not comparable (docs/protocols.md)",
     "against_dense": "Sparse minus dense, paired over seeds",
     "against_first": "Rows minus the first one, paired over seeds",
     "against_plain": "Heads at their tasks' layers minus all at the end, paired over seeds",
@@ -44,6 +45,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
         )
     tables = {
         "summary": study_tables.summary(study),
+        "protocol": study_tables.protocol(study),
         "against_dense": study_tables.against_dense(study),
         "against_first": study_tables.against_first(study),
         "against_plain": study_tables.against_plain(study),
@@ -72,11 +74,7 @@ def _html(study, tables, figures):
         f"<p>{count} runs{left_out}; data: {html.escape(data)}. Mean ± standard deviation over seeds, test split.</p>"
     ]
     parts.append(_table(tables["summary"]))
-    parts.append(
-        "<p>Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the resolution of the "
-        "prediction, normals at that of the input, as in the paper. Compact: size of the model after exact "
-        "compaction.</p>"
-    )
+    parts.append(f"<p>{_note(study)} Compact: size of the model after exact compaction.</p>")
     for name, title in _TITLES.items():
         if name in tables:
             parts += [f"<h2>{title}</h2>", _table(tables[name])]
@@ -91,9 +89,22 @@ def _html(study, tables, figures):
     )
 
 
+def _note(study):
+    """Return how Delta_m and the metrics of this study are to be read."""
+    if study.has_several_metrics:
+        return (
+            "Δm: mean over tasks of the mean over their metrics of the relative gain over dense single-task runs; by "
+            "metric, the mean over all metrics. Metrics are at the resolution of the labels."
+        )
+    return (
+        "Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the resolution of the "
+        "prediction, normals at that of the input, as in the paper."
+    )
+
+
 def _table(rows):
     def line(cells, tag):
-        kind = ' class="published"' if cells[0] == "published" else ""
+        kind = ' class="published"' if cells[0].startswith("published") else ""
         return f"<tr{kind}>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
     return f"<table>{line(rows[0], 'th')}{''.join(line(cells, 'td') for cells in rows[1:])}</table>"

@@ -1,6 +1,5 @@
 """Several runs as one study: grouped over seeds, with mean and standard deviation, gains, and paired tests."""
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mtl_sparse.report import published, records
+from mtl_sparse.report import protocols, published, records
 from mtl_sparse.report.schema import Results, Sweep, Timing
 from mtl_sparse.runtime.errors import UserError
 
@@ -21,6 +20,7 @@ PAPER = {
     "depth": ("mae_normalized_stride8", "MAE", False),
     "edge": ("mae_stride8", "MAE", False),
 }
+_TASK_LOSSES = ("loss.label_smoothing", "loss.pos_weight", "loss.threshold")  # options that are not of the weighting
 _MOST_COLUMNS = 4  # of options
 
 
@@ -85,17 +85,22 @@ class Row:
         return sparsity["lambda_"] == 0 and sparsity["target"] == 0
 
     @property
+    def is_equal(self) -> bool:
+        """Whether the losses of its tasks are added as they are."""
+        return self.config["loss"]["weighting"] == "equal"
+
+    @property
     def attach(self) -> list[str]:
         """Attachment point of each task's head; empty if all heads are at the end."""
         return self.config["model"].get("attach", [])
 
-    def values(self, task: str) -> dict[int, float]:
-        """Return the task's metric on the test split by seed."""
-        return {seed: run.test[f"{task}/{metric(task, run)[0]}"] for seed, run in self.runs.items()}
+    def values(self, task: str, key: str = "") -> dict[int, float]:
+        """Return a metric of the task on the test split by seed; "" is the first of `metrics`."""
+        return {seed: run.test[f"{task}/{key or metric(task, run)[0]}"] for seed, run in self.runs.items()}
 
-    def figure(self, task: str) -> Figure:
-        """Return the task's metric on the test split over seeds."""
-        return Figure.of(list(self.values(task).values()))
+    def figure(self, task: str, key: str = "") -> Figure:
+        """Return a metric of the task on the test split over seeds; for `key`, see `values`."""
+        return Figure.of(list(self.values(task, key).values()))
 
     def sparsity(self, kind: str) -> Figure:
         """Return the zero fraction over seeds.
@@ -144,32 +149,61 @@ class Study:
         """Whether so many options differ that rows are named by their changes relative to the first row."""
         return len(self.rows[0].settings.keys() - {"tasks"}) > _MOST_COLUMNS
 
-    def metric(self, task: str) -> tuple[str, str, bool]:
-        """Return the metric that tables show of a task, see `metric`."""
-        return metric(task, next(row.any_run for row in self.rows if task in row.tasks))
+    @property
+    def name(self) -> str:
+        """The name of the data set."""
+        return self.rows[0].config["data"]["name"]
 
-    def gain(self, row: Row) -> Figure | None:
+    @property
+    def has_several_metrics(self) -> bool:
+        """Whether tables show more than one metric of a task."""
+        return any(len(self.metrics(task)) > 1 for task in self.tasks)
+
+    def metric(self, task: str) -> tuple[str, str, bool]:
+        """Return the metric that plots show of a task, see `metric`."""
+        return self.metrics(task)[0]
+
+    def metrics(self, task: str) -> tuple[tuple[str, str, bool], ...]:
+        """Return the metrics that tables show of a task, see `metrics`."""
+        return metrics(task, next(row.any_run for row in self.rows if task in row.tasks))
+
+    def gain(self, row: Row, *, by_metric: bool = False) -> Figure | None:
         """Return Delta_m in percent over the row's seeds: the mean relative gain over the single-task runs.
 
-        Sum_i s_i (M_i - S_i) / S_i over the number of tasks, S_i the mean of the dense single-task runs and s_i = -1
-        if lower is better (Maninis et al. 2019, arXiv 1904.08918). None for one task, or without such runs.
+        The mean over tasks of the mean over a task's metrics of s (M - S) / S, S the mean of the dense single-task runs
+        and s = -1 if lower is better (Maninis et al. 2019, arXiv 1904.08918, with one metric a task; LibMTL with all).
+
+        Args:
+          row: the row.
+          by_metric: whether each metric has the same weight, not each task, as in MTAN's line of papers (Nash-MTL,
+            CAGrad).
+
+        Returns:
+          None for one task, or without such runs.
         """
-        if len(row.tasks) < 2:
+        bases = {task: self._single(row, task) for task in row.tasks}
+        if len(row.tasks) < 2 or any(base is None for base in bases.values()):
             return None
-        gains = collections.defaultdict(list)
-        for task in row.tasks:
-            base = self._single(row, task)
-            if base is None:
-                return None
-            sign = 1 if metric(task, row.any_run)[2] else -1
-            for seed, value in row.values(task).items():
-                gains[seed].append(sign * (value - base.figure(task).mean) / base.figure(task).mean)
-        return Figure.of([100 * float(np.mean(values)) for values in gains.values()])
+
+        def single(task: str, key: str, seed: int) -> float:
+            del seed
+            return bases[task].figure(task, key).mean
+
+        return Figure.of(list(_gains(row, row.tasks, row.runs, single, by_metric).values()))
+
+    def equal(self, row: Row) -> Row | None:
+        """Return the dense row with equal loss weights and otherwise the same options; None for that row itself."""
+        rows = [one for one in self.rows if one.is_dense and one.is_equal]
+        found = next((one for one in rows if _alike(one, row, ("loss.", "sparsity."), _TASK_LOSSES)), None)
+        return None if found is row else found
 
     def _single(self, row, task):
+        """Return the dense row of a task alone: with the row's weighting, or else with the task's loss as it is."""
         rows = [one for one in self.rows if one.tasks == (task,) and one.is_dense]
         free = ("tasks", "model.attach", "loss.weights", "sparsity.")
-        return next((one for one in rows if _alike(one, row, free)), None)
+        same = next((one for one in rows if _alike(one, row, free)), None)
+        plain = (one for one in rows if one.is_equal and _alike(one, row, (*free, "loss."), _TASK_LOSSES))
+        return same or next(plain, None)
 
     def plain(self, row: Row) -> Row | None:
         """Return the row with the same options, but all heads at the end of the backbone."""
@@ -182,39 +216,63 @@ class Study:
         return next((one for one in rows if _alike(one, row, ("sparsity.",))), None)
 
 
-def _alike(a, b, free):
-    """Return whether two rows have the same options, except those whose names begin with one of `free`."""
-    names = [name for name in a.settings | b.settings if not name.startswith(free)]
+def _alike(a, b, free, kept=()):
+    """Return whether two rows have the same options, except those whose names begin with `free` and are not `kept`."""
+    names = [name for name in a.settings | b.settings if name in kept or not name.startswith(free)]
     return all(a.settings.get(name) == b.settings.get(name) for name in names)
 
 
-def metric(task: str, run: Results) -> tuple[str, str, bool]:
-    """Return the metric that tables show of a task: (name in results.json, name in the paper, higher is better)."""
+def _gains(row, tasks, seeds, base, by_metric=False):
+    """Return {seed: percent of gain}; `base` is a function (task, key of a metric, seed) -> value to compare with."""
+    found = {}
+    for seed in seeds:
+        run, parts = row.runs[seed], []
+        for task in tasks:
+            pairs = [(run.test[f"{task}/{key}"], base(task, key, seed), up) for key, _, up in metrics(task, run)]
+            parts.append([100 * (1 if up else -1) * (value - other) / other for value, other, up in pairs])
+        means = [value for part in parts for value in part] if by_metric else [np.mean(part) for part in parts]
+        found[seed] = float(np.mean(means))
+    return found
+
+
+def metrics(task: str, run: Results) -> tuple[tuple[str, str, bool], ...]:
+    """Return the metrics that tables show of a task: (name in results.json, name in tables, higher is better).
+
+    Those of the data set's protocol if the run has them, and else the paper's or the task's headline.
+    """
+    named = protocols.METRICS.get(run.config["data"]["name"], {}).get(task, ())
+    if named and all(f"{task}/{metric.key}" in run.test for metric in named):
+        return named
     if task in PAPER:
-        return PAPER[task]
+        return (PAPER[task],)
     headline = run.headlines[task]
     name = headline.metric.removeprefix(f"{task}/")
-    return name, name, headline.higher_is_better
+    return ((name, name, headline.higher_is_better),)
 
 
-def compare(row: Row, base: Row, task: str) -> Difference:
-    """Return `row` minus `base` in a task's metric, paired over their common seeds."""
-    ours, theirs = row.values(task), base.values(task)
+def metric(task: str, run: Results) -> tuple[str, str, bool]:
+    """Return the first of `metrics`."""
+    return metrics(task, run)[0]
+
+
+def compare(row: Row, base: Row, task: str, key: str = "") -> Difference:
+    """Return `row` minus `base` in a task's metric, paired over their common seeds; for `key`, see `Row.values`."""
+    ours, theirs = row.values(task, key), base.values(task, key)
     return _difference([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
 def compare_gain(row: Row, base: Row) -> Difference:
     """Return Delta_m of `row` over `base` in percent, paired over their common seeds, in the tasks of both.
 
-    The mean over tasks of s_i (M_i - B_i) / B_i, B_i the same seed's run of `base`, s_i = -1 if lower is better.
+    As `Study.gain`, with the same seed's run of `base` in place of the single-task runs.
     """
-    gains = collections.defaultdict(list)
-    for task in [task for task in row.tasks if task in base.tasks]:
-        ours, theirs = row.values(task), base.values(task)
-        sign = 1 if metric(task, row.any_run)[2] else -1
-        for seed in sorted(ours.keys() & theirs.keys()):
-            gains[seed].append(100 * sign * (ours[seed] - theirs[seed]) / theirs[seed])
-    return _difference([float(np.mean(values)) for values in gains.values()])
+    tasks = [task for task in row.tasks if task in base.tasks]
+    seeds = sorted(row.runs.keys() & base.runs.keys())
+
+    def other(task: str, key: str, seed: int) -> float:
+        return base.runs[seed].test[f"{task}/{key}"]
+
+    return _difference(list(_gains(row, tasks, seeds, other).values()))
 
 
 def _difference(values: Sequence[float]) -> Difference:

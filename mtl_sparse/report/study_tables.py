@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mtl_sparse.report import protocols
 from mtl_sparse.report import study as study_lib
 from mtl_sparse.report.tables import markdown
 
@@ -20,16 +21,18 @@ def summary(study: study_lib.Study) -> Rows:
     """
     names = settings_names(study)
     head = [short(name) for name in names]
-    for task in study.tasks:
-        _, name, higher = study.metric(task)
-        head.append(f"{task.removeprefix('attribute:')} {name} {'↑' if higher else '↓'}")
-    head += ["% groups zero", "% parameters", *SIZES, "Δm %", "seeds"]
+    columns = _columns(study)
+    head += [name for name, *_ in columns]
+    gains = {"Δm %": False} | ({"Δm by metric %": True} if study.has_several_metrics else {})
+    head += ["% groups zero", "% parameters", *SIZES, *gains, "seeds"]
     lines: Rows = [tuple(head)]
     for row in study.rows:
         cells = [setting(row, name) for name in names]
-        cells += [mean_and_std(row.figure(task)) if task in row.tasks else "" for task in study.tasks]
+        cells += _metric_cells(row, columns)
         cells += [mean_and_std(row.sparsity(kind), 100, 2) for kind in ("group", "parameter")]
-        for figure, digits in ((row.size("parameters"), 2), (row.size("macs"), 1), (study.gain(row), 2)):
+        figures = [(row.size("parameters"), 2), (row.size("macs"), 1)]
+        figures += [(study.gain(row, by_metric=by_metric), 2) for by_metric in gains.values()]
+        for figure, digits in figures:
             cells.append(mean_and_std(figure, 1, digits) if figure else "")
         lines.append((*cells, str(len(row.runs))))
         if row.published:
@@ -39,6 +42,67 @@ def summary(study: study_lib.Study) -> Rows:
             cells += [f"{100 * value:.2f}" for value in (row.published.group, row.published.parameter)]
             lines.append((*cells, *[""] * len(SIZES), "", "5"))
     return lines
+
+
+def protocol(study: study_lib.Study) -> Rows:
+    """Return our rows on a data set of `protocols` with all its tasks, followed by the published figures.
+
+    Gains are in percent, higher is better: Δm over single tasks, with the same weight for each metric or each task, and
+    the gain over the dense row with equal loss weights. The head alone for any other data set.
+    """
+    known = protocols.METRICS.get(study.name, {})
+    columns = _columns(study)
+    head = (
+        "protocol",
+        "row",
+        *(name for name, *_ in columns),
+        "Δm by metric %",
+        "Δm %",
+        "% over equal weights",
+        "source",
+    )
+    lines: Rows = [head]
+    rows = [row for row in study.rows if known and row.tasks and set(row.tasks) == set(known)]
+    for row in rows:
+        base = study.equal(row)
+        gains = [study.gain(row, by_metric=True), study.gain(row)]
+        cells = [mean_and_std(gain, 1, 2) if gain else "" for gain in gains]
+        cells.append(f"{study_lib.compare_gain(row, base).mean:+.2f}" if base else "")
+        names = [name for name in settings_names(study) if name != "tasks"]
+        text = ", ".join(f"{short(name)} {setting(row, name)}" for name in names if setting(row, name)) or "ours"
+        lines.append(
+            (
+                "ours",
+                text,
+                *_metric_cells(row, columns),
+                *cells,
+                f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''}",
+            )
+        )
+    for one in protocols.PUBLISHED.get(study.name, ()) if rows else ():
+        values = dict(zip(_flat(known), one.values, strict=True)) if one.values else {}
+        cells = [f"{values[task, key]:.4f}" if values else "" for _, task, key in columns]
+        cells += [f"{gain:+.2f}" if gain is not None else "" for gain in (one.gain, None, one.over_equal)]
+        lines.append((f"published, {one.protocol}", one.method, *cells, one.source))
+    return lines
+
+
+def _flat(known):
+    """Return (task, key) of each metric of a protocol, in its order."""
+    return [(task, metric.key) for task, metrics in known.items() for metric in metrics]
+
+
+def _columns(study):
+    """Return (head, task, key of the metric) of each metric that tables show."""
+    return [
+        (f"{task.removeprefix('attribute:')} {name} {'↑' if higher else '↓'}", task, key)
+        for task in study.tasks
+        for key, name, higher in study.metrics(task)
+    ]
+
+
+def _metric_cells(row, columns):
+    return [mean_and_std(row.figure(task, key)) if task in row.tasks else "" for _, task, key in columns]
 
 
 def against_dense(study: study_lib.Study) -> Rows:
@@ -105,9 +169,10 @@ def _against(study: study_lib.Study, bases: Mapping[int, study_lib.Row | None], 
             continue
         found = []
         for task in [task for task in row.tasks if task in base.tasks]:
-            _, name, higher = study_lib.metric(task, row.any_run)
-            found.append((f"{task.removeprefix('attribute:')} {name}", higher, study_lib.compare(row, base, task), 4))
-        if len(found) > 1:
+            for key, name, higher in study_lib.metrics(task, row.any_run):
+                difference = study_lib.compare(row, base, task, key)
+                found.append((f"{task.removeprefix('attribute:')} {name}", higher, difference, 4))
+        if len({*row.tasks} & {*base.tasks}) > 1:
             found.append(("Δm %", True, study_lib.compare_gain(row, base), 2))
         for name, higher, difference, digits in found:
             known = math.isfinite(difference.p)
