@@ -32,7 +32,7 @@ BAD = {
     ),
     "wrong type": (["--config=configs/demo.py", "--config.train.epochs=many"], ["epochs", "many"]),
     "no config": (["--workdir=x"], ["--config=configs/demo.py"]),
-    "missing config": (["--config=configs/cityscapes.py"], ["configs/cityscapes.py", "[FILE_MISSING]"]),
+    "missing config": (["--config=configs/kitti.py"], ["configs/kitti.py", "[FILE_MISSING]"]),
     "missing run": (["--config=configs/run.py:/nowhere/run"], ["/nowhere/run/config.json"]),
     "unknown task set": (["--config=configs/celebamask_hq.py:seg+smile"], ["'seg+smile'", "male"]),
     "unknown job": (["--config=configs/demo.py", "--job=trian"], ["'trian'", "train, evaluate", "[JOB_UNKNOWN]"]),

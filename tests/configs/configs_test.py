@@ -63,6 +63,24 @@ def test_celebamask_hq_has_the_papers_options_and_every_task_set_of_table_2():
     assert all(name in str(caught.value) for name in celebamask_hq.TABLE2)
 
 
+def test_the_protocols_of_mtans_data_have_libmtls_options():
+    nyu = importlib.import_module("configs.nyuv2_13").get_config()
+    cityscapes = importlib.import_module("configs.cityscapes").get_config()
+    for config in (nyu, cityscapes):
+        options = config.optimizer
+        assert (options.learning_rate, options.l2, options.weight_decay) == (1e-4, 1e-5, 0.0)
+        assert (config.model.depth, config.model.width, config.model.stem) == (50, 64, "7x7")
+        assert (config.loss.weighting, config.loss.label_smoothing) == ("equal", 0.0)
+        assert (config.train.epochs, config.train.early_stop_epochs) == (200, 0)
+        assert (config.data.split, config.data.unit_range) == ("", True)
+        assert not config.data.flip and not config.data.scales and config.data.max_scale == 1.0
+    assert (nyu.data.name, nyu.data.size, nyu.data.num_classes) == ("nyuv2_13", (288, 384), 13)
+    assert (nyu.train.batch_size, nyu.data.depth_target) == (8, "metres")
+    assert (cityscapes.data.name, cityscapes.data.size, cityscapes.data.num_classes) == ("cityscapes_7", (128, 256), 7)
+    assert (cityscapes.train.batch_size, cityscapes.data.depth_target) == (64, "disparity")
+    assert nyu.tasks == ("segmentation", "depth", "normals") and cityscapes.tasks == ("segmentation", "depth")
+
+
 def test_a_run_of_another_version_is_named(tmp_path):
     from configs import run
 
