@@ -1,6 +1,7 @@
 """The protocols of MTAN's data sets: Δm over all their metrics by hand, and published figures beside ours."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -160,3 +161,17 @@ def test_cityscapes_has_four_metrics(tmp_path):
     (row,) = [row for row in found.rows if len(row.tasks) == 2]
     assert found.gain(row, by_metric=True).mean == pytest.approx(15)
     assert [line[0] for line in study_tables.protocol(found)[1:]] == ["ours"]
+
+
+def test_the_page_of_the_documentation_has_the_same_figures():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "protocols.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if len(row) == 14]
+    head, *lines = rows
+    assert head[2:11] == [metric.name for metrics in METRICS.values() for metric in metrics]
+    wanted = []
+    for one in protocols.PUBLISHED["nyuv2_13"]:
+        values = [f"{value:g}" for value in one.values] or [""] * 9
+        gains = [f"{gain:+.2f}" if gain is not None else "" for gain in (one.gain, one.over_equal)]
+        wanted.append([one.protocol, one.method, *values, *gains, one.source])
+    assert lines == wanted
