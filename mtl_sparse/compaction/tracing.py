@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mtl_sparse.compaction import liveness
-from mtl_sparse.compaction.liveness import Chain, Mask
+from mtl_sparse.compaction.liveness import Chain, Conv, Mask
 from mtl_sparse.compaction.weights import Weights
 from mtl_sparse.models import deeplab, multitask, resnet
 from mtl_sparse.models import widths as widths_lib
@@ -50,6 +50,8 @@ class TracedBlock:
       branch_wants: channels of the stream before the block that the branch needs.
       shortcut_wants: channels of the stream before the block that the shortcut needs.
       stop: how many convolutions of the branch are needed, with those that are removed already.
+      entering: for each of the branch's convolutions, which of its outputs the rest of the branch or a head needs after
+        its BatchNorm; the others that are needed are read raw.
     """
 
     branch: Chain | None
@@ -57,6 +59,7 @@ class TracedBlock:
     branch_wants: Mask
     shortcut_wants: Mask
     stop: int
+    entering: tuple[Mask, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,8 @@ def trace(model: multitask.MultiTaskModel, weights: Weights) -> Traced:
     """
     layers, places = model.layers(), resnet.places(model.depth)
     heads = tuple(
-        _trace_head(weights, f"head_{task}", head) for (task, *_), head in zip(model.heads, layers.heads, strict=True)
+        _trace_head(weights, f"head_{task}", head, _zero_features(weights, point))
+        for (task, *_), head, point in zip(model.heads, layers.heads, model.points(), strict=True)
     )
     readers = _HeadReaders(model.points(), layers.heads, heads)
     points = ("stem", *(place.name for place in places[: len(layers.blocks)]))
@@ -113,13 +117,12 @@ def trace(model: multitask.MultiTaskModel, weights: Weights) -> Traced:
     blocks: list[TracedBlock] = []
     for i in reversed(range(len(layers.blocks))):
         block, name = layers.blocks[i], points[i + 1]
-        inner = {
-            j: wanted
-            for j in range(block.dead, len(block.features))
-            if (wanted := readers.want(f"{name}/conv{j + 1}", block.features[j])).any()
-        }
+        inner, raw = (
+            readers.inside(f"{name}/conv{{}}{kind}", block, of)
+            for kind, of in (("", block.passed), (":raw", block.features))
+        )
         whole = 3 if resnet.STAGES[model.depth][0] else 2
-        traced = _trace_block(weights, f"backbone/{name}", block, whole, stream_widths[i], needs[0], inner)
+        traced = _trace_block(weights, f"backbone/{name}", block, whole, stream_widths[i], needs[0], inner, raw)
         blocks.insert(0, traced)
         needs.insert(0, traced.branch_wants | traced.shortcut_wants | head_wants[i] | pinned[i])
     stem = _trace_stem(weights, layers.stem, needs[0]) if needs[0].any() else None
@@ -134,18 +137,33 @@ def branches(head: widths_lib.Head) -> list[tuple[str, slice]]:
     ]
 
 
-def _trace_head(weights: Weights, prefix: str, head: Head) -> TracedHead | None:
+def _zero_features(weights: Weights, point: str) -> Mask | None:
+    """Return which features at an attachment point are zero because their filter is; None where a BatchNorm follows."""
+    kernel = weights.params.get(f"backbone/{point.removesuffix(':raw')}/kernel") if point.endswith(":raw") else None
+    return None if kernel is None else ~np.any(kernel != 0, (0, 1, 2))
+
+
+def _without(conv: Conv, reads: widths_lib.Ranges | None, zero: Mask | None) -> Conv:
+    """Return a convolution that reads the channels `reads` of features, without its weights for those that are zero."""
+    if zero is None:
+        return conv
+    rows = zero if reads is None else zero[liveness.indices(reads)]
+    return dataclasses.replace(conv, kernel=np.where(rows[:, None], 0, conv.kernel).astype(conv.kernel.dtype))
+
+
+def _trace_head(weights: Weights, prefix: str, head: Head, zero: Mask | None) -> TracedHead | None:
+    """Trace a head; `zero` are the features that are always zero."""
     if head is None:
         return None
     if isinstance(head, widths_lib.Classifier):
         if head.dead:
             return TracedHead(None, (None,))
-        conv = weights.conv(prefix, "conv", None, True)
+        conv = _without(weights.conv(prefix, "conv", None, True), head.reads[0], zero)
         return TracedHead(None, (liveness.trace([conv], 0, np.ones(conv.kernel.shape[-1], bool)),))
-    return _trace_deeplab(weights, prefix, head)
+    return _trace_deeplab(weights, prefix, head, zero)
 
 
-def _trace_deeplab(weights: Weights, prefix: str, head: widths_lib.Head) -> TracedHead:
+def _trace_deeplab(weights: Weights, prefix: str, head: widths_lib.Head, zero: Mask | None) -> TracedHead:
     layers = (("project", "project_bn", True), ("conv", "conv_bn", True), ("out", None, False))
     convs = [weights.conv(prefix, *layer) for layer in layers[head.dead :]]
     constant = weights.params.get(f"{prefix}/constant")
@@ -159,7 +177,8 @@ def _trace_deeplab(weights: Weights, prefix: str, head: widths_lib.Head) -> Trac
     fixed: np.ndarray | int = 0
     for i, (name, place) in enumerate(branches(head)):
         if trunk.wanted[place].any():
-            chain = liveness.trace([weights.conv(prefix, name, f"{name}_bn", True)], 0, trunk.wanted[place])
+            conv = _without(weights.conv(prefix, name, f"{name}_bn", True), head.reads[i], zero)
+            chain = liveness.trace([conv], 0, trunk.wanted[place])
             if chain.constant is None:
                 inputs[i] = chain
             else:  # the BatchNorm of the projection absorbs a constant input
@@ -192,6 +211,20 @@ class _HeadReaders:
                     wanted |= liveness.expand(chain.wanted, reads, width)
         return wanted
 
+    def inside(self, points: str, block: widths_lib.Block, widths: Sequence[int]) -> dict[int, Mask]:
+        """Return what the heads need inside a block: index of a convolution -> which of its outputs.
+
+        Args:
+          points: names of the points, with {} for the number of the convolution.
+          block: widths of the block.
+          widths: number of channels at each point.
+        """
+        return {
+            j: np.pad(wanted, (0, block.features[j] - widths[j]))
+            for j in range(block.dead, len(block.features))
+            if (wanted := self.want(points.format(j + 1), widths[j])).any()
+        }
+
     def pin(self, points: Sequence[str]) -> bool:
         """Return whether a head of another kind reads one of the points."""
         return any(point in points and traced is None for point, traced in zip(self.points, self.traced, strict=True))
@@ -210,6 +243,7 @@ def _trace_block(
     width: int,
     need: Mask,
     inner: Mapping[int, Mask],
+    raw: Mapping[int, Mask],
 ) -> TracedBlock:
     """Trace a residual block.
 
@@ -220,16 +254,21 @@ def _trace_block(
       whole: convolutions of a whole branch.
       width: channels of the stream before it.
       need: which channels of the stream after it are needed.
-      inner: index of a convolution of the branch -> which of its outputs the heads read.
+      inner: index of a convolution of the branch -> which of its outputs the heads read after BatchNorm and ReLU.
+      raw: the same for what they read before both.
     """
     branch = shortcut = None
     branch_wants, shortcut_wants = np.zeros(width, bool), np.zeros(width, bool)
-    stop = len(block.features) if need.any() else 1 + max(inner, default=-1)
+    stop = len(block.features) if need.any() else 1 + max((*inner, *raw), default=-1)
+    entering: tuple[Mask, ...] = ()
     if stop:
-        convs = [weights.conv(prefix, f"conv{j}", f"bn{j}", j < whole) for j in range(block.dead + 1, stop + 1)]
-        read = {j - block.dead: wanted for j, wanted in inner.items()}
-        last = need if need.any() else np.zeros(block.features[stop - 1], bool)
+        last = np.zeros(block.features[stop - 1], bool)
+        if need.any():
+            last[: len(need)] = need
+        convs = _branch(weights, prefix, block, whole, stop)
+        read = {j - block.dead: np.logical_or(inner.get(j, False), raw.get(j, False)) for j in (*inner, *raw)}
         branch = liveness.trace(convs, block.dead, last, np.zeros(len(need)), read, block.reads == ())
+        entering = _entering(branch, last, inner, raw)
         if branch.wanted is not None:
             branch_wants = liveness.expand(branch.wanted, block.reads, width)
     if need.any() and block.shortcut == "conv":
@@ -238,7 +277,37 @@ def _trace_block(
             shortcut_wants = liveness.expand(shortcut.wanted, block.shortcut_reads, width)
     elif need.any() and block.shortcut == "identity":
         shortcut_wants = np.pad(need, (0, width - len(need)))
-    return TracedBlock(branch, shortcut, branch_wants, shortcut_wants, stop)
+    return TracedBlock(branch, shortcut, branch_wants, shortcut_wants, stop, entering)
+
+
+def _branch(weights: Weights, prefix: str, block: widths_lib.Block, whole: int, stop: int) -> list[Conv]:
+    """Return the convolutions of a block's branch up to number `stop`, of `whole` in a whole branch.
+
+    Outputs that do not enter a BatchNorm get zeros in it and in the next convolution.
+    """
+    convs = []
+    for j in range(block.dead, stop):
+        conv = weights.conv(prefix, f"conv{j + 1}", f"bn{j + 1}" if block.passed[j] else None, j + 1 < whole)
+        kernel, more = conv.kernel, block.features[j] - block.passed[j]
+        if j > block.dead:
+            kernel = np.pad(kernel, ((0, 0), (0, 0), (0, block.features[j - 1] - block.passed[j - 1]), (0, 0)))
+        norm = {part: np.pad(value, (0, more), constant_values=part == "var") for part, value in conv.norm.items()}
+        convs.append(dataclasses.replace(conv, kernel=kernel, norm=norm))
+    return convs
+
+
+def _entering(branch: Chain, last: Mask, inner: Mapping[int, Mask], raw: Mapping[int, Mask]) -> tuple[Mask, ...]:
+    """Return which outputs of each convolution of a branch are needed after its BatchNorm, see `TracedBlock`."""
+    found = []
+    for i in range(len(branch.convs)):
+        needed = last
+        if i + 1 < len(branch.convs):
+            needed = np.any(branch.convs[i + 1].kernel[..., branch.keep[i + 1]] != 0, (0, 1, 3))
+        needed = needed | inner.get(branch.dead + i, False)
+        if i + 1 < len(branch.convs) and not needed.any():  # the next one keeps one input, as in `liveness.trace`
+            needed[np.argmax(raw.get(branch.dead + i, needed))] = True
+        found.append(needed)
+    return tuple(found)
 
 
 def _trace_stem(weights: Weights, stem: widths_lib.Stem, need: Mask) -> TracedStem:

@@ -55,13 +55,14 @@ class Weights:
         Args:
           prefix: path of the module that has the layers.
           name: name of the convolution in it.
-          norm: name of the BatchNorm after it; None for a convolution with a bias.
+          norm: name of the BatchNorm after it; None for a convolution with a bias, or with nothing after it.
           relu: whether a ReLU follows.
         """
         path = f"{prefix}/{name}"
         kernel = self.params[f"{path}/kernel"]
         if norm is None:
-            return liveness.Conv(path, path, kernel, {"bias": self.params[f"{path}/bias"]}, relu)
+            bias = {"bias": self.params[f"{path}/bias"]} if f"{path}/bias" in self.params else {}
+            return liveness.Conv(path, path, kernel, bias, relu)
         norm_path = f"{prefix}/{norm}"
         values = {part: self.params[f"{norm_path}/{part}"] for part in ("scale", "bias")}
         values |= {part: self.stats[f"{norm_path}/{part}"] for part in ("mean", "var")}

@@ -9,7 +9,7 @@ ImageNet weights (`STEMS`). Padding is explicit and symmetric, as in PyTorch, wh
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -129,41 +129,51 @@ class Block(nn.Module):
           train: whether to normalize by the statistics of the batch.
 
         Returns:
-          (the stream after the block, {"conv1": output of the branch's first convolution after BatchNorm and ReLU, and
-          so on for all but the last convolution}).
+          (the stream after the block, {"conv1:raw": output of the branch's first convolution, "conv1": the same after
+          BatchNorm and ReLU, and so on; the last convolution has only "conv3:raw", or "conv2:raw"}).
         """
-        features, dead = self.widths.features, self.widths.dead
+        stream = self.widths.stream
         nothing = x[:, :: self.stride, :: self.stride, :0]
-        if not features[-1]:
+        if not self.widths.features[-1]:
             return nothing, {}
-        convolve = functools.partial(conv, dtype=self.dtype)
         norm = functools.partial(batch_norm, self, train)
-        # (kernel size, stride, dilation) of the branch's convolutions
-        spatial = (3, self.stride, self.dilation)
-        layers = [(1, 1, 1), spatial, (1, 1, 1)] if self.bottleneck else [spatial, (3, 1, self.dilation)]
-        y: Any = 0
-        inner: dict[str, Maps] = {}
-        if dead < len(layers):
-            removed_stride = math.prod(stride for _, stride, _ in layers[:dead])
-            ones = dead or self.widths.reads == ()
-            y = _ones(x, removed_stride) if ones else widths_lib.select(x, self.widths.reads)
-            for i, (size, stride, dilation) in enumerate(layers[dead : len(features)], dead + 1):
-                y = norm(f"bn{i}")(convolve(features[i - 1], size, stride, dilation, name=f"conv{i}")(y))
-                if i < len(layers):
-                    y = inner[f"conv{i}"] = nn.relu(y)
+        y, inner = self._branch(x, norm)
         if self.widths.shortcut == "none":
             return nothing, inner
         if self.widths.shortcut == "conv":
             x = widths_lib.select(x, self.widths.shortcut_reads)
-            x, stride = (_averaged_2x2(x, self.stride), 1) if self.averages else (x, self.stride)
-            x = norm("downsample_bn")(convolve(features[-1], 1, stride, name="downsample_conv")(x))
+            x, stride_left = (_averaged_2x2(x, self.stride), 1) if self.averages else (x, self.stride)
+            x = norm("downsample_bn")(conv(stream, 1, stride_left, dtype=self.dtype, name="downsample_conv")(x))
         elif self.widths.shortcut == "identity":
-            x = x[..., : features[-1]]
+            x = x[..., :stream]
         else:
-            x = jnp.zeros((1, *x[:, :: self.stride, :: self.stride].shape[1:3], features[-1]), x.dtype)
-        if dead == len(layers) or self.widths.shortcut == "constant":
-            y += self.param("constant", nn.initializers.zeros_init(), (features[-1],), jnp.float32).astype(x.dtype)
+            x = jnp.zeros((1, *x[:, :: self.stride, :: self.stride].shape[1:3], stream), x.dtype)
+        if isinstance(y, int) or self.widths.shortcut == "constant":
+            y += self.param("constant", nn.initializers.zeros_init(), (stream,), jnp.float32).astype(x.dtype)
         return nn.relu(x + y), inner
+
+    def _branch(self, x: Maps, norm: Callable[[str], nn.BatchNorm]) -> tuple[Any, dict[str, Maps]]:
+        """Return (the branch's output, 0 where all of its convolutions are removed; the outputs inside it)."""
+        features, dead = self.widths.features, self.widths.dead
+        # (kernel size, stride, dilation) of the branch's convolutions
+        spatial = (3, self.stride, self.dilation)
+        layers = [(1, 1, 1), spatial, (1, 1, 1)] if self.bottleneck else [spatial, (3, 1, self.dilation)]
+        inner: dict[str, Maps] = {}
+        if dead == len(layers):
+            return 0, inner
+        removed_stride = math.prod(stride for _, stride, _ in layers[:dead])
+        ones = dead or self.widths.reads == ()
+        y = _ones(x, removed_stride) if ones else widths_lib.select(x, self.widths.reads)
+        for i, (size, stride, dilation) in enumerate(layers[dead : len(features)], dead + 1):
+            y = conv(features[i - 1], size, stride, dilation, dtype=self.dtype, name=f"conv{i}")(y)
+            inner[f"conv{i}:raw"] = y
+            passed = self.widths.passed[i - 1]
+            if not passed:
+                break
+            y = norm(f"bn{i}")(y if passed == features[i - 1] else y[..., :passed])
+            if i < len(layers):
+                y = inner[f"conv{i}"] = nn.relu(y)
+        return y, inner
 
 
 class ResNet(nn.Module):
@@ -273,12 +283,13 @@ def places(depth: int) -> tuple[Place, ...]:
 def points(depth: int) -> tuple[str, ...]:
     """Return the attachment points of a network, where a head can read features, in order.
 
-    They are "stem", "layer3_2" (the residual stream after that block), and "layer3_2/conv1" (inside it, after the
-    convolution's BatchNorm and ReLU). The last point is the default.
+    They are "stem", "layer3_2" (the residual stream after that block), "layer3_2/conv1" (inside it, after the
+    convolution's BatchNorm and ReLU), and "layer3_2/conv1:raw" (the output of the convolution itself, before both). The
+    last point is the default.
     """
-    inner = 2 if STAGES[depth][0] else 1
-    names = [(*(f"{place.name}/conv{i}" for i in range(1, inner + 1)), place.name) for place in places(depth)]
-    return ("stem", *(name for block in names for name in block))
+    last = 3 if STAGES[depth][0] else 2
+    inner = [*(f"/conv{i}{kind}" for i in range(1, last) for kind in (":raw", "")), f"/conv{last}:raw", ""]
+    return ("stem", *(place.name + name for place in places(depth) for name in inner))
 
 
 def unavoidable(read: Sequence[str] = ()) -> tuple[str, ...]:
@@ -293,7 +304,7 @@ def unavoidable(read: Sequence[str] = ()) -> tuple[str, ...]:
     Returns:
       Expressions of layer names below the backbone, such as "layer2_0/downsample_conv".
     """
-    inner = [point.rpartition("/conv") for point in read if "/conv" in point]
+    inner = [point.removesuffix(":raw").rpartition("/conv") for point in read if "/conv" in point]
     return (r"stem_conv\d", r"[^/]+/downsample_conv", *(f"{block}/conv[1-{last}]" for block, _, last in inner))
 
 
@@ -321,10 +332,12 @@ def dense(
         after = inner * (4 if bottleneck else 1)
         features: tuple[int, ...] = (inner, inner, after) if bottleneck else (inner, after)
         shortcut = "conv" if place.stride != 1 or before != after else "identity"
-        block, _, layer = last.partition("/conv")
+        block, _, layer = last.removesuffix(":raw").partition("/conv")
+        normalized: tuple[int, ...] = ()
         if place.name == block and layer:
             features, shortcut = features[: int(layer)], "none"
-        blocks.append(widths_lib.Block(features, shortcut))
+            normalized = (*features[:-1], 0) if last.endswith(":raw") else ()
+        blocks.append(widths_lib.Block(features, shortcut, normalized=normalized))
         before = after
         if place.name == block:
             break

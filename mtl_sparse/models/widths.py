@@ -41,12 +41,14 @@ class Block:
 
     Attributes:
       features: outputs of each convolution of the branch. The last is the width of the residual stream after the
-        block; it is 0 if no layer reads the block.
+        block, or more if heads read its raw output; it is 0 if no layer reads the block.
       shortcut: "identity" (the first channels of the stream), "conv", "constant", or "none": the stream ends before
         this block. Then only the convolutions of the branch in `features` remain, for the heads that read them.
       dead: as in `Stem`, of the branch's convolutions.
       reads: channels of the stream that the branch reads; None is all, and () is none: it reads a map of ones.
       shortcut_reads: channels of the stream that the shortcut's convolution reads; None is all.
+      normalized: how many outputs of each convolution, the first ones, enter its BatchNorm; () is all. Only heads
+        read the others, at raw points. A convolution of which none enters has no BatchNorm.
     """
 
     features: tuple[int, ...]
@@ -54,11 +56,17 @@ class Block:
     dead: int = 0
     reads: Ranges | None = None
     shortcut_reads: Ranges | None = None
+    normalized: tuple[int, ...] = ()
 
     @property
     def stream(self) -> int:
         """Width of the residual stream after it."""
-        return 0 if self.shortcut == "none" else self.features[-1]
+        return 0 if self.shortcut == "none" else self.passed[-1]
+
+    @property
+    def passed(self) -> tuple[int, ...]:
+        """Outputs of each convolution that enter its BatchNorm."""
+        return self.normalized or self.features
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,41 @@ def test_a_head_reads_where_it_is_attached_and_nothing_is_built_after():
     assert {features.shape[1:3] for features in odd} == {(3, 6)}, "as the backbone's end"
 
 
+def test_a_head_reads_a_convolution_before_its_batch_norm_and_relu():
+    """Of every place in a block; the last of them ends the network, and its BatchNorm is not built."""
+    images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
+    whole = resnet.ResNet(50, 4)
+    variables = jax.jit(whole.init)(jax.random.key(1), images)
+    apply = jax.jit(lambda v, x: whole.apply(v, x, capture_intermediates=True))
+    inside = apply(variables, images)[1]["intermediates"]
+    points = ("layer3_1/conv2:raw", "layer2_3/conv3:raw", "layer2_0/conv2:raw", "layer3_1/conv1:raw", "layer3_1/conv1")
+    for names, last in ((points, {"conv1", "bn1", "conv2"}), (points[1:2], {"conv1", "bn1", "conv2", "bn2", "conv3"})):
+        cut = resnet.ResNet(50, 4, points=names)
+        shapes = jax.eval_shape(lambda cut=cut: cut.init(jax.random.key(0), images))
+        given = jax.tree.map(lambda _, leaf: leaf, *_common(shapes, variables))
+        end = max(name for name in given["params"] if name.startswith("layer"))
+        assert end == names[0].partition("/")[0] and set(given["params"][end]) == last
+        found = dict(zip(names, jax.jit(cut.apply)(given, images), strict=True))
+        for point in names:
+            block, _, layer = point.partition("/")
+            conv, _, raw = layer.partition(":")
+            expected = inside[block][conv if raw else f"bn{conv[-1]}"]["__call__"][0]
+            np.testing.assert_allclose(found[point], expected if raw else nn.relu(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_attachment_points_are_in_the_order_of_the_network():
+    assert resnet.points(10)[:5] == ("stem", "layer1_0/conv1:raw", "layer1_0/conv1", "layer1_0/conv2:raw", "layer1_0")
+    block = ("conv1:raw", "conv1", "conv2:raw", "conv2", "conv3:raw")
+    assert resnet.points(50)[-6:] == (*(f"layer4_2/{name}" for name in block), "layer4_2")
+    assert resnet.dense(50, 4, ("layer2_1/conv1", "layer2_1/conv1:raw"))[1][-1].passed == (8,), "it has a BatchNorm"
+    assert resnet.dense(50, 4, ("layer2_1/conv2:raw", "layer2_1/conv1"))[1][-1].passed == (8, 0)
+
+
+def test_the_layers_on_every_path_to_a_raw_point():
+    expressions = resnet.unavoidable(("layer3_3/conv2:raw", "layer4_0/conv3:raw", "layer4_2"))
+    assert expressions[2:] == ("layer3_3/conv[1-2]", "layer4_0/conv[1-3]")
+
+
 def _common(shapes, variables):
     """Return the tree, and the part of `variables` that is in it."""
     flat = traverse_util.flatten_dict(variables)
