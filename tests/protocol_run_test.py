@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from configs import nyuv2_13
 from input_pipeline.synthetic import mtan_rooms
 from mtl_sparse.report import page, protocols
+from mtl_sparse.tasks import resolve
+from mtl_sparse.training import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -49,3 +52,11 @@ def test_a_run_ends_with_all_metrics_of_the_protocol(name, tmp_path):
     assert all(f" {metric.name.replace('<', '&lt;')} " in text
                for metrics in protocols.METRICS[name].values() for metric in metrics)  # fmt: skip
     assert ("published, B" in text) == (name == "nyuv2_13")
+
+
+def test_augmentation_is_of_training_only():
+    config = nyuv2_13.get_config()
+    config.data.update(flip=True, scales=(1.0, 1.2, 1.5))
+    batches = setup_lib.Batches(None, resolve(config), config)
+    train, other = batches.transform(train=True), batches.transform()
+    assert (train.flip, train.scales) == (True, (1.0, 1.2, 1.5)) and (other.flip, other.scales) == (False, ())
