@@ -60,17 +60,26 @@ def compact(
     _check_fits(model, variables)
     if tasks is not None:
         model, variables = _with_tasks(model, variables, tasks)
-    weights = Weights.from_variables(variables)
     feature_size = None
     if size is not None:
         height, width = size
         feature_size = -(-height // resnet.OUTPUT_STRIDE), -(-width // resnet.OUTPUT_STRIDE)
     options = building.Options(multiple, costs or liveness.Costs(), feature_size)
+    small, weights = _compact(model, Weights.from_variables(variables), options)
+    return small, weights.to_variables()
 
+
+def _compact(
+    model: multitask.MultiTaskModel, weights: Weights, options: building.Options
+) -> tuple[multitask.MultiTaskModel, Weights]:
     traced = tracing.trace(model, weights)
-    streams = ordering.order_streams(traced, multiple)
+    streams = ordering.order_streams(traced, options.multiple)
     widths, written = _build(model, weights, options, traced, streams)
-    return model.clone(widths=widths), written.to_variables()
+    small = model.clone(widths=widths)
+    # A constant folded into a convolution can be zero there: then the heads that read its raw output need less of it.
+    if widths != model.widths and any(np.any(tracing.zero_features(written, point)) for point in set(model.points())):
+        return _compact(small, written, options)
+    return small, written
 
 
 def choose_tasks(tasks: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

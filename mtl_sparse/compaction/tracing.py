@@ -103,7 +103,7 @@ def trace(model: multitask.MultiTaskModel, weights: Weights) -> Traced:
     """
     layers, places = model.layers(), resnet.places(model.depth)
     heads = tuple(
-        _trace_head(weights, f"head_{task}", head, _zero_features(weights, point))
+        _trace_head(weights, f"head_{task}", head, zero_features(weights, point))
         for (task, *_), head, point in zip(model.heads, layers.heads, model.points(), strict=True)
     )
     readers = _HeadReaders(model.points(), layers.heads, heads)
@@ -137,7 +137,7 @@ def branches(head: widths_lib.Head) -> list[tuple[str, slice]]:
     ]
 
 
-def _zero_features(weights: Weights, point: str) -> Mask | None:
+def zero_features(weights: Weights, point: str) -> Mask | None:
     """Return which features at an attachment point are zero because their filter is; None where a BatchNorm follows."""
     kernel = weights.params.get(f"backbone/{point.removesuffix(':raw')}/kernel") if point.endswith(":raw") else None
     return None if kernel is None else ~np.any(kernel != 0, (0, 1, 2))

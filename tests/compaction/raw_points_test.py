@@ -113,6 +113,9 @@ def test_heads_of_dead_convolutions():
     assert set(backbone) == {"layer3_1"}, "no layer is needed before the map of ones"
     assert backbone["layer3_1"]["conv2"]["kernel"].shape[2] == 1, "it reads a map of ones"
     multitask_test.check_outputs_and_idempotence(18, 2, 0.3, "backbone", dead, 4, True, places(18, attach))
+    # The constant that is folded into a convolution is zero after the ReLU, and the head of its raw output is constant.
+    attach = ("layer1_0/conv2:raw", "layer1_1/conv1:raw", "layer1_1/conv2:raw")
+    multitask_test.check_outputs_and_idempotence(18, 5480, 0.9, "backbone", [], 1, False, places(18, attach))
 
 
 def test_compacting_twice_changes_nothing_and_widths_are_multiples():

@@ -125,7 +125,7 @@ def test_a_head_reads_a_convolution_before_its_batch_norm_and_relu():
             block, _, layer = point.partition("/")
             conv, _, raw = layer.partition(":")
             expected = inside[block][conv if raw else f"bn{conv[-1]}"]["__call__"][0]
-            np.testing.assert_allclose(found[point], expected if raw else nn.relu(expected), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found[point], expected if raw else nn.relu(expected), atol=1e-4)
 
 
 def test_attachment_points_are_in_the_order_of_the_network():
