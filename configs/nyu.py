@@ -149,8 +149,9 @@ def get_config() -> ml_collections.ConfigDict:
             drop_taps=True,  # also remove kernel taps of atrous convolutions that only meet padding at data.size
         ),
         # --job=lomt: a layer is active in a run if more than the fraction `active` of its groups is non-zero; a task
-        # keeps the layers that are active in at least the fraction `vote` of its runs.
-        lomt=create(active=0.01, vote=1.0),
+        # keeps the layers that are active in at least the fraction `vote` of its runs. raw=True attaches heads before the
+        # BatchNorm of the deepest layer kept ("layer3_3/conv1:raw"), as the reference implementation; False after it.
+        lomt=create(active=0.01, vote=1.0, raw=False),
         benchmark=create(batch_sizes=(1, 16), rounds=20),  # of --job=benchmark: batch sizes, timings of each
         export=create(
             format="stablehlo",  # or "onnx"
