@@ -23,7 +23,7 @@ from mtl_sparse.training import config as config_lib
 
 
 def choose(
-    runs: Sequence[Mapping[str, float]], depth: int, active: float, vote: float
+    runs: Sequence[Mapping[str, float]], depth: int, active: float, vote: float, raw: bool = False
 ) -> tuple[str, str, tuple[str, ...]]:
     """Return (layer, attachment point, layers that are kept) of a task.
 
@@ -32,6 +32,7 @@ def choose(
       depth: of the ResNet.
       active: a layer is active in a run if more than this fraction of its groups is non-zero (0.01 in the paper).
       vote: a layer is kept if it is active in at least this fraction of the runs (1 in the paper: all).
+      raw: see `point_of`.
 
     Raises:
       UserError: LOMT_NO_LAYER if no layer is kept.
@@ -45,12 +46,19 @@ def choose(
             f"expected a layer with more than {active:g} of its groups left in {vote:.0%} of {len(runs)} runs, got "
             "none; train with a smaller sparsity.lambda_, or lower lomt.vote",
         )
-    return kept[-1], point_of(kept[-1], depth), kept
+    return kept[-1], point_of(kept[-1], depth, raw), kept
 
 
-def point_of(layer: str, depth: int) -> str:
-    """Return the attachment point of a conv layer: for a block's last layer and shortcut, the output of the block."""
-    if layer in resnet.points(depth):
+def point_of(layer: str, depth: int, raw: bool = False) -> str:
+    """Return the attachment point of a conv layer: for a block's last layer and shortcut, the output of the block.
+
+    With `raw`, it is the layer's own output, before BatchNorm and ReLU, as in the reference implementation. Shortcuts
+    and the stem have no such point.
+    """
+    points = resnet.points(depth)
+    if raw and f"{layer}:raw" in points:
+        return f"{layer}:raw"
+    if layer in points:
         return layer
     block, inner, _ = layer.partition("/")
     return block if inner else "stem"
@@ -97,7 +105,7 @@ def _choice(config, task: str, found: study.Study, where: str) -> Choice:
             f"expected runs of {task} with the layers of model.depth={depth}, got a ResNet-{theirs['depth']}{kind}",
         )
     runs = [_active(run) for run in row.runs.values()]
-    layer, point, kept = choose(runs, depth, config.lomt.active, config.lomt.vote)
+    layer, point, kept = choose(runs, depth, config.lomt.active, config.lomt.vote, config.lomt.raw)
     active = {name: tuple(run[name] for run in runs) for name in sorted(runs[0], key=layer_names.network_order)}
     return Choice(layer, point, kept, active, tuple(map(str, row.folders.values())))
 

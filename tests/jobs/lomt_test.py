@@ -67,6 +67,10 @@ def test_where_a_layers_output_is_read():
     assert lomt.point_of("layer3_1/conv2", 18) == "layer3_1", "a basic block's last"
     assert lomt.point_of("layer2_0/downsample_conv", 50) == "layer2_0"
     assert lomt.point_of("stem_conv2", 50) == "stem"
+    assert lomt.point_of("layer3_3/conv1", 50, raw=True) == "layer3_3/conv1:raw"
+    assert lomt.point_of("layer3_3/conv3", 50, raw=True) == "layer3_3/conv3:raw", "before the sum with the shortcut"
+    assert lomt.point_of("layer2_0/downsample_conv", 50, raw=True) == "layer2_0"
+    assert lomt.point_of("stem_conv2", 50, raw=True) == "stem"
 
 
 def test_choices_of_single_task_runs(singles, tmp_path):
@@ -80,6 +84,9 @@ def test_choices_of_single_task_runs(singles, tmp_path):
     assert choices["depth"].active["layer3_3/conv2"] == pytest.approx((0.01, 0.03))
     config.lomt.vote = 0.5
     assert lomt.read_choices(config, singles)["depth"].layer == "layer3_3/conv2"
+    config.lomt.raw = True
+    raw = [choice.point for choice in lomt.read_choices(config, singles).values()]
+    assert raw == ["layer4_2/conv3:raw", "layer3_3/conv2:raw", "layer3_3/conv1:raw"]
 
 
 def test_the_job_writes_the_choice_and_trains_with_it_and_without(singles, tmp_path, monkeypatch, capsys):
