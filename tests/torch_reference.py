@@ -3,9 +3,11 @@
     pip install -e '.[test,torch]' && python -m tests.torch_reference
 
 writes data/torch_reference.npz: names and shapes of the state dictionaries, outputs for weights drawn by name, and the
-losses of the first training steps from PyTorch's own initial weights.
+losses of the first training steps from PyTorch's own initial weights; and data/torch_lomt.npz, the first two for models
+whose heads read convolutions inside the backbone.
 """
 
+import functools
 import json
 
 import numpy as np
@@ -120,25 +122,40 @@ class Model(nn.Module):
     """Shared backbone with one decoder per task, with the state_dict keys of the reference implementation."""
 
     def __init__(self, depth: int, tasks: dict[str, tuple[str, int]], width: int = 64, head_features: int = 256,
-                 classifier_padding: int = 1, single: bool = False) -> None:  # fmt: skip
-        """Build the model; `tasks` maps a decoder name to (kind, outputs), kind 'deeplab' or 'classifier'."""
+                 classifier_padding: int = 1, single: bool = False,
+                 reads: dict[str, str] | None = None) -> None:  # fmt: skip
+        """Build the model; `tasks` maps a decoder name to (kind, outputs), kind 'deeplab' or 'classifier'.
+
+        `reads` maps a decoder name to the convolution of the backbone whose output it takes; None is the end.
+        """
         super().__init__()
         if single and len(tasks) != 1:
             raise ValueError("a single-task model takes exactly one task")
         self.backbone = Backbone(depth, width)
         builders = {
-            "deeplab": lambda outputs: deeplab_head(self.backbone.channels, head_features, outputs),
-            "classifier": lambda outputs: ClassifierHead(self.backbone.channels, outputs, classifier_padding),
+            "deeplab": lambda inputs, outputs: deeplab_head(inputs, head_features, outputs),
+            "classifier": lambda inputs, outputs: ClassifierHead(inputs, outputs, classifier_padding),
         }
-        heads = {task: builders[kind](outputs) for task, (kind, outputs) in tasks.items()}
+        self.reads, self.seen = reads, {}
+        inputs = dict.fromkeys(tasks, self.backbone.channels)
+        for task, name in (reads or {}).items():
+            layer = self.backbone.get_submodule(name)
+            inputs[task] = layer.out_channels
+            layer.register_forward_hook(functools.partial(self._see, name))
+        heads = {task: builders[kind](inputs[task], outputs) for task, (kind, outputs) in tasks.items()}
         self.tasks = tuple(heads)
         self.single = single
         self.decoders = heads[self.tasks[0]] if single else nn.ModuleDict(heads)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map images [B, 3, H, W] to each task's raw prediction (no sigmoid, tanh or softmax)."""
-        features = self.backbone(images)
-        return {task: (self.decoders if self.single else self.decoders[task])(features) for task in self.tasks}
+        end = self.backbone(images)
+        features = {task: self.seen[self.reads[task]] if self.reads else end for task in self.tasks}
+        return {task: (self.decoders if self.single else self.decoders[task])(features[task]) for task in self.tasks}
+
+    def _see(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the output of a layer."""
+        self.seen[name] = output.clone()
 
 
 CASES = {
@@ -152,16 +169,45 @@ CASES = {
     "101": (101, {"edge_texture": ("deeplab", 1), "class_smile": ("classifier", 1)}, ((64, 64), (65, 77))),
     "single": (50, {"surface_normal": ("deeplab", 3)}, ((48, 56),)),
 }
+# The same for LOMT, with the convolution that each decoder reads: published choices, and one of another task.
+LOMT_CASES = {
+    "nyu": (
+        50,
+        {
+            "segmentsemantic": ("deeplab", 7),
+            "depth_euclidean": ("deeplab", 1),
+            "surface_normal": ("deeplab", 3),
+            "edge_texture": ("deeplab", 1),
+        },
+        ((64, 64), (65, 77)),
+    ),
+    "faces": (
+        50,
+        {"class_lipstick": ("classifier", 1), "class_smile": ("classifier", 1), "class_eyebrows": ("classifier", 1)},
+        ((64, 64),),
+    ),
+    "18": (18, {"depth_euclidean": ("deeplab", 1), "edge_texture": ("deeplab", 1)}, ((65, 77),)),
+}
+LOMT_READS = {
+    "nyu": {
+        "segmentsemantic": "layer3.3.conv1",
+        "depth_euclidean": "layer3.3.conv1",
+        "surface_normal": "layer4.0.conv1",
+        "edge_texture": "layer2.3.conv2",
+    },
+    "faces": {"class_lipstick": "layer3.0.conv2", "class_smile": "layer3.4.conv3", "class_eyebrows": "layer4.2.conv3"},
+    "18": {"depth_euclidean": "layer3.1.conv2", "edge_texture": "layer2.0.conv1"},
+}
 
 
 @torch.no_grad()
-def outputs() -> dict[str, np.ndarray]:
+def outputs(cases: dict, reads: dict) -> dict[str, np.ndarray]:
     """Return the archive's "<case>/shapes", and "<case>/<height>x<width>/<decoder>", NHWC or [B]."""
     from tests.pretrained.reference_test import drawn, images
 
     found = {}
-    for case, (depth, tasks, sizes) in CASES.items():
-        model = Model(depth, tasks, width=8, head_features=16, single=case == "single").eval()
+    for case, (depth, tasks, sizes) in cases.items():
+        model = Model(depth, tasks, width=8, head_features=16, single=case == "single", reads=reads.get(case)).eval()
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         model.load_state_dict({name: torch.from_numpy(value) for name, value in drawn(shapes).items()})
         found[f"{case}/shapes"] = np.array(json.dumps(shapes))
@@ -213,6 +259,8 @@ def first_losses() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
+    from tests.pretrained.lomt_reference_test import PATH as LOMT_PATH
     from tests.pretrained.reference_test import PATH
 
-    np.savez_compressed(PATH, **outputs(), **first_losses())
+    np.savez_compressed(PATH, **outputs(CASES, {}), **first_losses())
+    np.savez_compressed(LOMT_PATH, **outputs(LOMT_CASES, LOMT_READS))

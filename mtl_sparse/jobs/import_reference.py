@@ -21,7 +21,7 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
 
     Args:
       config: all that the checkpoint does not contain, such as the data; its one task is that of a single-task
-        checkpoint.
+        checkpoint. If model.attach is set, it is of config.tasks, which then are those of the checkpoint in any order.
       workdir: the new run's folder.
       checkpoint: file of the weights, see `state_dicts.read`.
 
@@ -29,17 +29,18 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
       The run's folder.
 
     Raises:
-      UserError: FOLDER_IN_USE if the folder holds a run, TASK_HEADS_DIFFER if the checkpoint's heads are not those of
-        the tasks, or as `state_dicts.read` and `reference.from_state_dict`.
+      UserError: FOLDER_IN_USE if the folder holds a run, OPTION_CONFLICT if model.attach is not of config.tasks,
+        TASK_HEADS_DIFFER if the checkpoint's heads are not those of the tasks, or as `state_dicts.read` and
+        `reference.from_state_dict`.
     """
     workdir = pathlib.Path(workdir).expanduser()
     if (workdir / "config.json").exists():
         raise UserError("FOLDER_IN_USE", f"{workdir} holds a run already; give another --workdir")
     task = config.tasks[0] if len(config.tasks) == 1 else None
-    model, variables = reference.from_state_dict(state_dicts.read(checkpoint), task)
+    model, variables = reference.from_state_dict(state_dicts.read(checkpoint), task, _attach(config))
     config = config.copy_and_resolve_references()
     config.tasks = tuple(name for name, *_ in model.heads)
-    config.model.update(depth=model.depth, width=model.width, head_features=model.head_features)
+    config.model.update(depth=model.depth, width=model.width, head_features=model.head_features, attach=model.attach)
     config.model.classifier_features = model.classifier_features
     outputs = {name: count for name, _, count in model.heads}
     config.data.unit_range = True  # as the reference implementation trains
@@ -64,3 +65,15 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
     count = costs.parameter_count(variables)
     logging.info("%s holds a run of %s, with %d parameters", workdir, ", ".join(config.tasks), count)
     return workdir
+
+
+def _attach(config) -> dict[str, str]:
+    """Return the attachment point of each task, {} if config.model.attach does not give them."""
+    points = tuple(config.model.attach)
+    if points and len(points) != len(config.tasks):
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"expected one attachment point for each of config.tasks ({', '.join(config.tasks)}), in their order, got "
+            f"model.attach={points}",
+        )
+    return dict(zip(config.tasks, points, strict=True)) if points else {}

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-from mtl_sparse.models import multitask
+from mtl_sparse.models import multitask, resnet
 from mtl_sparse.pretrained import state_dicts
 from mtl_sparse.runtime.errors import UserError
 
-# Decoder of the reference implementation -> task. Which eyebrows it means is not documented.
+# Decoder of the reference implementation -> task.
 TASKS = {
     "segmentsemantic": "segmentation",
     "surface_normal": "normals",
@@ -19,7 +20,44 @@ TASKS = {
     "class_smile": "attribute:Smiling",
     "class_eyebrows": "attribute:Arched_Eyebrows",
     "class_glasses": "attribute:Eyeglasses",
+    "class_biglips": "attribute:Big_Lips",
+    "class_highcheekbones": "attribute:High_Cheekbones",
+    "class_lipstick": "attribute:Wearing_Lipstick",
 }
+# The published choices of LOMT: (depth, task -> attachment point), on NYU-v2 with ResNet-50 and 101, and on
+# CelebAMask-HQ. The reference implementation names them in its configs, "layer3[3].conv1", not in its checkpoints.
+PUBLISHED: tuple[tuple[int, dict[str, str]], ...] = (
+    (
+        50,
+        {
+            "segmentation": "layer3_3/conv1:raw",
+            "normals": "layer4_0/conv1:raw",
+            "depth": "layer3_3/conv1:raw",
+            "edge": "layer2_3/conv2:raw",
+        },
+    ),
+    (
+        101,
+        {
+            "segmentation": "layer3_4/conv2:raw",
+            "normals": "layer4_0/conv1:raw",
+            "depth": "layer4_0/conv1:raw",
+            "edge": "layer3_22/conv1:raw",
+        },
+    ),
+    (
+        50,
+        {
+            "segmentation": "layer3_5/conv1:raw",
+            "attribute:Male": "layer3_5/conv1:raw",
+            "attribute:Smiling": "layer3_4/conv3:raw",
+            "attribute:Arched_Eyebrows": "layer4_2/conv3:raw",
+            "attribute:Big_Lips": "layer4_0/conv1:raw",
+            "attribute:High_Cheekbones": "layer3_5/conv1:raw",
+            "attribute:Wearing_Lipstick": "layer3_0/conv2:raw",
+        },
+    ),
+)
 
 # Names below a decoder, and below the backbone; see `state_dicts.place`.
 _DEEPLAB: tuple[state_dicts.Rule, ...] = (
@@ -47,38 +85,44 @@ _BACKBONE: tuple[state_dicts.Rule, ...] = (
 
 
 def from_state_dict(
-    state_dict: Mapping[str, np.ndarray], task: str | None = None
+    state_dict: Mapping[str, np.ndarray], task: str | None = None, attach: Mapping[str, str] | None = None
 ) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
     """Convert a checkpoint of the reference implementation to a model and its variables.
 
-    Depth, widths, tasks and outputs are inferred from the tensors. PyTorch is not needed.
+    Depth, widths, tasks and outputs are inferred from the tensors. PyTorch is not needed. A checkpoint of LOMT has the
+    whole backbone, and does not name the layers that its heads read: the layers after the last of them are left out.
 
     Args:
       state_dict: names of the reference implementation (`backbone.stem1.0.weight`,
         `decoders.<task>.0.convs.0.0.weight`, ...) -> arrays, in PyTorch's order of axes.
       task: name of the task here, for a single-task checkpoint, whose decoder has no name. Needed where the number of
         outputs does not imply it.
+      attach: attachment point of each task's head, see `resnet.points`; LOMT's heads read raw points. By default, the
+        end of the backbone if the heads are of its width, or else the one of `PUBLISHED` whose tasks and widths fit.
 
     Returns:
       (model, {"params", "batch_stats"} of float32 NumPy arrays).
 
     Raises:
-      UserError: tensors are missing, unexpected, or of another shape; a decoder or the backbone is unknown; `task` is
-        needed.
+      UserError: tensors are missing, unexpected, or of another shape; a decoder or the backbone is unknown; `task` or
+        `attach` is needed, or `attach` does not fit.
     """
     decoders = _decoders(state_dict)
     heads = {decoder: (task or _infer_task(state_dict)) if decoder == "" else TASKS[decoder] for decoder in decoders}
     tensors: list[state_dicts.Tensor] = []
     unknown: list[str] = []
     for key, value in state_dict.items():
+        if key in TASKS and np.size(value) == 1:
+            continue  # the learned weight of a task's loss
         found = _place(key, np.asarray(value), heads)
         if found is None:
             unknown.append(key)
         else:
             tensors.append(found)
     model = _model(tensors, tuple(heads.values()))
+    model = model.clone(attach=_attach(model, tensors, attach or {}))
     kind = f"a ResNet-{model.depth} of the reference implementation"
-    return model, state_dicts.variables(model, tensors, unknown, kind)
+    return model, state_dicts.variables(model, _needed(model, tensors), unknown, kind)
 
 
 def _decoders(state_dict: Mapping[str, np.ndarray]) -> tuple[str, ...]:
@@ -139,3 +183,80 @@ def _model(tensors: Sequence[state_dicts.Tensor], tasks: Sequence[str]) -> multi
             out = leaves.get(f"params/head_{task}/fc2/kernel")
         heads.append((task, "deeplab" if is_pixel else "classifier", 1 if out is None else out.shape[-1]))
     return multitask.MultiTaskModel(tuple(heads), depth=depth, width=width, **options)
+
+
+def _attach(
+    model: multitask.MultiTaskModel, tensors: Sequence[state_dicts.Tensor], given: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the attachment point of each head; () for the end of the backbone."""
+    leaves = {tensor.path: tensor.value for tensor in tensors}
+    layers = {"deeplab": "aspp0", "classifier": "conv"}
+    reads = {task: leaves.get(f"params/head_{task}/{layers[kind]}/kernel") for task, kind, _ in model.heads}
+    widths = {task: kernel.shape[2] for task, kernel in reads.items() if kernel is not None}
+    if given:
+        _check_attach(model, widths, given)
+        return tuple(given[task] for task, *_ in model.heads)
+    end = _channels(model, resnet.points(model.depth)[-1])
+    if all(width == end for width in widths.values()):
+        return ()
+    found = [
+        choices
+        for depth, choices in PUBLISHED
+        if depth == model.depth
+        and reads.keys() <= choices.keys()
+        and all(_channels(model, choices[task]) == width for task, width in widths.items())
+    ]
+    if len(found) != 1:
+        inside = ", ".join(f"{task} ({width} channels)" for task, width in widths.items())
+        fitting = f"{len(found)} published choices fit" if found else "no published choice fits"
+        raise UserError(
+            "OPTION_MISSING",
+            f"expected attach= with the layer that each head reads, got a checkpoint with heads inside the backbone, "
+            f"{inside}, and {fitting}; give --config.tasks and --config.model.attach, where the reference "
+            "implementation's hook layer3[3].conv1 is layer3_3/conv1:raw",
+        )
+    attach = tuple(found[0][task] for task in reads)
+    logging.info("Attachment points as published: %s", dict(zip(reads, attach, strict=True)))
+    return attach
+
+
+def _check_attach(model: multitask.MultiTaskModel, widths: Mapping[str, int], given: Mapping[str, str]) -> None:
+    """Raise UserError if the given attachment points are not those of the heads."""
+    tasks, points = [task for task, *_ in model.heads], resnet.points(model.depth)
+    if given.keys() != set(tasks):
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"expected an attachment point for each task of the checkpoint ({', '.join(tasks)}), got those of "
+            f"{', '.join(given)}; name the same tasks in --config.tasks and give --config.model.attach in their order",
+        )
+    # Maps have an eighth of the image's size from the convolution with the last stride on.
+    first = "layer2_0/conv2:raw" if resnet.STAGES[model.depth][0] else "layer2_0/conv1:raw"
+    for task, point in given.items():
+        if point not in points[points.index(first) :]:
+            raise UserError(
+                "WEIGHTS_UNSUPPORTED",
+                f"expected attachment points of a ResNet-{model.depth} from {first} on, got {point!r} for {task}; "
+                "heads before it would run at another resolution than those of the reference implementation",
+            )
+        wanted, width = _channels(model, point), widths.get(task)
+        if width not in (None, wanted):
+            raise UserError(
+                "WEIGHTS_DIFFER",
+                f"expected the head of {task} to read the {wanted} channels of {point}, got one that reads {width}; "
+                "give the attachment point that the checkpoint was trained with",
+            )
+
+
+def _channels(model: multitask.MultiTaskModel, point: str) -> int:
+    """Return the number of features at an attachment point."""
+    stem, blocks = resnet.dense(model.depth, model.width, (point,), model.stem)
+    return blocks[-1].features[-1] if blocks else stem.stream
+
+
+def _needed(model: multitask.MultiTaskModel, tensors: Sequence[state_dicts.Tensor]) -> Sequence[state_dicts.Tensor]:
+    """Return the tensors without those of the backbone's layers after the last attachment point."""
+    if not model.attach:
+        return tensors
+    whole = multitask.shapes(resnet.ResNet(model.depth, model.width, model.stem))
+    paths = {path.replace("/", "/backbone/", 1) for path in whole} - multitask.shapes(model).keys()
+    return [tensor for tensor in tensors if tensor.path not in paths]
