@@ -46,7 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
             # torchvision's or timm's ResNet (.npz, or .pth and .safetensors with the extra "torch"). "": random.
             init_from="",
             head_features=256,  # channels of a pixel-level head
-            # For each task, the layer whose output its head takes, such as "layer3_3/conv1"; () is the last one.
+            # For each task, the layer whose output its head takes, such as "layer3_3/conv1", or "layer3_3/conv1:raw" for
+            # the convolution's output before BatchNorm and ReLU, as published; () is the last layer.
             attach=(),
             widths="",  # widths of all layers, written by --job=compact; "": dense, from depth, width, head_features
             dropout=0.3,  # dropout rate of the pixel-level heads
