@@ -4,7 +4,7 @@
 
 Every option that affects a result is here; the other configs change some of them. The defaults are the paper's values,
 except for fixed_norm, anneal_revival, warmup_steps and bias_correction (README, "The method"), and except that early
-stopping ends the whole run instead of single tasks.
+stopping ends the whole run; train.early_stop="tasks" stops single tasks, as in the paper.
 """
 
 import ml_collections
@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
             # torchvision's or timm's ResNet (.npz, or .pth and .safetensors with the extra "torch"). "": random.
             init_from="",
             head_features=256,  # channels of a pixel-level head
-            # For each task, the layer whose output its head takes, such as "layer3_3/conv1", or "layer3_3/conv1:raw" for
+            # For each task, the layer whose output its head takes, such as "layer3_3/conv1", or "layer3_3/conv1:raw",
             # the convolution's output before BatchNorm and ReLU, as published; () is the last layer.
             attach=(),
             widths="",  # widths of all layers, written by --job=compact; "": dense, from depth, width, head_features
@@ -57,8 +57,27 @@ def get_config() -> ml_collections.ConfigDict:
             dtype="float32",  # of the computation; with "bfloat16", parameters and BatchNorm statistics stay float32
         ),
         loss=create(
-            weighting="uncertainty",  # or "equal", or "fixed"
+            # How the tasks are combined (docs/weighting.md): by their losses, "uncertainty", "equal", "fixed", "si",
+            # "uw_so", "dwa", "rlw", "gls", "stch", "imtl_l", "famo"; or by the gradients of the backbone, "gradnorm",
+            # "pcgrad", "mgda", "cagrad", "imtl_g", "nash", "aligned", "fairgrad", "upgrad".
+            weighting="uncertainty",
             weights=(1.0, 1.0, 1.0),  # task weights for "fixed", in the order of tasks
+            # Gradients that the methods by gradients compare: in the backbone's "params", or, in less time, in the
+            # "features" that the heads read.
+            gradients_of="params",
+            # Options of single methods, with their published values.
+            options=create(
+                uw_so_temperature=1.0,
+                dwa_temperature=2.0,
+                stch_mu=1.0,
+                stch_warmup_epochs=4,  # epochs before the one that measures the losses to compare with
+                famo_learning_rate=0.025,
+                famo_weight_decay=1e-3,
+                gradnorm_alpha=1.5,
+                gradnorm_learning_rate=0.025,
+                cagrad_c=0.4,
+                fairgrad_alpha=2.0,
+            ),
             label_smoothing=0.1,  # of the segmentation
             pos_weight=1.0,  # loss weight of images that have an attribute, relative to those that do not
             threshold=0.5,  # probability from which an image is predicted to have an attribute
@@ -136,7 +155,11 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=16,  # of all devices together
             eval_batch_size=16,
             epochs=1000,
-            early_stop_epochs=25,  # epochs without a better validation score before the run stops; 0: never
+            # Epochs without improvement before an early stop; 0: never. "run": the score of all tasks has not improved,
+            # and the run stops. "tasks", as in the paper: the loss of one task has not improved; the task leaves the
+            # objective, its head is frozen, and the run ends when all tasks have stopped.
+            early_stop_epochs=25,
+            early_stop="run",
             # Number of training images, in one batch, whose BatchNorm statistics replace the running statistics for
             # validation and in the best checkpoint; small batches bias the latter (docs/results.md). 0: running ones.
             bn_frames=0,
@@ -150,8 +173,8 @@ def get_config() -> ml_collections.ConfigDict:
             drop_taps=True,  # also remove kernel taps of atrous convolutions that only meet padding at data.size
         ),
         # --job=lomt: a layer is active in a run if more than the fraction `active` of its groups is non-zero; a task
-        # keeps the layers that are active in at least the fraction `vote` of its runs. raw=True attaches heads before the
-        # BatchNorm of the deepest layer kept ("layer3_3/conv1:raw"), as the reference implementation; False after it.
+        # keeps the layers that are active in at least the fraction `vote` of its runs. raw=True attaches heads before
+        # the BatchNorm of the deepest layer kept ("layer3_3/conv1:raw"), as the reference implementation.
         lomt=create(active=0.01, vote=1.0, raw=False),
         benchmark=create(batch_sizes=(1, 16), rounds=20),  # of --job=benchmark: batch sizes, timings of each
         export=create(

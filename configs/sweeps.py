@@ -17,6 +17,7 @@ import ml_collections
 
 from configs import celebamask_hq, demo, demo_faces, nyu, nyu_cpu
 from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.tasks.weighting import NAMES as WEIGHTINGS
 
 Options = dict[str, Any]  # dotted path -> value
 
@@ -150,6 +151,20 @@ def groups(small: bool) -> list[Options]:
     return [{"sparsity.target": 0.0} | row | {"seed": seed} for seed in range(3) for row in rows]
 
 
+def weighting(small: bool) -> list[Options]:
+    """Return every weighting, dense and at target 0.7, and dense single-task runs, which the gains refer to.
+
+    Three seeds (demo: two), which vary slowest, so that each part of the sweep compares all methods. "fixed" is left
+    out, because its weights would have to be chosen.
+    """
+    dense: Options = {"sparsity.target": 0.0, "sparsity.lambda_": 0.0}
+    sparse: Options = {"sparsity.target": 0.7, "sparsity.lambda_": 1e-4 if small else 1e-5}
+    names = ["equal", *(name for name in WEIGHTINGS if name not in ("equal", "fixed"))]
+    rows = [form | {"loss.weighting": name} for form in (dense, sparse) for name in names]
+    single = [dense | {"loss.weighting": "equal", "tasks": tasks} for tasks in TABLE1[:3]]
+    return [row | {"seed": seed} for seed in range(2 if small else 3) for row in rows[:1] + single + rows[1:]]
+
+
 def _shrink(config: ml_collections.ConfigDict, frames: int, size: tuple[int, int]) -> ml_collections.ConfigDict:
     """Return a demo's config at the size of a run of a sweep, with a fixed lambda, which the sweep sets."""
     config.sparsity.update(target=0.0, start_at=0.0, warmup=0.0, warmup_steps=20)
@@ -212,6 +227,7 @@ SWEEPS = {
     "fidelity": (fidelity, NYU),
     "paper_baseline": (paper_baseline, NYU),
     "groups": (groups, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
+    "weighting": (weighting, NYU),
     "evidence": (evidence, NYU | {":cpu": nyu_cpu.get_config}),
 }
 
@@ -234,7 +250,7 @@ def _lookup(name: str) -> tuple[Callable[[bool], list[Options]], Callable[[], ml
 
 
 def trials(name: str) -> list[dict]:
-    """Return the options of each trial of a sweep; the seed varies fastest, but slowest in `groups`.
+    """Return the options of each trial of a sweep; the seed varies fastest, but slowest in `groups` and `weighting`.
 
     Args:
       name: a sweep as after --config=configs/sweeps.py:, such as "table1" or "table1:demo".

@@ -16,6 +16,7 @@ from mtl_sparse.report import plots, tables
 from mtl_sparse.report.schema import CompactLayer, Results
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.tasks import weighting
 from mtl_sparse.training import checkpoints, evaluation, results
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
@@ -87,7 +88,10 @@ def _write_run(best, workdir, folder):
     opt_state = jax.device_get(small.tx.init(jax.tree.map(jnp.asarray, params)))
     inner = opt_state.inner_state._replace(control=best.state.opt_state.inner_state.control)
     state = best.state.replace(
-        params=params, batch_stats=variables["batch_stats"], opt_state=opt_state._replace(inner_state=inner)
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=opt_state._replace(inner_state=inner),
+        weighting=weighting.of_tasks(config.loss.weighting, best.state.weighting, best.tasks, best.run.config.tasks),
     )
     with contextlib.closing(checkpoints.Checkpoints(folder)) as saved:
         for kind in checkpoints.KINDS:  # a run that has ended: --job=train evaluates it, and trains nothing

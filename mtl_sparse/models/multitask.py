@@ -71,16 +71,26 @@ class MultiTaskModel(nn.Module):
     widths: widths_lib.Widths | None = None
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"], train: bool = False) -> dict[str, Float[Array, "B ..."]]:
+    def __call__(
+        self,
+        images: Float[Array, "B H W 3"],
+        train: bool = False,
+        *,
+        only_features: bool = False,
+        features: Sequence[Float[Array, "B h w C"]] | None = None,
+    ) -> Any:
         """Map images to the raw prediction of each task.
 
         Args:
           images: normalized images, float32.
           train: whether to apply dropout and to normalize by the statistics of the batch.
+          only_features: whether to return the features that each head reads instead, without running the heads.
+          features: those features, to run the heads alone.
 
         Returns:
           {task: raw prediction}, before upsampling and the task's activation (see `mtl_sparse.tasks.activations`):
-          [B, H/8, W/8, outputs] of a pixel-level task, logits [B] of an attribute.
+          [B, H/8, W/8, outputs] of a pixel-level task, logits [B] of an attribute. With `only_features`, a tuple of
+          the features of each head, [B, H/8, W/8, C].
         """
         shared: dict[str, Any] = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
         layers = self.layers()
@@ -93,17 +103,18 @@ class MultiTaskModel(nn.Module):
             points=self.points(),
             name="backbone",
         )
+        read_features: Any = backbone(images, train) if features is None else features
+        if only_features:
+            return read_features
         outputs = {}
-        for (task, kind, channels), head, features in zip(
-            self.heads, layers.heads, backbone(images, train), strict=True
-        ):
+        for (task, kind, channels), head, read in zip(self.heads, layers.heads, read_features, strict=True):
             own: dict[str, Any] = {"features": self.head_features, "dropout": self.dropout}
             if kind == "classifier":
                 own = {"features": self.classifier_features, "dropout": self.classifier_dropout}
             if head:
                 own["widths"] = head
             module = HEADS[kind](channels, **own, **shared, name=f"head_{task}")
-            raw = module(features, train)
+            raw = module(read, train)
             # A prediction that does not depend on the images is computed once for all of them.
             outputs[task] = jnp.broadcast_to(raw, (images.shape[0], *raw.shape[1:]))
         return outputs

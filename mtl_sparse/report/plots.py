@@ -76,6 +76,9 @@ def curves(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
         for split, color in (("train", "#9aa5b1"), ("validation", _LEFT)):
             steps, values = metrics[split][f"{task}/loss"]
             above.plot(steps, values, color=color, label=split, marker="." if len(steps) < 3 else None)
+        if f"{task}/stopped" in metrics["validation"]:
+            stopped = metrics["validation"][f"{task}/stopped"][0][0]
+            above.axvline(stopped, color="#8e44ad", linestyle="--", label=f"head frozen from step {stopped:.0f}")
         above.set_title(task)
         above.set_ylabel("loss")
         above.legend(frameon=False)

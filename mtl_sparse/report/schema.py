@@ -21,8 +21,24 @@ VERSION = 1  # of every kind of file; when a key changes, raise it and extend `m
 # Targets of what compaction leaves: option of config.sparsity, name in `ModelSize`, name in texts.
 SIZE_TARGETS = (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters"))
 # Options that are on by default, and what runs did that were made before these options existed.
-_EARLIER_OPTIONS = {
-    "sparsity": {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
+_EARLIER_OPTIONS: dict[str, dict[str, Any]] = {
+    "sparsity": {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0},
+    "train": {"early_stop": "run"},
+    "loss": {
+        "gradients_of": "params",
+        "options": {
+            "uw_so_temperature": 1.0,
+            "dwa_temperature": 2.0,
+            "stch_mu": 1.0,
+            "stch_warmup_epochs": 4,
+            "famo_learning_rate": 0.025,
+            "famo_weight_decay": 1e-3,
+            "gradnorm_alpha": 1.5,
+            "gradnorm_learning_rate": 0.025,
+            "cagrad_c": 0.4,
+            "fairgrad_alpha": 2.0,
+        },
+    },
 }
 
 
@@ -172,6 +188,7 @@ class Results(Schema):
       sparsity: of the best checkpoint.
       size: of the model; None in files of early runs.
       step: step of the best checkpoint.
+      stopped: task -> step after which it was no longer trained, of the tasks that had stopped by then; None if none.
       seed: seed of the run.
       frames: split -> number of images.
       config: the run's config.json.
@@ -192,6 +209,7 @@ class Results(Schema):
     config: dict[str, Any]
     versions: dict[str, str]
     device: str
+    stopped: dict[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +376,8 @@ def migrate(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_earlier_options(config):
     """Return a config with the options that it was made before."""
-    return {**config, **{name: options | dict(_object(config, name)) for name, options in _EARLIER_OPTIONS.items()}}
+    earlier = {name: options for name, options in _EARLIER_OPTIONS.items() if name in config}
+    return {**config, **{name: options | dict(_object(config, name)) for name, options in earlier.items()}}
 
 
 def _results_of_version_0(value):

@@ -40,6 +40,16 @@ RANGES = {
     "loss.label_smoothing": Range(0, below=1),
     "loss.pos_weight": Range(0),
     "loss.threshold": Range(0, below=1),
+    "loss.options.uw_so_temperature": Range(0),
+    "loss.options.dwa_temperature": Range(0),
+    "loss.options.stch_mu": Range(0),
+    "loss.options.stch_warmup_epochs": Range(0),
+    "loss.options.famo_learning_rate": Range(0),
+    "loss.options.famo_weight_decay": Range(0),
+    "loss.options.gradnorm_alpha": Range(0),
+    "loss.options.gradnorm_learning_rate": Range(0),
+    "loss.options.cagrad_c": Range(0, below=1),
+    "loss.options.fairgrad_alpha": Range(0),
     "model.bn_momentum": Range(0, below=1),
     "model.dropout": Range(0, below=1),
     "model.head_features": Range(1),
@@ -108,7 +118,7 @@ def check(config) -> None:
     _check_classifier(config.model)
     _check_train(config)
     optimizer.check(config)
-    weighting.check(config.loss.weighting, config.loss.weights, config.tasks)
+    weighting.check(config.loss, config.tasks, config.model.attach)
     compact_tasks(config)
 
 
@@ -178,6 +188,10 @@ def _check_train(config):
     sizes = tuple(config.benchmark.batch_sizes)
     if min(sizes, default=0) < 1:
         raise UserError("OPTION_OUT_OF_RANGE", f"benchmark.batch_sizes={sizes}: expected integers of at least 1")
+    if config.train.early_stop not in ("run", "tasks"):
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE", f"train.early_stop={config.train.early_stop!r}: expected 'run' or 'tasks'"
+        )
     devices = jax.device_count()
     if config.train.batch_size % devices:
         raise UserError(

@@ -155,8 +155,10 @@ class Evaluator:
         totals = (_total(self._step(variables, loader.shard(batch)), batch) for batch in batches)
         return _values(self._run.tasks, totals, labelled)
 
-    def with_statistics(self, state: TrainState) -> TrainState:
+    def with_statistics(self, state: TrainState, frozen: Sequence[str] = ()) -> TrainState:
         """Return the state with BatchNorm's statistics of train.bn_frames images; 0 keeps the running ones.
+
+        The heads of the tasks in `frozen` keep theirs.
 
         Running statistics average those of small batches, whose normalization narrows what later layers see, so that
         the evaluated model sees wider inputs. The statistics of one large batch fit it (Wu & Johnson 2021, arXiv
@@ -165,7 +167,8 @@ class Evaluator:
         if not self._run.config.train.bn_frames:
             return state
         measure, images = self._statistics
-        return state.replace(batch_stats=measure(state.variables, images))
+        kept = {name: value for name, value in state.batch_stats.items() if name.removeprefix("head_") in frozen}
+        return state.replace(batch_stats={**measure(state.variables, images), **kept})
 
     @functools.cached_property
     def _statistics(self):

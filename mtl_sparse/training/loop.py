@@ -15,7 +15,7 @@ from input_pipeline import loader
 from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.sparsity import stats
-from mtl_sparse.tasks import Task
+from mtl_sparse.tasks import Task, weighting
 from mtl_sparse.training import groups, metric_log, optimizer, state
 from mtl_sparse.training.checkpoints import Checkpoints
 from mtl_sparse.training.evaluation import Evaluator
@@ -37,6 +37,9 @@ class Progress:
       stopped: whether early stopping has ended the run.
       skipped: steps that were not finite, see config.run.skip_not_finite.
       skipped_in_a_row: those since the last finite step.
+      task_best: lowest validation loss of each task so far; with train.early_stop "tasks".
+      task_stale: epochs since then.
+      task_stopped: task -> step after which it was no longer trained.
       pending: (step, scalars) of the steps since the last line of metrics.jsonl.
     """
 
@@ -46,7 +49,14 @@ class Progress:
     stopped: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
+    task_best: dict[str, float] = dataclasses.field(default_factory=dict)
+    task_stale: dict[str, int] = dataclasses.field(default_factory=dict)
+    task_stopped: dict[str, int] = dataclasses.field(default_factory=dict)
     pending: list = dataclasses.field(default_factory=list)
+
+    def trained(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks that have not stopped."""
+        return [task for task in tasks if task.name not in self.task_stopped]
 
 
 def validation_score(values: Mapping[str, float], tasks: Sequence[Task]) -> float:
@@ -70,7 +80,7 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
     start = int(current.step)
     if start >= run.total_steps or progress.stopped:
         return
-    step_fn = make_train_step(run)
+    step_fn = make_train_step(run, progress.trained(run.tasks))
     current = loader.replicate(current)
     with contextlib.ExitStack() as stack:
         opened = []
@@ -91,12 +101,16 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
             if epoch_ends or saves or step % run.config.run.log_every_steps == 0:
                 _write_pending(run, log, progress, saved)
             if epoch_ends:
+                before = len(progress.task_stopped)
                 current = _validate(run, evaluator, log, progress, saved, step, current)
+                if len(progress.task_stopped) > before and not progress.stopped:
+                    step_fn = make_train_step(run, progress.trained(run.tasks))
             if epoch_ends or saves:
                 _save(saved, "latest", step, current, progress)
             if progress.stopped:
+                what = "score" if run.config.train.early_stop == "run" else "loss of any task"
                 logging.info(
-                    "Stopping early: no better validation score for %d epochs", run.config.train.early_stop_epochs
+                    "Stopping early: no better validation %s for %d epochs", what, run.config.train.early_stop_epochs
                 )
                 break
             if asked_to_stop(step) and step < run.total_steps:
@@ -120,6 +134,9 @@ def _log_start(run, start):
         "Training %d steps (%d epochs of %d images) on %d device(s); the first step compiles",
         run.total_steps - start, run.config.train.epochs, len(run.data.train), jax.device_count(),
     )  # fmt: skip
+    name = run.config.loss.weighting
+    if name in weighting.BY_GRADIENTS and len(run.tasks) == 1:
+        logging.info("With one task there are no gradients to weigh: loss.weighting=%s is the same as equal", name)
     if run.settled_step > start:
         logging.info("The best checkpoint will be one from step %d on, when the sparsity is settled", run.settled_step)
 
@@ -136,7 +153,7 @@ def _save(saved, kind, step, current, progress):
 
 
 def _stop(run, saved, step, current, progress):
-    _fetch(progress.pending, saved)
+    _fetch(progress.pending, saved, run.config.loss.weighting)
     _save(saved, "latest", step, current, progress)
     processes.on_first(saved.wait)  # no process ends before the checkpoint is written
     raise Stopped(f"stopped at step {step} of {run.total_steps}, as asked; run the same command to resume")
@@ -144,7 +161,7 @@ def _stop(run, saved, step, current, progress):
 
 def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState:
     """End an epoch: evaluate on the validation split, log, and save the best checkpoint; returns the state."""
-    evaluated = evaluator.with_statistics(current)
+    evaluated = evaluator.with_statistics(current, frozen=tuple(progress.task_stopped))
     values = evaluator(evaluated.variables, "validation", require_labels=True)
     score = validation_score(values, run.tasks)
     if not math.isfinite(score):
@@ -157,16 +174,46 @@ def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState
         "sparsity/weight": sparsity.weight,
         **{f"sparsity/{name}": value for name, value in groups.left(run.config, current.params).items()},
     }
+    values |= {f"{name}/stopped": 1.0 for name in progress.task_stopped}
     if log:
         log.write(step, "validation", values)
     improved, current = _end_epoch(run, progress, step, score, current)
+    if run.config.train.early_stop == "tasks":
+        current = _stop_tasks(run, progress, step, values, current, evaluated)
     _log_epoch(run, step, values, sparsity, float(optimizer.lambda_(current.opt_state)), improved)
     if improved:
         _save(saved, "best", step, current.replace(batch_stats=evaluated.batch_stats), progress)
     return current
 
 
-def _fetch(pending, saved):
+def _stop_tasks(run, progress: Progress, step: int, values, current, evaluated) -> TrainState:
+    """Stop the tasks whose validation loss has not improved for their patience, as in the paper; end the run with them.
+
+    The head of a task that has stopped keeps its parameters, and the statistics of BatchNorm that it was last evaluated
+    with. The best checkpoint is still chosen by the score of all tasks.
+    """
+    patience = run.config.train.early_stop_epochs
+    for task in progress.trained(run.tasks):
+        name, loss = task.name, values[f"{task.name}/loss"]
+        if not _settled(run, progress, step) or loss < progress.task_best.get(name, math.inf):
+            progress.task_best[name] = loss if _settled(run, progress, step) else math.inf
+            progress.task_stale[name] = 0
+            continue
+        progress.task_stale[name] = progress.task_stale.get(name, 0) + 1
+        if progress.task_stale[name] >= patience > 0:
+            progress.task_stopped[name] = step
+            head = {key: value for key, value in evaluated.batch_stats.items() if key == f"head_{name}"}
+            current = current.replace(batch_stats={**current.batch_stats, **head})
+            left = ", ".join(task.name for task in progress.trained(run.tasks)) or "none"
+            logging.info(
+                "Task %s stops at step %d: no better validation loss for %d epochs; still trained: %s",
+                name, step, patience, left,
+            )  # fmt: skip
+    progress.stopped = len(progress.task_stopped) == len(run.tasks)
+    return current
+
+
+def _fetch(pending, saved, weighting_name=""):
     """Convert the scalars of `pending` to numbers and check that they are finite, except in skipped steps.
 
     The loss of a task without a label in the batch is NaN while the combined loss is finite.
@@ -176,6 +223,13 @@ def _fetch(pending, saved):
         wrong = [f"{name}={value}" for name, value in row.items() if not math.isfinite(value)]
         unlabeled = all(name.partition("=")[0].endswith("/loss") for name in wrong)
         if wrong and not unlabeled and not row.get("skipped"):
+            zero = [name.removesuffix("/loss") for name, value in row.items() if name.endswith("/loss") and value == 0]
+            if weighting_name in weighting.NEED_POSITIVE and zero:
+                raise UserError(
+                    "LOSS_NOT_POSITIVE",
+                    f"loss.weighting={weighting_name!r} needs losses above 0, got 0 for {', '.join(zero)} at step "
+                    f"{step}; use another weighting, such as 'equal', or remove the task",
+                )
             raise _not_finite(step, wrong, saved)
 
 
@@ -197,7 +251,7 @@ def _write_pending(run, log, progress: Progress, saved):
     """
     if not progress.pending:
         return
-    _fetch(progress.pending, saved)
+    _fetch(progress.pending, saved, run.config.loss.weighting)
     rows = []
     for step, row in progress.pending:
         if row.pop("skipped", 0):
@@ -227,9 +281,7 @@ def _end_epoch(run, progress: Progress, step: int, score: float, current):
     Returns:
       (whether this checkpoint is the best so far, the state).
     """
-    config = run.config
-    taken = step - progress.skipped  # the optimizer's count, which its phases follow
-    settled = taken >= run.settled_step or step >= run.total_steps
+    config, settled = run.config, _settled(run, progress, step)
     improved = settled and score < progress.best
     if improved or not settled:
         progress.best, progress.stale_epochs, progress.plateau_epochs = score if improved else math.inf, 0, 0
@@ -242,8 +294,15 @@ def _end_epoch(run, progress: Progress, step: int, score: float, current):
             current.opt_state, config.optimizer.plateau_factor, config.optimizer.min_learning_rate
         )
         current = current.replace(opt_state=opt_state)
-    progress.stopped = settled and 0 < config.train.early_stop_epochs <= progress.stale_epochs
+    if config.train.early_stop == "run":
+        progress.stopped = settled and 0 < config.train.early_stop_epochs <= progress.stale_epochs
     return improved, current
+
+
+def _settled(run, progress, step):
+    """Return whether the sparsity is as the options ask, so that a checkpoint may be the best one."""
+    taken = step - progress.skipped  # the optimizer's count, which its phases follow
+    return taken >= run.settled_step or step >= run.total_steps
 
 
 def _log_epoch(run, step, values, sparsity, lambda_, improved):

@@ -133,6 +133,7 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
         config=json.loads(config.to_json()),
         versions={name: _version(name) for name in _VERSIONED},
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        stopped=best.progress.get("task_stopped") or None,
     )
 
 

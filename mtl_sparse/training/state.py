@@ -23,12 +23,14 @@ class TrainState(flax.struct.PyTreeNode):
       params: {"model": the model's parameters, "weighting": learned loss weights}.
       batch_stats: BatchNorm's running statistics.
       opt_state: state of `optimizer.build`.
+      weighting: state of the weighting, such as loss histories; {} if it has none.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    weighting: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -69,8 +71,12 @@ def shapes(run: Run) -> TrainState:
 def _initial(run, key):
     height, width = run.config.data.size
     variables = run.model.init(key, jnp.zeros((1, height, width, 3)))
-    params = {
-        "model": variables["params"],
-        "weighting": weighting.init(run.config.loss.weighting, [task.name for task in run.tasks]),
-    }
-    return TrainState(jnp.zeros([], jnp.int32), params, variables.get("batch_stats", {}), run.tx.init(params))
+    name, tasks = run.config.loss.weighting, [task.name for task in run.tasks]
+    params = {"model": variables["params"], "weighting": weighting.init(name, tasks)}
+    return TrainState(
+        jnp.zeros([], jnp.int32),
+        params,
+        variables.get("batch_stats", {}),
+        run.tx.init(params),
+        weighting.start(name, tasks),
+    )

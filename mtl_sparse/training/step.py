@@ -1,8 +1,9 @@
 """One training step as a pure function, and compiled for all devices."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 
 from mtl_sparse.models import multitask
 from mtl_sparse.tasks import Task, labels, weighting
+from mtl_sparse.tasks.weighting import by_gradients, by_losses
 from mtl_sparse.training import optimizer
 from mtl_sparse.training.setup import AXIS, Run
 from mtl_sparse.training.state import TrainState
@@ -26,71 +28,250 @@ def train_step(
     tx: optax.GradientTransformation,
     loss_config: Any,
     skip_not_finite: bool = False,
+    steps_per_epoch: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one step on one device; to be pmapped over `AXIS`.
 
     Args:
       state: the same on every device.
       batch: this device's part of the global batch, {"image": [B, H, W, 3], label: [B, H, W, ...] or [B]}.
-      seed: seed of the dropout; an argument, so that runs with different seeds share one compiled program.
+      seed: seed of the dropout and of random weights; an argument, so that runs with different seeds share one compiled
+        program.
       model: the model.
-      tasks: the tasks to train.
+      tasks: the tasks to train. Heads of the model without one stay as they are.
       tx: the optimizer.
       loss_config: config.loss.
       skip_not_finite: whether a step whose loss or gradient is not finite changes nothing but the step count.
+      steps_per_epoch: steps of an epoch, for weightings that depend on it.
 
     Returns:
-      (state, {"loss", "grad_norm", "learning_rate", "lambda", "<task>/loss", ...}): scalars over the global batch. The
-      loss of a task without a label in the batch is NaN. With skip_not_finite, "skipped" is 1 if the step was skipped.
+      (state, {"loss", "grad_norm", "learning_rate", "lambda", "<task>/loss", ...}): scalars over the global batch.
+      With a weighting by gradients, "loss" is the sum of the tasks' losses. The loss of a task without a label in the
+      batch is NaN. With skip_not_finite, "skipped" is 1 if the step was skipped.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-    def total_loss(params):
-        raw, updates = model.apply(
-            {"params": params["model"], "batch_stats": state.batch_stats},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
-        losses, counts = {}, {}
-        for task in tasks:
-            loss, valid = task.elementwise(raw[task.name], labels.strided(batch[task.label]))
-            total, counts[task.name] = jax.lax.psum((jnp.sum(loss), jnp.sum(valid)), AXIS)
-            losses[task.name] = total / jnp.maximum(counts[task.name], 1)
-        weights = tuple(loss_config.weights)
-        combined = weighting.combine(loss_config.weighting, params["weighting"], losses, weights, counts)
-        return combined, (losses, counts, updates["batch_stats"])
-
-    (loss, (losses, counts, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
-    if jax.lax.axis_size(AXIS) > 1:  # with one device it would be a copy
-        # psum makes the losses sums over all devices, so each device's gradient counts the losses of the others, too.
-        grads = jax.lax.pmean(grads, AXIS)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # Adam's momentum would change the loss weight of a task that has no label in this batch.
-    old = state.params["weighting"]
-    kept = {task: jnp.where(counts[task] > 0, value, old[task]) for task, value in params["weighting"].items()}
-    params = {**params, "weighting": kept}
+    step = _Step(model, tuple(tasks), loss_config, state, batch, key, steps_per_epoch)
+    by_gradient = weighting.needs_gradients(loss_config.weighting, tasks)
+    found = _by_gradients(step) if by_gradient else _by_losses(step)
+    updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
+    params = _with_frozen(step, optax.apply_updates(state.params, updates), found.labeled)
+    batch_stats = {**state.batch_stats, **{name: found.batch_stats[name] for name in step.parts(found.batch_stats)}}
     scalars = {
-        "loss": loss,
+        "loss": found.loss,
         # Not optax.tree.norm: XLA would write its squares to memory, since Adam needs them, too.
-        "grad_norm": jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))),
+        "grad_norm": jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(found.grads))),
         "learning_rate": optimizer.learning_rate(opt_state),
         "lambda": optimizer.lambda_(opt_state),
     }
-    scalars |= {f"{task}/loss": jnp.where(counts[task] > 0, value, jnp.nan) for task, value in losses.items()}
-    scalars |= {f"{task}/log_variance": value for task, value in params["weighting"].items()}
-    new = TrainState(state.step + 1, params, batch_stats, opt_state)
+    shown = jnp.where(found.labeled, found.losses, jnp.nan)
+    scalars |= {f"{task.name}/loss": shown[i] for i, task in enumerate(tasks)}
+    if loss_config.weighting == "uncertainty":
+        scalars |= {f"{task}/log_variance": value for task, value in params["weighting"].items()}
+    elif loss_config.weighting not in ("equal", "fixed"):
+        scalars |= {f"{task.name}/weight": found.weights[i] for i, task in enumerate(tasks)}
+    new = TrainState(state.step + 1, params, batch_stats, opt_state, found.update(params))
     if skip_not_finite:
-        finite = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
+        finite = jnp.isfinite(found.loss) & jnp.isfinite(scalars["grad_norm"])
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state).replace(step=new.step)
         scalars["skipped"] = 1 - finite.astype(jnp.int32)
     return new, scalars
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What the parts of a step share; attributes as the arguments of `train_step`."""
+
+    model: multitask.MultiTaskModel
+    tasks: tuple[Task, ...]
+    loss_config: Any
+    state: TrainState
+    batch: Mapping[str, jax.Array]
+    key: jax.Array
+    steps_per_epoch: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    def parts(self, tree: Mapping[str, Any]) -> list[str]:
+        """Return the names of the model's parts in a tree that are trained: not the heads of other tasks."""
+        trained = {f"head_{name}" for name in self.names}
+        return [name for name in tree if not name.startswith("head_") or name in trained]
+
+    def apply(self, params: Any, **options: Any) -> tuple[Any, Any]:
+        """Return (output of the model in training mode, the new BatchNorm statistics of the parts that ran)."""
+        images = self.batch["image"]
+        variables = {"params": params, "batch_stats": self.state.batch_stats}
+        rngs = {"dropout": self.key}
+        out, updates = self.model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs, **options)
+        return out, updates["batch_stats"]
+
+    def losses(self, raw: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return (mean losses [K], number of labels [K]) of raw predictions, both over the global batch."""
+        losses, counts = [], []
+        for task in self.tasks:
+            loss, valid = task.elementwise(raw[task.name], labels.strided(self.batch[task.label]))
+            total, count = jax.lax.psum((jnp.sum(loss), jnp.sum(valid)), AXIS)
+            losses.append(total / jnp.maximum(count, 1))
+            counts.append(count)
+        return jnp.stack(losses), jnp.stack(counts)
+
+    def context(self, labeled: jax.Array, learned: Mapping[str, jax.Array]) -> by_losses.Step:
+        """Return what the objective depends on besides the losses."""
+        config, count = self.loss_config, len(self.tasks)
+        weights = tuple(config.weights)
+        by_name = dict(zip((name for name, _, _ in self.model.heads), weights, strict=False))
+        return by_losses.Step(
+            labeled=labeled,
+            learned=jnp.stack([learned[name] for name in self.names]) if learned else jnp.zeros(count),
+            state=self.state.weighting,
+            epoch=self.state.step // self.steps_per_epoch,
+            key=jax.random.fold_in(self.key, 1),
+            tasks=self.names,
+            options=config.options,
+            weights=jnp.array([by_name.get(name, 1.0) for name in self.names]),
+        )
+
+
+class _Found(NamedTuple):
+    """Gradients and losses of a step.
+
+    Attributes:
+      loss: the objective.
+      losses: [K], of the tasks.
+      labeled: [K], whether the batch has a label of the task.
+      weights: [K], derivative of the objective by each loss, or the weights of the gradients.
+      batch_stats: new statistics of BatchNorm.
+      grads: like the parameters.
+      update: new parameters -> new state of the weighting.
+    """
+
+    loss: jax.Array
+    losses: jax.Array
+    labeled: jax.Array
+    weights: jax.Array
+    batch_stats: Any
+    grads: Any
+    update: Callable[[Any], Any]
+
+
+def _over_devices(grads: Any) -> Any:
+    # psum makes the losses sums over all devices, so each device's gradient counts the losses of the others, too.
+    return jax.lax.pmean(grads, AXIS) if jax.lax.axis_size(AXIS) > 1 else grads  # with one device it would be a copy
+
+
+def _by_losses(step: _Step) -> _Found:
+    """Return the gradients of one objective of all losses."""
+    name = step.loss_config.weighting
+    objective = by_losses.OBJECTIVES.get(name, by_losses.OBJECTIVES["equal"])
+
+    def total_loss(params: Any) -> tuple[jax.Array, Any]:
+        raw, batch_stats = step.apply(params["model"])
+        losses, counts = step.losses(raw)
+        context = step.context(counts > 0, params["weighting"])
+        return objective(losses, context), (losses, counts > 0, batch_stats)
+
+    params = step.state.params
+    (loss, (losses, labeled, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(params)
+    context = step.context(labeled, params["weighting"])
+
+    def update(new: Any) -> Any:
+        after = step.losses(step.apply(new["model"])[0])[0] if name == "famo" else None
+        ends = (step.state.step + 1) % step.steps_per_epoch == 0
+        return by_losses.update(name, losses, context, after, ends)
+
+    weights = jax.grad(objective)(losses, context)
+    return _Found(loss, losses, labeled, weights, batch_stats, _over_devices(grads), update)
+
+
+def _by_gradients(step: _Step) -> _Found:
+    """Return the weighted sum of the tasks' gradients in the backbone, and the gradients of their losses in the heads.
+
+    The heads run once. Each gradient in the parameters takes a backward pass of the backbone, those in its features
+    none: their weighted sum takes one.
+    """
+    config, state = step.loss_config, step.state
+    shared = {"backbone": state.params["model"]["backbone"]}
+    heads = {name: value for name, value in state.params["model"].items() if name != "backbone"}
+    features, pull, shared_stats = jax.vjp(lambda params: step.apply(params, only_features=True), shared, has_aux=True)
+
+    def of_heads(params: Any, features: Any) -> tuple[jax.Array, Any]:
+        raw, batch_stats = step.apply(params, features=features)
+        losses, counts = step.losses(raw)
+        return losses, (counts > 0, batch_stats)
+
+    losses, pull_heads, (labeled, head_stats) = jax.vjp(of_heads, heads, features, has_aux=True)
+    head_grads, cotangents = pull_heads(jnp.ones_like(losses))
+    cotangents = [cotangents[i] for i, (name, _, _) in enumerate(step.model.heads) if name in step.names]
+    if config.gradients_of == "params":
+        stacked = _over_devices(jax.lax.map(lambda one: pull(one)[0], _one_at_a_time(step, features, cotangents)))
+        gramian = weighting.gramian(stacked)
+    else:
+        of_features = jnp.stack(cotangents) / jax.lax.axis_size(AXIS)  # see `_over_devices`
+        gramian = jax.lax.psum(weighting.gramian(of_features), AXIS)
+    weights = _gradient_weights(step, gramian)
+    if config.gradients_of == "params":
+        grads = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), stacked)
+    else:
+        scaled = iter([weight.astype(one.dtype) * one for weight, one in zip(weights, cotangents, strict=True)])
+        trained = [name in step.names for name, _, _ in step.model.heads]
+        total = [next(scaled) if its else jnp.zeros_like(one) for its, one in zip(trained, features, strict=True)]
+        grads = _over_devices(pull(tuple(total))[0])
+    all_grads = {
+        "model": {**grads, **_over_devices(head_grads)},
+        "weighting": jax.tree.map(jnp.zeros_like, state.params["weighting"]),
+    }
+
+    def update(_: Any) -> Any:
+        if config.weighting != weighting.GRADNORM:
+            return state.weighting
+        return by_gradients.gradnorm_update(state.weighting, step.names, losses, labeled, gramian, config.options)
+
+    batch_stats = {**head_stats, **{name: value for name, value in shared_stats.items() if name in shared}}
+    return _Found(jnp.sum(losses), losses, labeled, weights, batch_stats, all_grads, update)
+
+
+def _one_at_a_time(step: _Step, features: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> tuple[Any, ...]:
+    """Return cotangents of the features [K, ...]: in each of the K, all but one task's are zero."""
+    count, numbers = len(cotangents), iter(range(len(cotangents)))
+    found = []
+    for (name, _, _), one in zip(step.model.heads, features, strict=True):
+        zeros = jnp.zeros((count, *one.shape), one.dtype)
+        if name in step.names:
+            i = next(numbers)
+            zeros = zeros.at[i].set(cotangents[i])
+        found.append(zeros)
+    return tuple(found)
+
+
+def _gradient_weights(step: _Step, gramian: jax.Array) -> jax.Array:
+    config, options = step.loss_config, step.loss_config.options
+    if config.weighting == weighting.GRADNORM:
+        return by_gradients.gradnorm_weights(step.state.weighting, step.names)
+    return weighting.gradient_weights(
+        config.weighting,
+        gramian,
+        key=jax.random.fold_in(step.key, 1),
+        cagrad_c=options.cagrad_c,
+        fairgrad_alpha=options.fairgrad_alpha,
+    )
+
+
+def _with_frozen(step: _Step, params: Any, labeled: jax.Array) -> Any:
+    """Return new parameters, with the old ones of heads that are not trained and of tasks without a label."""
+    old = step.state.params
+    trained = step.parts(old["model"])
+    model = {name: params["model"][name] if name in trained else old["model"][name] for name in old["model"]}
+    # Adam's momentum would change the loss weight of a task that has no label in this batch.
+    kept = dict(old["weighting"])
+    for i, name in enumerate(step.names):
+        if name in kept:
+            kept[name] = jnp.where(labeled[i], params["weighting"][name], kept[name])
+    return {**params, "model": model, "weighting": kept}
+
+
 def make_train_step(
-    run: Run,
+    run: Run, tasks: Sequence[Task] | None = None
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `train_step` of a run for the devices of all processes.
 
@@ -98,6 +279,7 @@ def make_train_step(
 
     Args:
       run: from `setup`.
+      tasks: those of its tasks that are trained; None is all.
 
     Returns:
       A function (state, batch) -> (state, scalars). It reuses the buffers of the state that it is given.
@@ -106,10 +288,11 @@ def make_train_step(
     step = functools.partial(
         train_step,
         model=run.model,
-        tasks=run.tasks,
+        tasks=run.tasks if tasks is None else tuple(tasks),
         tx=run.tx,
         loss_config=config.loss,
         skip_not_finite=config.run.skip_not_finite > 0,
+        steps_per_epoch=run.steps_per_epoch,
     )
     mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
     return lambda state, batch: mapped(state, batch, np.uint32(config.seed))

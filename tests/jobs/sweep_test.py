@@ -403,6 +403,7 @@ COUNTS = {
     "paper_baseline": 7,
     "evidence": 15,
     "groups": 5,
+    "weighting": 2 * 19 + 3,
 }
 
 
@@ -413,6 +414,7 @@ def test_named_sweeps_hold_valid_runs(name):
             "lomt": {":demo": 3},
             "fidelity": {":demo": 3},
             "evidence": {"": 3, ":cpu": 3},
+            "weighting": {"": 3},
             "groups": {"": 3, ":demo": 3, ":cpu": 3},
         }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))

@@ -18,6 +18,14 @@ CHOICE = {"layer": "stem_conv1", "point": "stem", "kept": ["stem_conv1"], "activ
           "folders": ["runs/a", "runs/b"]}  # fmt: skip
 # Options that runs had no names for, and what they did.
 EARLIER = {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
+EARLIER_LOSS = {
+    "gradients_of": "params",
+    "options": {
+        "uw_so_temperature": 1.0, "dwa_temperature": 2.0, "stch_mu": 1.0, "stch_warmup_epochs": 4,
+        "famo_learning_rate": 0.025, "famo_weight_decay": 1e-3, "gradnorm_alpha": 1.5, "gradnorm_learning_rate": 0.025,
+        "cagrad_c": 0.4, "fairgrad_alpha": 2.0,
+    },
+}  # fmt: skip
 # A whole file of each kind, without its version.
 WHOLE = {
     "results": {
@@ -57,10 +65,11 @@ def test_the_files_under_docs_are_read_and_written_without_losing_a_key(path):
     found = CLASSES[path.stem].read(path).to_json()
     assert found.pop("version") == schema.VERSION
     if path.stem == "results":
-        assert value["config"]["sparsity"].items() <= found["config"]["sparsity"].items()
-        added = found["config"]["sparsity"].keys() - value["config"]["sparsity"].keys()
-        for name in added:
-            assert found["config"]["sparsity"].pop(name) == EARLIER[name]
+        for section, options in (("sparsity", EARLIER), ("train", {"early_stop": "run"}), ("loss", EARLIER_LOSS)):
+            given, read = value["config"][section], found["config"][section]
+            assert given.items() <= read.items()
+            for name in read.keys() - given.keys():
+                assert read.pop(name) == options[name]
     assert found == value and list(found) == list(value), "and in the same order"
 
 

@@ -1,4 +1,4 @@
-"""Losses, activations and the weighting of the tasks."""
+"""Losses and activations of the tasks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from input_pipeline.labels import VOID
-from mtl_sparse.tasks import activations, losses, weighting
-from tests.conftest import raises
+from mtl_sparse.tasks import activations, losses
 
 
 def test_cross_entropy_by_hand():
@@ -53,25 +52,6 @@ def test_normals_are_unit_and_depths_positive():
     assert (activations.metric_depth(raw) > 0).all()
 
 
-LOSSES = {"a": jnp.array(2.0), "b": jnp.array(4.0)}
-
-
-def test_weightings_by_hand():
-    params = weighting.init("uncertainty", ["a", "b"])
-    assert params == {"a": 1.0, "b": 1.0}
-    got = weighting.combine("uncertainty", {"a": 0.0, "b": np.log(2)}, LOSSES, ())
-    assert float(got) == pytest.approx(2 + 2 + np.log(2))
-    assert float(weighting.combine("equal", {}, LOSSES, ())) == 6
-    assert float(weighting.combine("fixed", {}, LOSSES, (0.5, 0.25))) == 2
-
-
-def test_a_task_without_a_label_leaves_its_weight():
-    counts = {"a": jnp.array(3.0), "b": jnp.array(0.0)}
-    combined = lambda s: weighting.combine("uncertainty", s, LOSSES | {"b": jnp.array(0.0)}, (), counts)  # noqa: E731
-    value, grads = jax.value_and_grad(combined)({"a": jnp.array(1.0), "b": jnp.array(1.0)})
-    assert float(value) == pytest.approx(2 / np.e + 1) and float(grads["b"]) == 0 and float(grads["a"]) != 0
-
-
 @pytest.mark.parametrize("loss", [losses.depth_mse, losses.depth_l1, losses.one_minus_cosine])
 def test_labels_that_are_none_give_no_gradient(loss):
     raw = jnp.ones((2, 3 if loss is losses.one_minus_cosine else 1))
@@ -79,21 +59,6 @@ def test_labels_that_are_none_give_no_gradient(loss):
     (value, valid), grads = loss(raw, label), jax.grad(lambda raw: loss(raw, label)[0].sum())(raw)
     np.testing.assert_array_equal(valid, [1, 0])
     assert np.isfinite(value).all() and np.isfinite(grads).all() and not np.any(grads[1])
-
-
-def test_uncertainty_is_least_at_the_log_of_the_loss():
-    grads = jax.grad(lambda s: weighting.combine("uncertainty", s, LOSSES, ()))({"a": jnp.log(2.0), "b": jnp.log(4.0)})
-    np.testing.assert_allclose([grads["a"], grads["b"]], 0, atol=1e-6)
-
-
-def test_bad_weightings_are_named():
-    with raises("OPTION_UNKNOWN_VALUE", naming="'gradnorm'") as caught:
-        weighting.check("gradnorm", (), ["a"])
-    assert "loss.weighting" in str(caught.value) and ", ".join(weighting.KINDS) in str(caught.value)
-    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, "2")):
-        with raises("OPTION_OUT_OF_RANGE", naming=f"loss.weights={weights}") as caught:
-            weighting.check("fixed", weights, ["a", "b"])
-        assert "(a, b)" in str(caught.value)
 
 
 def test_attribute_loss_by_hand():

@@ -28,7 +28,11 @@ def test_the_seed_is_an_argument_of_the_compiled_step(rooms, monkeypatch):
     monkeypatch.setattr(jax, "pmap", pmap)
     step_lib.make_train_step(run)("state", "batch")
     assert made == [
-        (step_lib.train_step, {"model", "tasks", "tx", "loss_config", "skip_not_finite"}, (None, 0, None)),
+        (
+            step_lib.train_step,
+            {"model", "tasks", "tx", "loss_config", "skip_not_finite", "steps_per_epoch"},
+            (None, 0, None),
+        ),
         ("state", "batch", 7),
     ]
 
