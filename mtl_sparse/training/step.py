@@ -202,21 +202,27 @@ def _by_gradients(step: _Step) -> _Found:
 
     losses, pull_heads, (labeled, head_stats) = jax.vjp(of_heads, heads, features, has_aux=True)
     head_grads, cotangents = pull_heads(jnp.ones_like(losses))
-    cotangents = [cotangents[i] for i, (name, _, _) in enumerate(step.model.heads) if name in step.names]
+    read_by = [i for i, (name, _, _) in enumerate(step.model.heads) if name in step.names]
+
+    def combined(weights: Mapping[int, Any]) -> Any:
+        """Return the gradient in the backbone of a weighted sum of the tasks' losses, by place of their heads."""
+        found = [weights[i] * one if i in weights else jnp.zeros_like(one) for i, one in enumerate(cotangents)]
+        return pull(tuple(found))[0]
+
     if config.gradients_of == "params":
-        stacked = _over_devices(jax.lax.map(lambda one: pull(one)[0], _one_at_a_time(step, features, cotangents)))
+        # Not in a loop: XLA runs the bodies of loops on one core of a CPU.
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[combined({i: 1}) for i in read_by])
+        stacked = _over_devices(stacked)
         gramian = weighting.gramian(stacked)
     else:
-        of_features = jnp.stack(cotangents) / jax.lax.axis_size(AXIS)  # see `_over_devices`
+        of_features = jnp.stack([cotangents[i] for i in read_by]) / jax.lax.axis_size(AXIS)  # see `_over_devices`
         gramian = jax.lax.psum(weighting.gramian(of_features), AXIS)
     weights = _gradient_weights(step, gramian)
     if config.gradients_of == "params":
         grads = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), stacked)
     else:
-        scaled = iter([weight.astype(one.dtype) * one for weight, one in zip(weights, cotangents, strict=True)])
-        trained = [name in step.names for name, _, _ in step.model.heads]
-        total = [next(scaled) if its else jnp.zeros_like(one) for its, one in zip(trained, features, strict=True)]
-        grads = _over_devices(pull(tuple(total))[0])
+        scales = {i: weights[k].astype(cotangents[i].dtype) for k, i in enumerate(read_by)}
+        grads = _over_devices(combined(scales))
     all_grads = {
         "model": {**grads, **_over_devices(head_grads)},
         "weighting": jax.tree.map(jnp.zeros_like, state.params["weighting"]),
@@ -229,19 +235,6 @@ def _by_gradients(step: _Step) -> _Found:
 
     batch_stats = {**head_stats, **{name: value for name, value in shared_stats.items() if name in shared}}
     return _Found(jnp.sum(losses), losses, labeled, weights, batch_stats, all_grads, update)
-
-
-def _one_at_a_time(step: _Step, features: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> tuple[Any, ...]:
-    """Return cotangents of the features [K, ...]: in each of the K, all but one task's are zero."""
-    count, numbers = len(cotangents), iter(range(len(cotangents)))
-    found = []
-    for (name, _, _), one in zip(step.model.heads, features, strict=True):
-        zeros = jnp.zeros((count, *one.shape), one.dtype)
-        if name in step.names:
-            i = next(numbers)
-            zeros = zeros.at[i].set(cotangents[i])
-        found.append(zeros)
-    return tuple(found)
 
 
 def _gradient_weights(step: _Step, gramian: jax.Array) -> jax.Array:
