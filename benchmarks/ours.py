@@ -35,7 +35,9 @@ def _convolutions(plain):
     return atrous.plain_convolutions() if plain else contextlib.nullcontext()
 
 
-def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, plain: bool = False, **model):
+def training_step(
+    *, size: int, batch: int, penalty: bool = True, names=TASKS, plain: bool = False, loss: dict | None = None, **model
+):
     """Return a function () -> scalars that takes one training step of configs/nyu.py.
 
     Args:
@@ -44,16 +46,19 @@ def training_step(*, size: int, batch: int, penalty: bool = True, names=TASKS, p
       penalty: whether the optimizer applies the penalty.
       names: of the tasks.
       plain: use XLA's convolutions, no products and no sums over taps.
+      loss: options of config.loss.
       **model: options of config.model.
     """
     compile_cache.enable()
     config = _config(names, penalty, **model)
+    config.loss.update(loss or {})
     specs = tasks.resolve(config)
     network = multitask.build(config.model, specs, axis_name=AXIS if jax.device_count() > 1 else None)
     variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    params = {"model": variables["params"], "weighting": weighting.init("uncertainty", names)}
+    params = {"model": variables["params"], "weighting": weighting.init(config.loss.weighting, names)}
     tx = optimizer.build(config, 100)
-    state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params))
+    start = weighting.start(config.loss.weighting, names)
+    state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], tx.init(params), start)
     step = functools.partial(step_lib.train_step, model=network, tasks=specs, tx=tx, loss_config=config.loss)
     step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
     state = loader.replicate(jax.device_get(state))

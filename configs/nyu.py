@@ -92,10 +92,12 @@ def get_config() -> ml_collections.ConfigDict:
             # dense baseline.
             l2=0.0,
             restart_each_epoch=False,  # True resets Adam's moments and step count, as in the reference implementation
-            schedule="plateau",  # or "constant", or "cosine"
+            schedule="plateau",  # or "constant", "cosine", "step"
             plateau_epochs=5,  # epochs without improvement before the learning rate decreases
             plateau_factor=0.1,  # factor of the decrease
-            min_learning_rate=1e-7,  # lower bound of "plateau", and final value of "cosine"
+            step_epochs=100,  # of "step": epochs between decreases, and their factor
+            step_factor=0.5,
+            min_learning_rate=1e-7,  # lower bound of "plateau" and "step", and final value of "cosine"
         ),
         sparsity=create(
             lambda_=1e-5,  # weight of the sparsity penalty; 0 trains a dense model

@@ -7,9 +7,8 @@
 without which this is another protocol. The penalty is that of configs/nyu.py; --config.sparsity.lambda_=0 is the dense
 model of the protocol. --config.data.split=all trains on all of train, as the protocol does.
 
-LibMTL also halves the learning rate after 100 epochs, takes the loss at full resolution, and may choose the best epoch
-on the test images; here the learning rate is constant, the loss is at an eighth of the resolution, and the test images
-choose nothing. Options that are not set here are those of configs/nyu.py.
+LibMTL takes the loss at full resolution, and may choose the best epoch on the test images; here the loss is at an
+eighth of the resolution, and the test images choose nothing. Options that are not set here are those of configs/nyu.py.
 """
 
 import ml_collections
@@ -25,6 +24,6 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.model.update(stem="7x7")  # as in torchvision
     config.loss.update(weighting="equal", label_smoothing=0.0)
-    config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, l2=1e-5, schedule="constant")  # Adam with L2
+    config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, l2=1e-5, schedule="step")  # Adam with L2
     config.train.update(batch_size=8, eval_batch_size=8, epochs=200, early_stop_epochs=0)
     return config

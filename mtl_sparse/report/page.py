@@ -19,12 +19,13 @@ _TITLES = {
     "against_dense": "Sparse minus dense, paired over seeds",
     "against_first": "Rows minus the first one, paired over seeds",
     "against_plain": "Heads at their tasks' layers minus all at the end, paired over seeds",
+    "weightings": "Weightings of the tasks: mean gain over dense single-task runs, at each sparsity",
     "speed": "Speed-up of the compact models over dense ones",
 }
 
 
 def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
-    """Write the report of some runs and sweeps: index.html, summary.*, against_*.*, speed.* and plots/.
+    """Write the report of some runs and sweeps: index.html, summary.*, other tables and plots/.
 
     Args:
       folders: of runs and sweeps.
@@ -49,6 +50,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
         "against_dense": study_tables.against_dense(study),
         "against_first": study_tables.against_first(study),
         "against_plain": study_tables.against_plain(study),
+        "weightings": study_tables.weightings(study),
         "speed": study_tables.speed(study),
     }
     tables = {name: rows for name, rows in tables.items() if len(rows) > 1}

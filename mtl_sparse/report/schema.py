@@ -24,6 +24,7 @@ SIZE_TARGETS = (("target_macs", "macs", "MACs"), ("target_params", "parameters",
 _EARLIER_OPTIONS: dict[str, dict[str, Any]] = {
     "sparsity": {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0},
     "train": {"early_stop": "run"},
+    "optimizer": {"step_epochs": 100, "step_factor": 0.5},
     "loss": {
         "gradients_of": "params",
         "options": {

@@ -197,6 +197,20 @@ class Study:
         found = next((one for one in rows if _alike(one, row, ("loss.", "sparsity."), _TASK_LOSSES)), None)
         return None if found is row else found
 
+    def weightings(self) -> dict[str, dict[str, Row]]:
+        """Return sparsity -> weighting -> row, of the rows with all tasks; {} for fewer than three weightings.
+
+        A sparsity is named "dense" or by its options, such as "target 0.7".
+        """
+        found: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            options = {name: value for name, value in row.settings.items() if name.startswith("sparsity.")}
+            set_to = [f"{name.rpartition('.')[2].rstrip('_')} {value}" for name, value in options.items() if value]
+            name = "dense" if row.is_dense else ", ".join(reversed(set_to))
+            if len(row.tasks) > 1 and set(row.tasks) == set(self.tasks):
+                found.setdefault(name, {}).setdefault(row.config["loss"]["weighting"], row)
+        return found if max(map(len, found.values()), default=0) > 2 else {}
+
     def _single(self, row, task):
         """Return the dense row of a task alone: with the row's weighting, or else with the task's loss as it is."""
         rows = [one for one in self.rows if one.tasks == (task,) and one.is_dense]
@@ -273,6 +287,14 @@ def compare_gain(row: Row, base: Row) -> Difference:
         return base.runs[seed].test[f"{task}/{key}"]
 
     return _difference(list(_gains(row, tasks, seeds, other).values()))
+
+
+def rank_correlation(a: Mapping[str, Figure], b: Mapping[str, Figure]) -> float:
+    """Return Spearman's correlation of the means of the names that both have; NaN for fewer than three."""
+    names = [name for name in a if name in b]
+    if len(names) < 3:
+        return float("nan")
+    return float(stats.spearmanr([a[name].mean for name in names], [b[name].mean for name in names]).statistic)
 
 
 def _difference(values: Sequence[float]) -> Difference:

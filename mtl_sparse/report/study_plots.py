@@ -34,6 +34,7 @@ def draw(study: study_lib.Study, folder: pathlib.Path) -> dict[str, pathlib.Path
         "Sparsity over the run": sparsity_over_steps,
         "Groups left by layer": groups_per_layer,
         "Latency against sparsity": latency,
+        "Weightings of the tasks": weightings,
         "Predictions": predictions,
     }
     for title, make in makers.items():
@@ -307,6 +308,31 @@ def _paths(row: study_lib.Row) -> set[str]:
 def _left(run: Results, layers: Sequence[str]) -> list[float]:
     by_path = {layer.path: 1 - layer.zero_groups / layer.groups for layer in run.sparsity.layers}
     return [by_path.get(path, np.nan) for path in layers]
+
+
+def weightings(study: study_lib.Study) -> "Figure | None":
+    """Plot Delta_m of each weighting at each sparsity, mean and standard deviation; None without such runs."""
+    forms = {
+        name: {method: gain for method, row in rows.items() if (gain := study.gain(row))}
+        for name, rows in study.weightings().items()
+    }
+    forms = {name: found for name, found in forms.items() if found}
+    if not forms:
+        return None
+    first = next(iter(forms.values()))
+    methods = sorted(first, key=lambda one: first[one].mean)
+    figure = plots.new_figure(figsize=(7, 1.2 + 0.3 * len(methods)))
+    axis = figure.subplots()
+    for i, (name, found) in enumerate(forms.items()):
+        shown = [method for method in methods if method in found]
+        places = [methods.index(method) - 0.12 * (i - (len(forms) - 1) / 2) for method in shown]
+        means, stds = ([getattr(found[method], part) for method in shown] for part in ("mean", "std"))
+        axis.errorbar(means, places, xerr=np.nan_to_num(stds), fmt="o", ms=5, color=_color(i, len(forms)), label=name)
+    axis.axvline(0, color="#9aa5b1", linewidth=0.8)
+    axis.set_yticks(range(len(methods)), methods)
+    axis.set_xlabel("Δm over dense single-task runs, % (higher is better)")
+    axis.legend(frameon=False)
+    return plots.plain(figure)
 
 
 def latency(study: study_lib.Study) -> "Figure | None":

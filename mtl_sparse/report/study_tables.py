@@ -128,6 +128,36 @@ def against_first(study: study_lib.Study) -> Rows:
     return _against(study, bases, "row", "first")
 
 
+def weightings(study: study_lib.Study) -> Rows:
+    """Return Delta_m of each weighting and its rank, at each sparsity; the best of the first sparsity comes first.
+
+    The last line has Spearman's rank correlation of each sparsity with the first. The head alone without gains over
+    single-task runs, or for fewer than three weightings.
+    """
+    gains = {
+        name: {method: gain for method, row in rows.items() if (gain := study.gain(row))}
+        for name, rows in study.weightings().items()
+    }
+    gains = {name: found for name, found in gains.items() if found}
+    if not gains:
+        return [("weighting",)]
+    first = next(iter(gains.values()))
+    lines: Rows = [("weighting", *(head for name in gains for head in (f"Δm %, {name}", "rank")))]
+    ranks = {
+        name: {method: i for i, method in enumerate(sorted(found, key=lambda one: -found[one].mean), 1)}
+        for name, found in gains.items()
+    }
+    for method in sorted(first, key=lambda one: -first[one].mean):
+        cells = [
+            (mean_and_std(found[method], 1, 2), str(ranks[name][method])) if method in found else ("", "")
+            for name, found in gains.items()
+        ]
+        lines.append((method, *(cell for pair in cells for cell in pair)))
+    correlations = [study_lib.rank_correlation(first, found) for found in gains.values()]
+    lines.append(("rank correlation", *(cell for value in correlations for cell in (f"{value:.2f}", ""))))
+    return lines
+
+
 def speed(study: study_lib.Study) -> Rows:
     """Return the speed-up of the compact models over dense ones, in the runs that --job=benchmark has timed.
 

@@ -61,6 +61,8 @@ RANGES = {
     "optimizer.min_learning_rate": Range(0),
     "optimizer.plateau_epochs": Range(1),
     "optimizer.plateau_factor": Range(0, most=1),
+    "optimizer.step_epochs": Range(1),
+    "optimizer.step_factor": Range(0, most=1),
     "optimizer.weight_decay": Range(0),
     "sparsity.target": Range(0, below=1),
     "sparsity.target_macs": Range(0, below=1),

@@ -16,7 +16,7 @@ from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest
 from mtl_sparse.sparsity.schedules import Phases, phased
 from mtl_sparse.training import groups
 
-SCHEDULES = ("constant", "cosine", "plateau")
+SCHEDULES = ("constant", "cosine", "plateau", "step")
 LONG = 10**9  # steps of a run of unknown length, which leave room for every phase
 
 
@@ -72,6 +72,14 @@ def build(config, total_steps: int) -> optax.GradientTransformation:
     if config.optimizer.schedule == "cosine":
         alpha = config.optimizer.min_learning_rate / learning_rate
         learning_rate = optax.cosine_decay_schedule(learning_rate, total_steps, alpha=alpha)
+    elif config.optimizer.schedule == "step":
+        learning_rate = optax.exponential_decay(
+            learning_rate,
+            transition_steps=config.optimizer.step_epochs * max(1, total_steps // config.train.epochs),
+            decay_rate=config.optimizer.step_factor,
+            staircase=True,
+            end_value=config.optimizer.min_learning_rate,
+        )
 
     def make(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
         return links(config, total_steps, learning_rate)

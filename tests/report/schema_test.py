@@ -26,6 +26,12 @@ EARLIER_LOSS = {
         "cagrad_c": 0.4, "fairgrad_alpha": 2.0,
     },
 }  # fmt: skip
+EARLIER_ELSEWHERE = (
+    ("sparsity", EARLIER),
+    ("train", {"early_stop": "run"}),
+    ("loss", EARLIER_LOSS),
+    ("optimizer", {"step_epochs": 100, "step_factor": 0.5}),
+)
 # A whole file of each kind, without its version.
 WHOLE = {
     "results": {
@@ -65,7 +71,7 @@ def test_the_files_under_docs_are_read_and_written_without_losing_a_key(path):
     found = CLASSES[path.stem].read(path).to_json()
     assert found.pop("version") == schema.VERSION
     if path.stem == "results":
-        for section, options in (("sparsity", EARLIER), ("train", {"early_stop": "run"}), ("loss", EARLIER_LOSS)):
+        for section, options in EARLIER_ELSEWHERE:
             given, read = value["config"][section], found["config"][section]
             assert given.items() <= read.items()
             for name in read.keys() - given.keys():

@@ -19,10 +19,11 @@ LAYERS = [
 ]
 
 
-def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", **values):
+def write_run(folder, tasks, lambda_, seed, *, group=0.0, name="nyud_mt", weighting="uncertainty", **values):
     """Write a finished run with these test metrics: iou, cs, mae; return its folder."""
     config = nyu.get_config()
     config.tasks, config.seed, config.sparsity.lambda_, config.data.name = tasks, seed, lambda_, name
+    config.loss.weighting = weighting
     names = {"iou": "segmentation/image_iou_stride8", "cs": "normals/cosine"}
     names["mae"] = "depth/mae_normalized_stride8"
     results = {
@@ -479,6 +480,29 @@ def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
     shown = axes[0, 1].images[0].get_array()
     np.testing.assert_array_equal(shown, plots.class_colors()[kept["sparse0"]["prediction/segmentation"][of["c"]]])
     assert [len(axis.images) for axis in axes[2]] == [0, 0, 1, 1], "a single task's row has no other predictions"
+
+
+def test_weightings_are_ranked_at_each_sparsity(tmp_path):
+    """Gains over single tasks (IoU 0.4, MAE 0.2) by hand: their order is the same but for the last two."""
+    made = [
+        write_run(tmp_path / "seg", ("segmentation",), 0.0, 0, iou=0.4, weighting="equal"),
+        write_run(tmp_path / "depth", ("depth",), 0.0, 0, mae=0.2, weighting="equal"),
+    ]
+    for name, ious in {"equal": (0.40, 0.44), "gls": (0.44, 0.36), "nash": (0.42, 0.40)}.items():
+        for iou, lambda_ in zip(ious, (0.0, 1e-5), strict=True):
+            made.append(write_run(tmp_path / f"{name}{lambda_}", BOTH, lambda_, 0, iou=iou, mae=0.2, weighting=name))
+    found = study.read(made)
+    assert study_tables.weightings(found) == [
+        ("weighting", "Δm %, dense", "rank", "Δm %, lambda 1e-05", "rank"),
+        ("gls", "5.00", "1", "-5.00", "3"),
+        ("nash", "2.50", "2", "0.00", "2"),
+        ("equal", "0.00", "3", "5.00", "1"),
+        ("rank correlation", "1.00", "", "-1.00", ""),
+    ]
+    figure = study_plots.weightings(found)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["equal", "nash", "gls"]
+    few = study.read([folder for folder in made if "nash" not in folder.name])
+    assert study_plots.weightings(few) is None and len(study_tables.weightings(few)) == 1
 
 
 def test_options_without_effect_do_not_distinguish_dense_runs(folders):

@@ -168,6 +168,20 @@ def test_phases_by_fractions_follow_the_length_of_the_run(steps):
     optimizer.build(config, steps)
 
 
+def test_the_step_schedule_lowers_the_learning_rate_every_so_many_epochs():
+    """LibMTL's: by half after 100 epochs. Here 3 steps an epoch, and two epochs between decreases."""
+    config = settings(lambda_=0.0)
+    assert (config.optimizer.step_epochs, config.optimizer.step_factor) == (100, 0.5)
+    config.optimizer.update(schedule="step", learning_rate=1e-3, step_epochs=2, min_learning_rate=2e-4)
+    config.train.epochs = 7
+    tx = optimizer.build(config, 21)
+    state, rates = tx.init(PARAMS), []
+    for _ in range(21):
+        _, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
+        rates.append(float(optimizer.learning_rate(state)))
+    assert rates == pytest.approx([1e-3] * 6 + [5e-4] * 6 + [2.5e-4] * 6 + [2e-4] * 3)
+
+
 def test_the_cosine_ends_at_the_smallest_learning_rate():
     config = settings(lambda_=0.0)
     config.optimizer.update(schedule="cosine", learning_rate=1e-3, min_learning_rate=1e-4)
