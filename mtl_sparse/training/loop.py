@@ -174,12 +174,12 @@ def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState
         "sparsity/weight": sparsity.weight,
         **{f"sparsity/{name}": value for name, value in groups.left(run.config, current.params).items()},
     }
+    if run.config.train.early_stop == "tasks":
+        current = _stop_tasks(run, progress, step, values, current, evaluated)
     values |= {f"{name}/stopped": 1.0 for name in progress.task_stopped}
     if log:
         log.write(step, "validation", values)
     improved, current = _end_epoch(run, progress, step, score, current)
-    if run.config.train.early_stop == "tasks":
-        current = _stop_tasks(run, progress, step, values, current, evaluated)
     _log_epoch(run, step, values, sparsity, float(optimizer.lambda_(current.opt_state)), improved)
     if improved:
         _save(saved, "best", step, current.replace(batch_stats=evaluated.batch_stats), progress)

@@ -10,6 +10,7 @@ from absl import logging
 
 from input_pipeline import loader
 from mtl_sparse.jobs import train
+from mtl_sparse.report import records
 from mtl_sparse.tasks import weighting
 from mtl_sparse.training import checkpoints, evaluation, loop
 from mtl_sparse.training import setup as setup_lib
@@ -159,30 +160,12 @@ def test_a_run_with_a_weighting_that_learns_ends_the_same_when_cut(config, tmp_p
     config.loss.weighting = "famo"
     config.run.num_workers = 0
     train.train(config, tmp_path / "whole")
-    short = config.copy_and_resolve_references()
-    short.run.checkpoint_every_steps = 1
-
-    class Cut(Exception):
-        pass
-
-    def cut(*arguments, **options):
-        step = original(*arguments, **options)
-        seen = []
-
-        def counted(*values):
-            seen.append(0)
-            if len(seen) == 4:
-                raise Cut
-            return step(*values)
-
-        return counted
-
-    original = loop.make_train_step
+    config.run.checkpoint_every_steps = 1
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "make_train_step", cut)
-        with pytest.raises(Cut):
-            train.train(short, tmp_path / "cut")
-    train.train(short, tmp_path / "cut")
+        patched.setattr(loop, "make_train_step", killed_after(4, loop.make_train_step))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, tmp_path / "cut")
+    train.train(config, tmp_path / "cut")
     leaves = [final(folder, config) for folder in (tmp_path / "whole", tmp_path / "cut")]
     jax.tree.map(np.testing.assert_array_equal, *leaves)
     assert any(value != 0 for value in leaves[0].weighting["logits"].values())
@@ -292,3 +275,54 @@ def test_a_frozen_head_keeps_the_statistics_it_was_evaluated_with(config):
     same(again.batch_stats["head_depth"], evaluated.batch_stats["head_depth"])
     with pytest.raises(AssertionError):
         same(again.batch_stats["head_normals"], evaluated.batch_stats["head_normals"])
+
+
+@pytest.mark.slow
+def test_a_run_whose_tasks_stop_one_by_one_ends_the_same_when_it_is_killed_in_between(config, tmp_path, monkeypatch):
+    """Depth stops after epoch 2, segmentation after 4, normals after 5; killed in epoch 4 and resumed."""
+    config.train.update(early_stop="tasks", early_stop_epochs=1, epochs=9, bn_frames=8)
+    config.run.update(num_workers=0, checkpoint_every_steps=1)
+    better_until = {"depth": 1, "segmentation": 3, "normals": 4}
+    original = loop._stop_tasks
+
+    def scheduled(run, progress, step, values, *states):
+        epoch = step // run.steps_per_epoch
+        values = values | {f"{task}/loss": 9.0 - min(epoch, last) for task, last in better_until.items()}
+        return original(run, progress, step, values, *states)
+
+    monkeypatch.setattr(loop, "_stop_tasks", scheduled)
+    train.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "make_train_step", killed_after(7, loop.make_train_step))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, tmp_path / "cut")
+    train.train(config, tmp_path / "cut")
+    whole, cut = (final(tmp_path / name, config) for name in ("whole", "cut"))
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+    spe = setup_lib.setup(config).steps_per_epoch
+    assert int(whole.step) == 5 * spe, "the run ends when all tasks have stopped"
+    for name in ("metrics.jsonl", "results.json"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "cut" / name).read_text()
+    rows = records.read_metrics(tmp_path / "whole")
+    firsts = {task: int(rows["validation"][f"{task}/stopped"][0][0]) for task in config.tasks}
+    assert firsts == {"depth": 2 * spe, "segmentation": 4 * spe, "normals": 5 * spe}
+    assert rows["train"]["depth/loss"][0].max() == 2 * spe, "no loss is logged after the stop"
+    assert rows["train"]["normals/loss"][0].max() == 5 * spe
+
+
+def killed_after(count, make):
+    """Return `make_train_step` whose steps end the process at call `count`, over all steps that it makes."""
+    calls = []
+
+    def made(*arguments):
+        step = make(*arguments)
+
+        def counted(*values):
+            calls.append(0)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return step(*values)
+
+        return counted
+
+    return made
