@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox
+from benchmarks import weighting as weighting_benchmark
 from mtl_sparse.runtime.timing import timed
 
 
@@ -222,3 +223,21 @@ def test_a_sweep_without_a_dense_run_is_refused(tmp_path):
     finished_run(tmp_path / "input", 0, 0.4, 0.1, 250)
     with pytest.raises(SystemExit, match="with a dense one"):
         groups.finished(tmp_path)
+
+
+def test_weightings_are_timed_against_equal_weights(monkeypatch):
+    """Steps that only sleep: the second variant takes three times as long as the first."""
+    made = []
+
+    def training_step(*, loss, size):
+        made.append((loss, size))
+        return functools.partial(time.sleep, 0.05 if loss["weighting"] == "equal" else 0.15)
+
+    monkeypatch.setattr(ours, "training_step", training_step)
+    rows = weighting_benchmark.measure([("equal", "-"), ("mgda", "features")], 3, size=32)
+    assert made == [({"weighting": "equal"}, 32), ({"weighting": "mgda", "gradients_of": "features"}, 32)]
+    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == pytest.approx(3, rel=0.2)
+    assert rows[1]["median_ms"] == pytest.approx(150, rel=0.2)
+    assert "| mgda      | features     |" in weighting_benchmark.table(rows)
+    names = weighting_benchmark.variants()
+    assert names[0] == ("equal", "-") and len(names) == 11 + 2 * 9

@@ -57,6 +57,15 @@ def test_the_snippets_of_the_compaction_page(capsys, monkeypatch):
     assert table in printed
 
 
+def test_the_snippet_of_the_weighting_page():
+    page = (ROOT / "docs" / "weighting.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(block, names := {})
+    weights, gradients = np.asarray(names["weights"]), np.asarray(names["gradients"])
+    np.testing.assert_allclose((gradients @ gradients.T @ weights) * weights, 1, rtol=1e-4)
+    np.testing.assert_allclose(names["direction"], weights @ gradients, rtol=1e-5)
+
+
 def test_a_penalty_around_another_optimizer():
     exec(snippet("optax.lion"), names := {})
     params = {"conv": {"kernel": jax.numpy.ones((3, 3, 4, 8))}, "bn": {"scale": jax.numpy.ones(8)}}
