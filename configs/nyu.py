@@ -117,6 +117,10 @@ def get_config() -> ml_collections.ConfigDict:
             # Fraction of the run at which debiasing starts: zero groups stay zero, and the other weights train without
             # the penalty. The best checkpoint is chosen from this phase. 0: no debiasing.
             debias_at=0.0,
+            # A baseline without a penalty: train dense, and after the fraction prune_at of the epochs zero the groups
+            # of the least importance, "norm" or "taylor", until the target is reached; then train the rest.
+            prune="",
+            prune_at=0.5,
             penalty="group_lasso",  # or "group_mcp", or "l1"
             gamma=1000.0,  # of group_mcp: groups of root mean square above gamma * lambda are not shrunk
             # Groups of weights: "input", the input channels of each kernel, as in the paper; or "coupled": for each

@@ -4,7 +4,8 @@
     python launch.py --config=configs/sweeps.py:table1:demo --job=sweep
 
 `NAME:demo` is the same list at a size for two cores: embedded data, small models, two or three seeds, and penalties
-that act in short runs. `evidence:cpu` and `groups:cpu` are on NYU-v2 at a size for two cores (configs/nyu_cpu.py).
+that act in short runs. `evidence:cpu`, `groups:cpu` and `baselines:cpu` are on NYU-v2 at a size for two cores
+(configs/nyu_cpu.py).
 """
 
 import functools
@@ -165,6 +166,28 @@ def weighting(small: bool) -> list[Options]:
     return [row | {"seed": seed} for seed in range(2 if small else 3) for row in rows[:1] + single + rows[1:]]
 
 
+def baselines(small: bool) -> list[Options]:
+    """Return ways to leave a quarter of the multiply-accumulates, the dense model, and dense single-task runs.
+
+    Group lasso while training, pruning at once after half of the epochs by norm and by Taylor importance, each with
+    input and with coupled groups, and a dense model whose backbone has half the width. Three seeds, which vary slowest.
+    """
+    base: Options = {"sparsity.target": 0.0}
+    dense = base | {"sparsity.lambda_": 0.0}
+    ways: list[Options] = [{"sparsity.group_weights": "macs"}, {"sparsity.prune": "norm"}, {"sparsity.prune": "taylor"}]
+    rows: list[Options] = [
+        dense,
+        *(
+            base | {"sparsity.target_macs": 0.25, "sparsity.groups": kind} | way
+            for kind in ("input", "coupled")
+            for way in ways
+        ),
+        dense | {"model.width": 16 if small else 32},
+        *[dense | {"tasks": tasks} for tasks in TABLE1[:3]],
+    ]
+    return [row | {"seed": seed} for seed in range(3) for row in rows]
+
+
 def _shrink(config: ml_collections.ConfigDict, frames: int, size: tuple[int, int]) -> ml_collections.ConfigDict:
     """Return a demo's config at the size of a run of a sweep, with a fixed lambda, which the sweep sets."""
     config.sparsity.update(target=0.0, start_at=0.0, warmup=0.0, warmup_steps=20)
@@ -228,6 +251,7 @@ SWEEPS = {
     "paper_baseline": (paper_baseline, NYU),
     "groups": (groups, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
     "weighting": (weighting, NYU),
+    "baselines": (baselines, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
     "evidence": (evidence, NYU | {":cpu": nyu_cpu.get_config}),
 }
 
@@ -243,14 +267,15 @@ def _lookup(name: str) -> tuple[Callable[[bool], list[Options]], Callable[[], ml
         names = ", ".join(SWEEPS)
         raise UserError(
             "SWEEP_UNKNOWN",
-            f"unknown sweep {name!r}; the sweeps are {names}, each also as NAME:demo, evidence:cpu and groups:cpu",
+            f"unknown sweep {name!r}; the sweeps are {names}, each also as NAME:demo; "
+            "evidence, groups and baselines also as NAME:cpu",
         )
     trials_of, bases = SWEEPS[sweep]
     return trials_of, bases[colon + size], size == "demo"
 
 
 def trials(name: str) -> list[dict]:
-    """Return the options of each trial of a sweep; the seed varies fastest, but slowest in `groups` and `weighting`.
+    """Return the options of each trial of a sweep. The seed varies fastest, or slowest if the sweep's function says so.
 
     Args:
       name: a sweep as after --config=configs/sweeps.py:, such as "table1" or "table1:demo".

@@ -18,8 +18,9 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name of a metric -> (steps,
 
 
 def is_dense(settings: Mapping[str, Any]) -> bool:
-    """Return whether options by dotted path have no penalty; the other options of `sparsity` then have no effect."""
-    return settings.get("sparsity.lambda_") == 0 and settings.get("sparsity.target") == 0
+    """Return whether options by dotted path neither penalize nor prune; other `sparsity` options then do nothing."""
+    is_pruned = bool(settings.get("sparsity.prune"))
+    return settings.get("sparsity.lambda_") == 0 and settings.get("sparsity.target") == 0 and not is_pruned
 
 
 def is_finished(folder: pathlib.Path) -> bool:

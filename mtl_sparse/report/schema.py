@@ -22,7 +22,14 @@ VERSION = 1  # of every kind of file; when a key changes, raise it and extend `m
 SIZE_TARGETS = (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters"))
 # Options that are on by default, and what runs did that were made before these options existed.
 _EARLIER_OPTIONS: dict[str, dict[str, Any]] = {
-    "sparsity": {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0},
+    "sparsity": {
+        "keep_connected": False,
+        "groups": "input",
+        "macs_exponent": 0.5,
+        "at_least": 1,
+        "max_removed": 1.0,
+        "prune_at": 0.5,
+    },
     "train": {"early_stop": "run"},
     "optimizer": {"step_epochs": 100, "step_factor": 0.5},
     "loss": {

@@ -80,9 +80,9 @@ class Row:
 
     @property
     def is_dense(self) -> bool:
-        """Whether its runs have no penalty."""
+        """Whether its runs have no penalty and no pruning."""
         sparsity = self.config["sparsity"]
-        return sparsity["lambda_"] == 0 and sparsity["target"] == 0
+        return sparsity["lambda_"] == 0 and sparsity["target"] == 0 and not sparsity.get("prune")
 
     @property
     def is_equal(self) -> bool:

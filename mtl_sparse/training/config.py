@@ -76,6 +76,7 @@ RANGES = {
     "sparsity.start_at": Range(0, below=1),
     "sparsity.warmup": Range(0, below=1),
     "sparsity.debias_at": Range(0, below=1),
+    "sparsity.prune_at": Range(0, below=1),
     "train.batch_size": Range(2),  # BatchNorm of pooled features has no variance over one image
     "train.bn_frames": Range(0),
     "train.early_stop_epochs": Range(0),

@@ -67,7 +67,7 @@ def check(config) -> None:
 
 def has_target(sparsity) -> bool:
     """Return whether lambda is adjusted while training, from a run's config.sparsity."""
-    return any(sparsity[name] > 0 for name in ("target", *TARGETS))
+    return not sparsity.prune and any(sparsity[name] > 0 for name in ("target", *TARGETS))
 
 
 def aim(sparsity) -> float:

@@ -16,7 +16,7 @@ from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.sparsity import stats
 from mtl_sparse.tasks import Task, weighting
-from mtl_sparse.training import groups, metric_log, optimizer, state
+from mtl_sparse.training import groups, metric_log, optimizer, pruning, state
 from mtl_sparse.training.checkpoints import Checkpoints
 from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run
@@ -100,6 +100,8 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
             saves = step % run.config.run.checkpoint_every_steps == 0
             if epoch_ends or saves or step % run.config.run.log_every_steps == 0:
                 _write_pending(run, log, progress, saved)
+            if step == run.prune_step:
+                current = pruning.prune(run, current)
             if epoch_ends:
                 before = len(progress.task_stopped)
                 current = _validate(run, evaluator, log, progress, saved, step, current)

@@ -12,11 +12,12 @@ from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import metrics, penalties, reference, transform
 from mtl_sparse.sparsity.control import TargetSparsity
 from mtl_sparse.sparsity.groups import path_name
-from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection
+from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection, freeze_zeros
 from mtl_sparse.sparsity.schedules import Phases, phased
 from mtl_sparse.training import groups
 
 SCHEDULES = ("constant", "cosine", "plateau", "step")
+PRUNE = ("norm", "taylor")  # importance of groups, see `pruning.prune`
 LONG = 10**9  # steps of a run of unknown length, which leave room for every phase
 
 
@@ -47,6 +48,7 @@ def check(config) -> None:
                 f"sparsity.{fraction}={sparsity[fraction]} and sparsity.{steps}={sparsity[steps]} are two values for "
                 "one thing: set one of them to 0",
             )
+    _check_prune(sparsity)
     if groups.has_target(sparsity) and not sparsity.lambda_ > 0:
         name = next(name for name in ("target", *groups.TARGETS) if sparsity[name] > 0)
         raise UserError(
@@ -56,6 +58,26 @@ def check(config) -> None:
         )
     groups.check(config)
     build(config, LONG)
+
+
+def _check_prune(sparsity) -> None:
+    if sparsity.prune not in ("", *PRUNE):
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE", f"unknown sparsity.prune={sparsity.prune!r}; expected '', {', '.join(PRUNE)}"
+        )
+    if not sparsity.prune:
+        return
+    if not any(sparsity[name] > 0 for name in ("target", *groups.TARGETS)):
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"sparsity.prune={sparsity.prune!r} needs a target: set sparsity.target, target_macs or target_params",
+        )
+    if sparsity.penalty == "l1" or sparsity.head_target > 0:
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"sparsity.prune={sparsity.prune!r} removes groups to one target, without a penalty; set "
+            "sparsity.penalty='group_lasso' and sparsity.head_target=0",
+        )
 
 
 def build(config, total_steps: int) -> optax.GradientTransformation:
@@ -119,6 +141,10 @@ def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> op
         regrowth="annealed" if sparsity.anneal_revival else "free",
         projections=_projections(config, total_steps),
     )
+    pruned_at = prune_step(config, total_steps)
+    if pruned_at is not None:
+        pruned = penalties.GroupLasso(sparsity.scope, groups=groups.find(config))
+        inner = optax.chain(inner, freeze_zeros(pruned_at, pruned))
     if sparsity.head_target > 0:
         heads = penalties.GroupLasso(groups=groups.of_heads(config))
         target = _target(config, total_steps, sparsity.head_target)
@@ -127,7 +153,7 @@ def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> op
 
 
 def _penalizes(sparsity):
-    return sparsity.lambda_ > 0 or groups.has_target(sparsity)
+    return not sparsity.prune and (sparsity.lambda_ > 0 or groups.has_target(sparsity))
 
 
 def _penalty(config):
@@ -157,6 +183,8 @@ def _lambda(config, total_steps):
     phases = Phases(start, warmup_steps(config, total_steps), debias)
     if groups.has_target(sparsity):
         return _target(config, total_steps, groups.aim(sparsity), groups.measure(config))
+    if sparsity.prune:
+        return 0.0
     if not sparsity.lambda_ > 0:
         return sparsity.lambda_
     return phased(sparsity.lambda_, phases.start_step, phases.warmup_steps, phases.end_step)
@@ -194,6 +222,14 @@ def start_step(config, total_steps: int) -> int:
     return config.sparsity.start_step or round(config.sparsity.start_at * total_steps)
 
 
+def prune_step(config, total_steps: int) -> int | None:
+    """Return the steps after which a run with sparsity.prune is pruned, at the end of an epoch; None for other runs."""
+    if not config.sparsity.prune:
+        return None
+    epochs = config.train.epochs
+    return max(1, round(config.sparsity.prune_at * epochs)) * max(1, total_steps // epochs)
+
+
 def debias_step(config, total_steps: int) -> int | None:
     """Return the first step of the debiasing phase, None if there is none."""
     sparsity = config.sparsity
@@ -218,6 +254,9 @@ def settled_step(config, total_steps: int) -> int:
 
     A phase that begins late has had one step by then.
     """
+    pruned = prune_step(config, total_steps)
+    if pruned is not None:
+        return pruned + 1
     debias = debias_step(config, total_steps)
     return _penalized_step(config, total_steps) if debias is None else min(debias + 1, total_steps)
 
@@ -244,6 +283,13 @@ def check_steps(config, total_steps: int) -> None:
       UserError: they do not.
     """
     sparsity, start = config.sparsity, start_step(config, total_steps)
+    pruned = prune_step(config, total_steps)
+    if pruned is not None and pruned >= total_steps:
+        raise UserError(
+            "RUN_TOO_SHORT",
+            f"sparsity.prune_at={sparsity.prune_at}: no epoch of {config.train.epochs} is left after it; train longer, "
+            "or prune earlier",
+        )
     name = "start_step" if sparsity.start_step else "start_at"
     if sparsity.lambda_ > 0 and start >= total_steps:
         raise UserError(
@@ -288,7 +334,9 @@ def lambda_(opt_state) -> jax.Array:
 def settled_lambda(config, opt_state) -> float:
     """Return the lambda that made the zero pattern: what the target found, or the config's."""
     controller = opt_state.inner_state.control
-    return float(jnp.exp(controller.log_lambda)) if controller else config.sparsity.lambda_
+    if controller:
+        return float(jnp.exp(controller.log_lambda))
+    return config.sparsity.lambda_ if _penalizes(config.sparsity) else 0.0
 
 
 def scale_learning_rate(opt_state, factor: float, minimum: float) -> Any:

@@ -89,6 +89,7 @@ class Run:
       tx: the optimizer.
       steps_per_epoch: steps of an epoch.
       total_steps: steps of the run.
+      prune_step: step after which the model is pruned at once, None for most runs, see `pruning`.
       settled_step: from this step on a checkpoint may be the best one, see `optimizer.settled_step`.
     """
 
@@ -101,6 +102,7 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     settled_step: int
+    prune_step: int | None = None
 
 
 def setup(config) -> Run:
@@ -126,6 +128,7 @@ def setup(config) -> Run:
         steps_per_epoch,
         total_steps,
         optimizer.settled_step(config, total_steps),
+        optimizer.prune_step(config, total_steps),
     )
 
 

@@ -49,10 +49,9 @@ def train_step(
       With a weighting by gradients, "loss" is the sum of the tasks' losses. The loss of a task without a label in the
       batch is NaN. With skip_not_finite, "skipped" is 1 if the step was skipped.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    step = _Step(model, tuple(tasks), loss_config, state, batch, key, steps_per_epoch)
-    by_gradient = weighting.needs_gradients(loss_config.weighting, tasks)
-    found = _by_gradients(step) if by_gradient else _by_losses(step)
+    options: dict[str, Any] = {"model": model, "tasks": tasks, "loss_config": loss_config}
+    found = gradients(state, batch, seed, **options, steps_per_epoch=steps_per_epoch)
+    step = found.step
     updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
     params = _with_frozen(step, optax.apply_updates(state.params, updates), found.labeled)
     batch_stats = {**state.batch_stats, **{name: found.batch_stats[name] for name in step.parts(found.batch_stats)}}
@@ -75,6 +74,22 @@ def train_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state).replace(step=new.step)
         scalars["skipped"] = 1 - finite.astype(jnp.int32)
     return new, scalars
+
+
+def gradients(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    seed: jax.Array | int,
+    *,
+    model: multitask.MultiTaskModel,
+    tasks: Sequence[Task],
+    loss_config: Any,
+    steps_per_epoch: int = 1,
+) -> "_Found":
+    """Return the gradients and losses of a batch on one device; to be pmapped over `AXIS`. For arguments see above."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    step = _Step(model, tuple(tasks), loss_config, state, batch, key, steps_per_epoch)
+    return _by_gradients(step) if weighting.needs_gradients(loss_config.weighting, tasks) else _by_losses(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +159,7 @@ class _Found(NamedTuple):
       batch_stats: new statistics of BatchNorm.
       grads: like the parameters.
       update: new parameters -> new state of the weighting.
+      step: that they are of.
     """
 
     loss: jax.Array
@@ -153,6 +169,7 @@ class _Found(NamedTuple):
     batch_stats: Any
     grads: Any
     update: Callable[[Any], Any]
+    step: _Step
 
 
 def _over_devices(grads: Any) -> Any:
@@ -181,7 +198,7 @@ def _by_losses(step: _Step) -> _Found:
         return by_losses.update(name, losses, context, after, ends)
 
     weights = jax.grad(objective)(losses, context)
-    return _Found(loss, losses, labeled, weights, batch_stats, _over_devices(grads), update)
+    return _Found(loss, losses, labeled, weights, batch_stats, _over_devices(grads), update, step)
 
 
 def _by_gradients(step: _Step) -> _Found:
@@ -234,7 +251,7 @@ def _by_gradients(step: _Step) -> _Found:
         return by_gradients.gradnorm_update(state.weighting, step.names, losses, labeled, gramian, config.options)
 
     batch_stats = {**head_stats, **{name: value for name, value in shared_stats.items() if name in shared}}
-    return _Found(jnp.sum(losses), losses, labeled, weights, batch_stats, all_grads, update)
+    return _Found(jnp.sum(losses), losses, labeled, weights, batch_stats, all_grads, update, step)
 
 
 def _gradient_weights(step: _Step, gramian: jax.Array) -> jax.Array:

@@ -404,6 +404,7 @@ COUNTS = {
     "evidence": 15,
     "groups": 5,
     "weighting": 2 * 19 + 3,
+    "baselines": 8 + 3,
 }
 
 
@@ -415,6 +416,7 @@ def test_named_sweeps_hold_valid_runs(name):
             "fidelity": {":demo": 3},
             "evidence": {"": 3, ":cpu": 3},
             "weighting": {"": 3},
+            "baselines": {"": 3, ":demo": 3, ":cpu": 3},
             "groups": {"": 3, ":demo": 3, ":cpu": 3},
         }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))

@@ -17,7 +17,9 @@ LAYER = {"path": "backbone/stem_conv1/kernel", "groups": 3, "zero_groups": 3, "g
 CHOICE = {"layer": "stem_conv1", "point": "stem", "kept": ["stem_conv1"], "active": {"stem_conv1": [0.5, 1.0]},
           "folders": ["runs/a", "runs/b"]}  # fmt: skip
 # Options that runs had no names for, and what they did.
-EARLIER = {"keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0}
+EARLIER = {
+    "keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0, "prune_at": 0.5
+}  # fmt: skip
 EARLIER_LOSS = {
     "gradients_of": "params",
     "options": {

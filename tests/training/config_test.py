@@ -78,7 +78,11 @@ BAD_CONFIGS = {
     "depth target": (lambda c: c.data.update(depth_target="feet"), "OPTION_UNKNOWN_VALUE", "data.depth_target='feet'"),
     "batch of one": (lambda c: c.train.update(batch_size=1), "OPTION_OUT_OF_RANGE", "train.batch_size=1"),
     "large batch": (lambda c: c.train.update(batch_size=20), "DATA_TOO_FEW_IMAGES", "train.batch_size=20"),
-    "schedule": (lambda c: c.optimizer.update(schedule="step"), "OPTION_UNKNOWN_VALUE", "optimizer.schedule='step'"),
+    "schedule": (
+        lambda c: c.optimizer.update(schedule="linear"),
+        "OPTION_UNKNOWN_VALUE",
+        "optimizer.schedule='linear'",
+    ),
     "learning rate": (
         lambda c: c.optimizer.update(learning_rate=-1.0, min_learning_rate=-2.0),
         "OPTION_OUT_OF_RANGE",
@@ -127,7 +131,7 @@ BAD_CONFIGS = {
         "OPTION_OUT_OF_RANGE",
         "optimizer.learning_rate=0.0",
     ),
-    "weighting": (lambda c: c.loss.update(weighting="pcgrad"), "OPTION_UNKNOWN_VALUE", "loss.weighting", "'pcgrad'"),
+    "weighting": (lambda c: c.loss.update(weighting="pcgard"), "OPTION_UNKNOWN_VALUE", "loss.weighting", "'pcgard'"),
 }
 
 

@@ -1,0 +1,136 @@
+"""Pruning at once by importance, a baseline: dense training, then the least important groups are zeroed for good."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from input_pipeline import loader
+from mtl_sparse.models import resnet
+from mtl_sparse.runtime import processes
+from mtl_sparse.sparsity import groups as sparsity_groups
+from mtl_sparse.sparsity.groups import Groups
+from mtl_sparse.sparsity.projections import KeepStrongest
+from mtl_sparse.training import groups
+from mtl_sparse.training import step as step_lib
+from mtl_sparse.training.setup import AXIS, Run
+from mtl_sparse.training.state import TrainState
+
+_BATCHES = 16  # of Taylor importance
+
+
+def prune(run: Run, state: TrainState) -> TrainState:
+    """Zero the least important groups until the run's target is reached.
+
+    The groups of all kernels are ranked together. Importance "norm" is the Euclidean norm of a group over the mean norm
+    in its set of groups, as in DepGraph (Fang et al. 2023, arXiv 2301.12900). "taylor" is the square of the sum of
+    weight times gradient, the first-order change of the loss without the group, averaged over batches (Molchanov et al.
+    2019, arXiv 1906.10771). The limits of config.sparsity hold, and a target leaves no layer without a group that all
+    paths to a head pass.
+
+    Args:
+      run: with a target and sparsity.prune.
+      state: on the host or on the devices.
+
+    Returns:
+      The state on the devices, with zeros.
+    """
+    config, host = run.config, jax.device_get(state)
+    sets = _sets(config, host.params)
+    gradients = _gradients(run, state) if config.sparsity.prune == "taylor" else []
+    scores = processes.from_first(_scores(sets, host.params, gradients))
+    for one, score in zip(sets, scores, strict=True):
+        score[np.argsort(-score, kind="stable")[: _kept(config, one)]] = np.inf
+    pruned, reached = _threshold(config, sets, scores, host.params)
+    logging.info(
+        "Pruned by %s: %d of %d groups zeroed, sparsity %.3f (target %.3f); they stay zero from here on",
+        config.sparsity.prune, sum(int((s <= pruned).sum()) for s in scores), sum(s.size for s in scores), reached,
+        groups.aim(config.sparsity),
+    )  # fmt: skip
+    params = _zeroed(sets, scores, host.params, pruned)
+    return loader.replicate(host.replace(params=jax.device_get(params)))
+
+
+def _sets(config, params) -> Sequence[Groups]:
+    return groups.find(config) or sparsity_groups.find(params, config.sparsity.scope)
+
+
+def _kept(config, one: Groups) -> int:
+    """Return how many groups of a set stay in any case."""
+    limits = [groups.limit(config.sparsity)]
+    if config.sparsity.keep_connected:
+        backbone = "|".join(resnet.unavoidable(config.model.attach))
+        limits.append(KeepStrongest(f"model/(backbone/({backbone})|head_.*)/kernel"))
+    return max(limit.at_least(one) for limit in limits)
+
+
+def _gradients(run: Run, state: TrainState) -> list[Any]:
+    """Return the gradients of some training batches, on the host, without an update of the parameters."""
+
+    def of_batch(state, batch, seed):
+        return step_lib.gradients(
+            state, batch, seed, model=run.model, tasks=run.tasks, loss_config=run.config.loss,
+            steps_per_epoch=run.steps_per_epoch,
+        ).grads  # fmt: skip
+
+    mapped = jax.pmap(of_batch, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None)
+    batches = loader.prefetch_to_device(run.batches.train(int(state.step)))
+    count = min(_BATCHES, run.steps_per_epoch)
+    return [jax.device_get(mapped(state, next(batches), np.uint32(run.config.seed))) for _ in range(count)]
+
+
+def _scores(sets: Sequence[Groups], params: Any, gradients: Sequence[Any]) -> list[np.ndarray]:
+    """Return the importance of each group of each set: by the gradients if there are any, and else by norm."""
+    leaves = sparsity_groups.by_path(params)
+    slopes = [sparsity_groups.by_path(one) for one in gradients]
+    found = []
+    for one in sets:
+        x = [jnp.asarray(leaves[path]) for path in one.paths]
+        if not slopes:
+            norms = np.array(one.norms(x))
+            found.append(norms / max(norms.mean(), np.finfo(np.float32).tiny))
+            continue
+        changes = [one.totals([a * grads[path] for a, path in zip(x, one.paths, strict=True)])[0] for grads in slopes]
+        found.append(np.mean(np.square(np.array(changes, np.float64)), 0))
+    return found
+
+
+def _threshold(config, sets, scores, params) -> tuple[float, float]:
+    """Return (the largest score that is pruned, the sparsity reached): the fewest groups that reach the target."""
+    of_params = groups.measure(config)
+    every = np.sort(np.concatenate(scores))
+    every = every[np.isfinite(every)]
+    aim, low, high = groups.aim(config.sparsity), 0, len(every)  # number of groups that are pruned
+
+    @jax.jit
+    def reached(params, threshold):
+        if of_params is not None:
+            return of_params(_zeroed(sets, scores, params, threshold))
+        return jnp.mean(jnp.concatenate([jnp.asarray(score) for score in scores]) <= threshold)
+
+    def threshold(count):
+        return float(every[count - 1]) if count else -1.0
+
+    while low < high:
+        middle = (low + high) // 2
+        if float(reached(params, threshold(middle))) < aim:
+            low = middle + 1
+        else:
+            high = middle
+    return threshold(low), float(reached(params, threshold(low)))
+
+
+def _zeroed(sets, scores, params, threshold) -> Any:
+    """Return the parameters with zero groups where the score is at most the threshold."""
+    leaves = sparsity_groups.by_path(params)
+    changed: dict[str, jax.Array] = {}
+    for one, score in zip(sets, scores, strict=True):
+        x = [leaves[path] for path in one.paths]
+        keep = one.spread(jnp.asarray(score) > threshold, x)
+        changed |= {path: jnp.where(k, a, 0) for path, a, k in zip(one.paths, x, keep, strict=True)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: changed.get(sparsity_groups.path_name(path), leaf), params
+    )

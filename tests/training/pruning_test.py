@@ -1,0 +1,150 @@
+"""Pruning at once by importance, against importance computed by hand, and in whole runs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from input_pipeline import loader
+from mtl_sparse.jobs import train
+from mtl_sparse.sparsity import stats
+from mtl_sparse.training import config as config_lib
+from mtl_sparse.training import groups, optimizer, pruning
+from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state as state_lib
+from mtl_sparse.training import step as step_lib
+from tests.conftest import raises, tiny
+
+
+@pytest.fixture
+def pruned(rooms):
+    config = tiny(rooms)
+    config.sparsity.update(prune="norm", target=0.5, prune_at=0.5)
+    config.train.epochs = 4
+    return config
+
+
+def groups_of(params):
+    """Return {layer: norms of its groups} of the backbone's kernels, in NumPy."""
+    flat = jax.tree_util.tree_flatten_with_path(params["model"]["backbone"])[0]
+    return {
+        jax.tree_util.keystr(path): np.linalg.norm(
+            np.moveaxis(np.asarray(leaf), -2, 0).reshape(leaf.shape[-2], -1), axis=1
+        )
+        for path, leaf in flat
+        if leaf.ndim == 4
+    }
+
+
+def test_the_groups_of_the_smallest_norm_are_zeroed_until_the_target_is_reached(pruned):
+    """Norms relative to the mean of the layer; the strongest group of a layer that all paths pass stays."""
+    pruned.sparsity.keep_connected = False
+    run = setup_lib.setup(pruned)
+    before = state_lib.initial(run)
+    after = jax.device_get(pruning.prune(run, before))
+    relative, zero = [], []
+    for name, norms in groups_of(before.params).items():
+        rest = np.delete(np.arange(len(norms)), np.argmax(norms))  # at least one group stays
+        relative += list((norms / norms.mean())[rest])
+        zero += list((groups_of(after.params)[name] == 0)[rest])
+    relative, zero = np.array(relative), np.array(zero)
+    assert relative[zero].max() < relative[~zero].min()
+    found = stats.sparsity(after.params["model"])
+    total = sum(layer.groups for layer in found.layers)
+    assert 0.5 <= found.group < 0.5 + 1 / total + 1e-9, "the fewest groups that reach it"
+    np.testing.assert_array_equal(after.params["model"]["head_depth"]["out"]["kernel"],
+                                  before.params["model"]["head_depth"]["out"]["kernel"])  # fmt: skip
+
+
+def test_taylor_importance_is_the_square_of_the_change_of_the_loss(pruned):
+    """By the derivative of the loss of each batch to a scale of one group."""
+    pruned.sparsity.prune = "taylor"
+    pruned.loss.weighting = "equal"
+    pruned.model.dropout = 0.0
+    run = setup_lib.setup(pruned)
+    state = state_lib.initial(run)
+    gradients = pruning._gradients(run, loader.replicate(state))
+    assert len(gradients) == run.steps_per_epoch < pruning._BATCHES
+    sets = pruning._sets(pruned, jax.device_get(state.params))
+    scores = dict(zip((one.name for one in sets), pruning._scores(sets, state.params, gradients), strict=True))
+    name = next(name for name in scores if "layer2_0/conv1" in name)
+    batches = run.batches.train(0)
+    rows = [next(batches) for _ in gradients]
+
+    def loss(scale, channel, batch):
+        backbone = state.params["model"]["backbone"]
+        kernel = backbone["layer2_0"]["conv1"]["kernel"].at[:, :, channel].multiply(scale)
+        layer = {**backbone["layer2_0"], "conv1": {"kernel": kernel}}
+        params = {**state.params["model"], "backbone": {**backbone, "layer2_0": layer}}
+        step = step_lib._Step(
+            run.model.clone(axis_name=None), run.tasks, pruned.loss, state, batch, jax.random.key(0), 1
+        )
+        raw, _ = step.apply(params)
+        return sum(
+            jnp.sum(value) / jnp.sum(valid)
+            for value, valid in (
+                task.elementwise(raw[task.name], batch[task.label][:, 4::8, 4::8]) for task in run.tasks
+            )
+        )
+
+    slope = jax.jit(jax.grad(loss))
+    found = [np.mean([float(slope(1.0, channel, batch)) ** 2 for batch in rows]) for channel in range(4)]
+    np.testing.assert_allclose(scores[name], found, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["target_macs", "target_params"])
+def test_targets_of_what_compaction_leaves_are_reached(pruned, name):
+    pruned.sparsity.update(target=0.0, groups="coupled", **{name: 0.4})
+    run = setup_lib.setup(pruned)
+    after = jax.device_get(pruning.prune(run, state_lib.initial(run)))
+    left = groups.left(pruned, after.params)[f"{groups.TARGETS[name]}_left"]
+    assert 0.3 < left <= 0.4
+
+
+def test_limits_hold(pruned):
+    pruned.sparsity.update(at_least=3, exclude=("backbone/layer1_0/.*",))
+    run = setup_lib.setup(pruned)
+    after = jax.device_get(pruning.prune(run, state_lib.initial(run)))
+    layers = stats.sparsity(after.params["model"]).layers
+    assert all(layer.groups - layer.zero_groups >= min(3, layer.groups) for layer in layers)
+    assert not any(layer.zero_groups for layer in layers if "layer1_0" in layer.path)
+    assert sum(layer.zero_groups for layer in layers) > 5
+
+
+def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path):
+    """Two of four epochs. Pruned groups stay zero while the rest trains, and the best checkpoint is a pruned one."""
+    pruned.run.num_workers = 0
+    train.train(pruned, tmp_path)
+    run = setup_lib.setup(pruned)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["step"], row["sparsity/group"]) for row in rows if row["split"] == "validation"]
+    per_epoch = run.steps_per_epoch
+    assert [step for step, _ in found] == [per_epoch * epoch for epoch in (1, 2, 3, 4)]
+    assert found[0][1] == 0 and 0.5 <= found[1][1] < 0.55 and found[1][1] == found[2][1] == found[3][1]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] > 2 * per_epoch and results["sparsity"]["group"] == found[1][1]
+    assert results["sparsity"]["lambda"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "naming"),
+    [
+        ({"prune": "magnitude"}, "OPTION_UNKNOWN_VALUE", "'magnitude'"),
+        ({"prune": "norm", "target": 0.0}, "OPTION_CONFLICT", "needs a target"),
+        ({"prune": "norm", "penalty": "l1"}, "OPTION_CONFLICT", "group_lasso"),
+    ],
+)
+def test_options_that_cannot_work_are_named(pruned, options, code, naming):
+    pruned.sparsity.update(options)
+    with raises(code, naming=naming):
+        config_lib.check(pruned)
+
+
+def test_a_pruning_without_an_epoch_after_it_is_refused(pruned):
+    pruned.sparsity.prune_at = 0.95
+    with raises("RUN_TOO_SHORT", naming="prune_at=0.95"):
+        setup_lib.setup(pruned)
+    pruned.sparsity.prune_at = 0.5
+    assert optimizer.prune_step(pruned, 8) == 4 and optimizer.settled_step(pruned, 8) == 5
