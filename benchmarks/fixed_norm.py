@@ -35,8 +35,8 @@ _EVERY = 10  # steps between two records
 # name -> sparsity options, color
 VARIANTS = {
     "default": ({"fixed_norm": True, "anneal_revival": True}, "#20639b"),
-    "revival_free": ({"fixed_norm": True, "anneal_revival": False}, "#3caea3"),
-    "norm_and_revival_free": ({"fixed_norm": False, "anneal_revival": False}, "#d35400"),
+    "free_regrowth": ({"fixed_norm": True, "anneal_revival": False}, "#3caea3"),
+    "free_norm_and_regrowth": ({"fixed_norm": False, "anneal_revival": False}, "#d35400"),
 }
 
 
@@ -178,7 +178,7 @@ def main(_) -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     results = {}
-    for data, folder in (("rooms", ""), ("real frames", _FOLDER.value)):
+    for data, folder in (("rooms", ""), ("real images", _FOLDER.value)):
         if data != "rooms" and not folder:
             continue
         for lambda_ in _LAMBDAS.value:

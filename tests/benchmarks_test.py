@@ -32,7 +32,7 @@ def test_every_operator_prunes_about_half(capsys):
 def test_fixed_norm_probe_and_figure(config):
     config.sparsity.update(lambda_=1.0, warmup_steps=0)
     found = {}
-    for variant in ("default", "norm_and_revival_free"):
+    for variant in ("default", "free_norm_and_regrowth"):
         config.sparsity.update(fixed_norm.VARIANTS[variant][0])
         found["rooms", 1.0, variant] = fixed_norm.measure(config)
     (fixed,), (free,) = (values["rows"] for values in found.values())
