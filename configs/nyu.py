@@ -3,7 +3,7 @@
     python launch.py --config=configs/nyu.py --config.data.folder=/data/NYUD_MT
 
 Every option that affects a result is here; the other configs change some of them. The defaults are the paper's values,
-except for fixed_norm, anneal_revival, warmup_steps and bias_correction (README, "The method"), and except that early
+except for fixed_norm, anneal_revival, warmup_steps and bias_correction (docs/method.md), and except that early
 stopping ends the whole run; train.early_stop="tasks" stops single tasks, as in the paper.
 """
 
@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
         # "segmentation", "depth", "normals", "edge", and, for data with attributes, "attribute:NAME".
         tasks=("segmentation", "depth", "normals"),
         data=create(
-            # Or "celebamask_hq", "nyuv2_13", "cityscapes_7", or a registered one (README, "A data set of your own").
+            # Or "celebamask_hq", "nyuv2_13", "cityscapes_7", or a registered one (docs/extending.md).
             name="nyud_mt",
             folder="",  # the published folder, here NYUD_MT
             prepared="",  # folder of the prepared array_record files; "" is <folder>.tfds
@@ -147,7 +147,7 @@ def get_config() -> ml_collections.ConfigDict:
             warmup_steps=100,
             metric="adaptive",  # proximal operator in Adam's metric; "plain" is the closed form in the Euclidean metric
             bias_correction=True,  # of v in that metric; the published method has False
-            fixed_norm=True,  # keep the norm of kernels; the published method has False (README, "Fixed-norm kernels")
+            fixed_norm=True,  # keep the norm of kernels; the published method has False (docs/method.md)
             # Norm of a fixed-norm kernel. False: its initial norm, which cancels weight decay. True: the norm that
             # each step gives it without the penalty, so that weight decay acts as in dense training.
             norm_decays=False,
@@ -167,7 +167,8 @@ def get_config() -> ml_collections.ConfigDict:
             early_stop_epochs=25,
             early_stop="run",
             # Number of training images, in one batch, whose BatchNorm statistics replace the running statistics for
-            # validation and in the best checkpoint; small batches bias the latter (docs/results.md). 0: running ones.
+            # validation and in the best checkpoint; small batches bias the latter
+            # (docs/engineering_notes.md). 0: running ones.
             bn_frames=0,
         ),
         # --job=compact, and the compact models of --job=benchmark and --job=export.

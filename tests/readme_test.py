@@ -1,4 +1,4 @@
-"""The snippets, commands and tables of the README work as they are written."""
+"""The snippets, commands, tables and links of the README and of docs/ work as they are written."""
 
 import json
 import pathlib
@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -24,58 +25,105 @@ from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted(DOCS.rglob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
 FOLDERS = "mtl_sparse|input_pipeline|configs|colabs|benchmarks|tests|docs"
+# Page with Python blocks -> the test that executes all of them.
+EXECUTED = {
+    "README.md": "tests/readme_test.py::test_the_readmes_snippets_are_those_of_the_tutorial",
+    "docs/your_model.md": "tests/readme_test.py::test_the_tutorial",
+    "docs/compaction.md": "tests/readme_test.py::test_the_snippets_of_the_compaction_page",
+    "docs/groups.md": "tests/readme_test.py::test_the_snippet_of_the_groups_page",
+    "docs/weighting.md": "tests/readme_test.py::test_the_snippet_of_the_weighting_page",
+    "docs/extending.md": "tests/readme_test.py::test_a_custom_task",  # and test_a_custom_data_set
+    "docs/compact_models.md": "tests/jobs/compact_test.py::test_the_documented_way_to_load_it",
+    "docs/export.md": "tests/jobs/export_test.py::test_stablehlo_runs_without_this_package",  # and test_onnx_...,
+}
+NOT_EXECUTED = {"docs/reference/config.md": "includes configs/nyu.py"}
 
 
-def snippet(containing):
-    (found,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if containing in block]
-    return found
+def blocks(page):
+    """Return the Python blocks of a page."""
+    return re.findall(r"```(?: \{ )?\.?python(?: \})?\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
-def test_pruning_and_compacting_another_model(capsys):
-    exec(snippet("import TargetSparsity, proximal_adam"), names := {})
+def test_every_python_block_is_executed_by_a_test():
+    with_blocks = {str(path.relative_to(ROOT)) for path in DOCUMENTS if blocks(path)}
+    assert with_blocks == EXECUTED.keys() | NOT_EXECUTED.keys()
+    for page, test in EXECUTED.items():
+        file, _, name = test.partition("::")
+        text = (ROOT / file).read_text()
+        assert f"def {name}(" in text and page.removeprefix("docs/") in text, test
+
+
+def test_the_readmes_snippets_are_those_of_the_tutorial():
+    found = blocks("README.md")
+    assert len(found) == 2 and found == blocks("docs/your_model.md")[:2]
+
+
+def test_the_tutorial(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train, compact, plan, save, further, wrap, rules = blocks("docs/your_model.md")
+    exec(train, names := {})
     percentage, groups = re.fullmatch(r"(\d+) % of (\d+) groups are zero\n", capsys.readouterr().out).groups()
     assert abs(int(percentage) - 70) <= 6, "each group is about one percent, and rounding moves some"
     assert int(groups) == 3 + 48 + 48
-    exec(snippet("compaction.compact(model.apply, params, images)"), names)
+    exec(compact, names)
     before, after = re.match(r"([\d,]+) parameters became ([\d,]+)", capsys.readouterr().out).groups()
     assert int(after.replace(",", "")) < 0.6 * int(before.replace(",", ""))
     assert float(names["difference"]) < 1e-5
+    exec(plan, names)
+    assert "| params/Conv_1/kernel | 48 |" in capsys.readouterr().out
+    exec(save, names)
+    outputs = names["small_fn"](names["small_params"], names["images"])
+    np.testing.assert_array_equal(names["restored_fn"](names["restored"], names["images"]), outputs)
+    exec(further, names)
+    after = names["small_fn"](names["small_params"], names["images"])
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    assert loss(after, names["labels"]).mean() < loss(outputs, names["labels"]).mean()
+    exec(wrap, names)
+    params = {"conv": {"kernel": jax.numpy.ones((3, 3, 4, 8))}, "bn": {"scale": jax.numpy.ones(8)}}
+    updates, _ = names["tx"].update(params, names["tx"].init(params), params)
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), updates))
+    exec(rules, names)
+    kernels = {"depthwise": {"kernel": jax.numpy.ones((3, 3, 1, 8))}, "conv": {"kernel": jax.numpy.ones((1, 1, 5, 7))}}
+    assert sorted(groups.count for groups in names["penalty"].find(kernels)) == [5, 8]
 
 
 def test_the_snippets_of_the_compaction_page(capsys, monkeypatch):
     monkeypatch.setattr(primitives, "RULES", dict(primitives.RULES))
-    page = (ROOT / "docs" / "compaction.md").read_text()
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+    for block in blocks("docs/compaction.md"):
         exec(block, names)
     printed = capsys.readouterr().out
     assert "{'bias': (8,), 'kernel': (3, 3, 3, 8)}" in printed
+    page = (DOCS / "compaction.md").read_text()
     (table,) = [block for block in re.findall(r"```text\n(.*?)```", page, re.S) if "became" in block]
     assert table in printed
 
 
+def test_the_snippet_of_the_groups_page(capsys):
+    (block,) = blocks("docs/groups.md")
+    exec(block, names := {})
+    assert "16 channels, read by " in capsys.readouterr().out
+    updates, _ = jax.jit(names["tx"].update)(names["params"], names["tx"].init(names["params"]), names["params"])
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), updates))
+
+
 def test_the_snippet_of_the_weighting_page():
-    page = (ROOT / "docs" / "weighting.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (block,) = blocks("docs/weighting.md")
     exec(block, names := {})
     weights, gradients = np.asarray(names["weights"]), np.asarray(names["gradients"])
     np.testing.assert_allclose((gradients @ gradients.T @ weights) * weights, 1, rtol=1e-4)
     np.testing.assert_allclose(names["direction"], weights @ gradients, rtol=1e-5)
 
 
-def test_a_penalty_around_another_optimizer():
-    exec(snippet("optax.lion"), names := {})
-    params = {"conv": {"kernel": jax.numpy.ones((3, 3, 4, 8))}, "bn": {"scale": jax.numpy.ones(8)}}
-    updates, _ = names["tx"].update(params, names["tx"].init(params), params)
-    assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), updates))
-
-
 def test_a_custom_task(config, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "depth_l1", None)  # removed again at the end
-    exec(snippet("TASKS["), names := {})
+    task, _ = blocks("docs/extending.md")
+    exec(task, names := {})
     config.tasks = names["get_config"]().tasks
     run = setup_lib.setup(config)
     state, scalars = step_lib.make_train_step(run)(
@@ -89,8 +137,8 @@ def test_a_custom_task(config, monkeypatch):
 def test_a_custom_data_set(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
     monkeypatch.chdir(tmp_path)
-    text = snippet("DATASETS[")
-    exec(text, names := {})
+    _, data_set = blocks("docs/extending.md")
+    exec(data_set, names := {})
     config = names["get_config"]()
     config.train.epochs, config.run.summary_rounds = 4, 0
     config.model.update(depth=10, width=8, head_features=8)
@@ -101,7 +149,15 @@ def test_a_custom_data_set(monkeypatch, tmp_path):
     assert set(results["headlines"]) == {"segmentation", "attribute:Large"}
 
 
-OPTIONS = [line.split(" | ")[1] for line in README.splitlines() if line.startswith("|") and "--config." in line]
+OPTIONS = [
+    line.split(" | ")[1]
+    for line in (DOCS / "options.md").read_text().splitlines()
+    if line.startswith("|") and "--config." in line
+]
+
+
+def test_the_option_tables_have_rows():
+    assert len(OPTIONS) > 20
 
 
 @pytest.mark.parametrize("name", ["nyu", "demo"])
@@ -121,11 +177,63 @@ def test_every_option_is_accepted_as_written(row, name, monkeypatch):
 
 
 def test_every_sweep_has_the_number_of_runs_in_the_table():
-    listed = re.findall(r"^\| `(\w+)` \| .*?\((\d+)(?: runs)?\)", README, re.M)
+    page = (DOCS / "sweeps.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| .*?\((\d+)(?: runs)?\)", page, re.M)
     assert {name for name, _ in listed} == sweeps.SWEEPS.keys()
     counts = {name: int(count) for name, count in listed}
     assert counts.pop("lomt") == 6 * len(sweeps.trials("lomt")), "four single-task and two multi-task runs a seed"
     assert counts == {name: len(sweeps.trials(name)) for name in counts}
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 200
+
+
+def test_the_readmes_figures_are_those_of_the_pages():
+    """Rows of results in the README are also in the page that they link to, or in the first page."""
+    first_page = (DOCS / "index.md").read_text()
+    rows = [line for line in README.splitlines() if line.startswith("| ") and re.search(r"\d\.\d{4}", line)]
+    assert len(rows) == 3 and all(row in first_page for row in rows)
+    for row in re.findall(r"^\| .*\?.* \| .* \| \[\w+\]\(docs/\w+\.md\) \|$", README, re.M):
+        _, answer, link = row.strip("| ").split(" | ")
+        page = (ROOT / re.search(r"\((.*)\)", link).group(1)).read_text()
+        numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", answer.replace("95 %", ""))
+        assert numbers and [number for number in numbers if number not in page] == [], row
+    assert README.count("](docs/results.md) |") == 1
+
+
+NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+
+
+def test_every_page_is_in_the_nav_once():
+    listed = re.findall(r": (\S+\.md)$", NAV, re.M)
+    assert sorted(listed) == sorted(str(path.relative_to(DOCS)) for path in PAGES)
+    assert listed[:2] == ["index.md", "your_model.md"]
+
+
+def test_the_site_links_to_files_outside_of_docs_on_the_code_host_only():
+    text = "[Config](../configs/nyu.py), [a](a.md#b), [gone](../gone.py), [one](https://a.b)\n```\n[x](../launch.py)\n```\n"
+    hooks, host = cli.run_file(DOCS / "hooks.py"), "https://host/owner/name"
+    assert hooks.rewrite(text, "index.md", host) == text.replace("../configs", f"{host}/blob/main/configs")
+    assert hooks.rewrite(text, "index.md") == text.replace("[Config](../configs/nyu.py)", "Config")
+    assert "](../CONTRIBUTING.md" in (DOCS / "development.md").read_text(), "there are such links"
+
+
+def test_the_command_line_page_has_every_job_and_flag():
+    page = (DOCS / "reference" / "cli.md").read_text()
+    jobs, options = page.split("## Flags")
+    assert re.findall(r"^\| `(\w+)` \|", jobs, re.M) == list(cli.JOBS)
+    defined = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", (ROOT / "launch.py").read_text())
+    assert sorted(re.findall(r"^\| `--(\w+)` \|", options, re.M)) == sorted(defined) and len(defined) > 10
+
+
+def test_the_readme_maps_every_page():
+    links = set(re.findall(r"\]\((docs/[^)#]+\.md)", README))
+    pages = {str(path.relative_to(ROOT)) for path in PAGES}
+    assert pages - links == {
+        "docs/development.md",  # of contributors: CONTRIBUTING.md
+        *(f"docs/reference/{name}.md" for name in ("compaction", "runtime", "sparsity", "tasks", "training")),
+    }
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -134,7 +242,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_ci_and_the_hooks_run_the_same_checks():
-    checks = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith(".venv/bin/")]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    *checks, docs = [line for line in lines if line.startswith(".venv/bin/")]
+    assert docs == ".venv/bin/python -m pip install -q -e '.[docs]' && .venv/bin/mkdocs build --strict"
     hooks = re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert [check.removesuffix(" .") for check in checks] == [hook.removesuffix(" --force-exclude") for hook in hooks]
 
@@ -145,11 +255,25 @@ def test_the_version_is_the_same_everywhere():
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_every_linked_file_exists(path):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
-    missing = [link for link in links if not link.startswith("https://") and not (path.parent / link).exists()]
+def anchors(path):
+    """Return the anchors of a page's headings, as GitHub and Python-Markdown make them."""
+    headings = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?s)```.*?```", "", path.read_text()))
+    plain = [re.sub(r"[^\w\s-]", "", re.sub(r"\]\(.*?\)", "", heading)).strip().lower() for heading in headings]
+    return [re.sub(r"\s", "-", heading) for heading in plain]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_linked_file_and_heading_exists(path):
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text())
+    links = [(link, anchor) for link, anchor in links if not link.startswith("https://")]
+    missing = [link for link, _ in links if not (path.parent / link).exists()]
     assert missing == []
+    wrong = [
+        (link, anchor)
+        for link, anchor in links
+        if anchor and anchor not in anchors(path.parent / link if link else path)
+    ]
+    assert wrong == []
     assert path.name != "README.md" or len(links) > 20
 
 
@@ -164,7 +288,7 @@ def exists(name):
     return True
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_named_module_and_file_exists(path):
     text = path.read_text()
     if path.name == "CHANGELOG.md":  # it names former modules in the first column of a table
@@ -172,7 +296,7 @@ def test_every_named_module_and_file_exists(path):
     name = rf"(?:{FOLDERS})(?:/[\w.]+)*/?|(?:mtl_sparse|input_pipeline)(?:\.\w+)+"
     names = set(re.findall(rf"`({name})(?:\(.*?\))?`", text))
     assert [name for name in sorted(names) if not exists(name)] == []
-    assert path.name != "README.md" or len(names) > 20
+    assert path.name != "README.md" or len(names) > 10
 
 
 def test_the_documents_name_tests_that_exist():

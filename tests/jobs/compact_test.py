@@ -24,7 +24,7 @@ from mtl_sparse.training import state as state_lib
 from tests.compaction import multitask_test
 from tests.conftest import raises, tiny
 
-README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "compact_models.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +172,9 @@ def test_tasks_that_the_run_does_not_have_are_refused(reduced, tasks, code, name
     assert (small / "results.json").stat().st_mtime_ns == before
 
 
-def test_the_readmes_way_to_load_it(compacted, tmp_path, monkeypatch):
+def test_the_documented_way_to_load_it(compacted, tmp_path, monkeypatch):
     _, folder, small = compacted
-    (script,) = re.findall(r"```python\n(from configs import run\n.*?)```", README, re.S)
+    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "compact").symlink_to(small)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""LOMT's published choices, from the README's command to the exported compact model."""
+"""LOMT's published choices, from the command in docs/sweeps.md to the exported compact model."""
 
 import pathlib
 import re
@@ -14,12 +14,12 @@ from mtl_sparse.report import page, study
 from mtl_sparse.training import setup as setup_lib
 from tests.conftest import tiny
 
-README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
 
 
 def given(flag):
-    """Return the names that the README's command with raw attachment points gives to a flag."""
-    commands = re.findall(r"^python launch\.py (?:.*\\\n)*.*", README, re.M)
+    """Return the names that the page's command with raw attachment points gives to a flag."""
+    commands = re.findall(r"^python launch\.py (?:.*\\\n)*.*", PAGE, re.M)
     (command,) = [command for command in commands if "--config.model.attach" in command and ":raw" in command]
     arguments = cli.normalize(shlex.split(command.replace("\\\n", " "))[1:])
     return tuple(re.findall(r"'(.*?)'", cli.option(arguments, flag)))
