@@ -16,7 +16,7 @@ from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run, setup
 
 
-def train(config, workdir: str | pathlib.Path) -> dict[str, Any]:
+def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Train, evaluate the best checkpoint on the test split, and write the report.
 
     Resumes from the latest checkpoint in `workdir` if there is one; the result is that of an uninterrupted run. Of

@@ -132,7 +132,7 @@ def setup(config) -> Run:
     )
 
 
-def load_model(workdir: str | pathlib.Path, config) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+def load_model(workdir: str | pathlib.Path, config: Any) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
     """Load the model of a run with its best checkpoint's variables, without its data.
 
     Args:
@@ -150,7 +150,7 @@ def load_model(workdir: str | pathlib.Path, config) -> tuple[multitask.MultiTask
 
 
 def compact(
-    config, model: multitask.MultiTaskModel, variables, *, tasks: Sequence[str] | None = None
+    config: Any, model: multitask.MultiTaskModel, variables: Any, *, tasks: Sequence[str] | None = None
 ) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
     """Return the (model, variables) without dead channels, by config.compact and for images of config.data.size.
 
