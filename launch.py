@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         cli.run_file(_REGISTER.value)
     config = _CONFIG.value
     config.tasks = cli.split_names(config.tasks)
-    gc.set_threshold(200_000, 20, 100)  # tracing makes many objects that live: searching them for garbage is slow
+    gc.set_threshold(200_000, 20, 100)  # tracing makes many objects that are kept: searching them for garbage is slow
     request = cli.Request(
         config,
         path,

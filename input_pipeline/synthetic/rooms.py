@@ -3,7 +3,7 @@
 A room is the inside of a box. Furniture consists of boxes that may be rotated about the vertical axis. World
 coordinates are in meters, x right, y down and z forward. The camera is at the origin, rotated by yaw and pitch. Labels
 come from the geometry at the center ray of each pixel, so segmentation, depth (along the optical axis) and normals
-(camera coordinates, towards the camera) are exact.
+(camera coordinates, toward the camera) are exact.
 """
 
 import dataclasses
@@ -294,7 +294,7 @@ def _overlap(a, b):
 
 
 # Furniture: rng -> (pieces, half width, half depth). A piece is (offset of its center: x, height above the
-# floor, z towards the wall; half sizes; class; RGB; texture), in coordinates whose +z points at the wall.
+# floor, z toward the wall; half sizes; class; RGB; texture), in coordinates whose +z points at the wall.
 
 _Piece = tuple[tuple[float, float, float], tuple[float, float, float], int, np.ndarray, str]
 _Furniture = tuple[list[_Piece], float, float]

@@ -3,8 +3,8 @@
 A group is an input channel of one convolution. A channel that no layer reads is removed together with the filter and
 the BatchNorm entry that produce it. The channels of the residual stream are ordered so that those that are needed
 longest come first: every block carries a prefix of them, and the channels that one layer needs lie in few ranges, which
-it gathers by slices. The output of a convolution without live inputs is a constant, which is folded into what follows.
-In evaluation mode the outputs stay the same up to rounding.
+it gathers by slices. The output of a convolution without non-zero inputs is a constant, which is folded into what
+follows. In evaluation mode the outputs stay the same up to rounding.
 
 Compaction has three steps: `tracing` finds what is needed, `ordering` orders the residual streams, and `building`
 writes the new model.

@@ -253,7 +253,7 @@ JOBS: dict[str, tuple[Callable[[Request], Any], str]] = {
     ),
     "lomt": (
         _lomt,
-        "find how deep each task needs the backbone from single-task sparse runs (those of --runs, or trained first), "
+        "find how deep a backbone each task needs from single-task sparse runs (those of --runs, or trained first), "
         "train with each head there and with all at the end, and compare",
     ),
     "import": (_import, "make a run of a checkpoint of the reference implementation, --checkpoint=FILE"),

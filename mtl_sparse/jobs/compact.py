@@ -36,7 +36,7 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
       UserError: the run is not finished or has other options, compact.tasks has a task that it does not have, its
-        backbone is dead, or the outputs differ.
+        backbone has no layer with a non-zero group, or the outputs differ.
     """
     run = setup_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()
@@ -54,7 +54,10 @@ def _compact(run, workdir):
     if not any(layer.zero for layer in layers) and best.tasks == tuple(run.config.tasks):
         logging.warning("This run has no zero groups: its compact model has the same channels")
     if not any(layer.groups_after for layer in layers if layer.layer.startswith("backbone/")):
-        raise UserError("BACKBONE_DEAD", f"the backbone of {workdir} is dead: compaction would leave no layer of it")
+        raise UserError(
+            "BACKBONE_DEAD",
+            f"the backbone of {workdir} has no layer with a non-zero group: compaction would remove all of it",
+        )
     if not error < _TOLERANCE:
         raise UserError(
             "COMPACTION_NOT_EXACT",
@@ -116,7 +119,7 @@ def _config(config, tasks, model):
 
 @contextlib.contextmanager
 def _replacing(folder: pathlib.Path) -> Iterator[None]:
-    """Write `folder` anew in the block; what it held is kept until the block ends, and restored if it fails."""
+    """Write `folder` from scratch in the block; what it held is kept until the block ends, and restored if it fails."""
     old, removed = (folder.with_name(folder.name + end) for end in (".old", ".removed"))
     shutil.rmtree(removed, ignore_errors=True)
     if old.exists():  # an earlier call was killed in the block

@@ -1,6 +1,6 @@
 """`--job=lomt`: attach each task's head where that task's own sparsity pattern ends.
 
-"Giving each task what it needs": single-task sparse models tell how deep a task needs the backbone. A layer is kept if
+"Giving each task what it needs": single-task sparse models show how deep a backbone a task needs. A layer is kept if
 more than a small fraction of its groups is non-zero in every run. In the multi-task model, each task's head is attached
 to the deepest layer that the task keeps, and the backbone ends at the deepest of them.
 """

@@ -32,7 +32,7 @@ def _size_sentence(results: Results) -> str:
 
 
 def sparsity_sentences(sparsity: RunSparsity) -> str:
-    """Return what is zero, the target, and the layers and blocks that are dead."""
+    """Return what is zero, the target, and the layers and blocks without a non-zero group."""
     target = f" (target {100 * sparsity.target:.1f} %)" if sparsity.target else ""
     text = f"{100 * sparsity.group:.1f} % of groups zero"
     if sparsity.penalty == "l1" and sparsity.weight is not None:

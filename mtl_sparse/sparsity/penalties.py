@@ -58,7 +58,7 @@ class Penalty(abc.ABC):
 
         Args:
           z: the parameters of the groups after the optimizer's step.
-          threshold: learning rate times lambda for each part that `zeros` tells apart, as a tree like its result.
+          threshold: learning rate times lambda for each part that `zeros` distinguishes, as a tree like its result.
           learning_rate: that of this step.
           metric: diagonal D of the metric, of z's shapes; None is 1.
           groups: the groups.

@@ -113,8 +113,8 @@ class HoldNorm:
     """Scale kernels back to a fixed norm.
 
     The scale of a kernel that a normalization layer follows is free. Without a fixed norm the penalty shrinks such a
-    kernel instead of pruning its groups. A wholly zero kernel stays zero until a group regrows, and then has its norm
-    at once; a kernel that is zero at init is free.
+    kernel instead of pruning its groups. A kernel that is entirely zero stays zero until a group regrows, and then
+    has its norm immediately; a kernel that is zero at init is free.
 
     Attributes:
       kernels: True for the penalized kernels whose module has no other parameter: a convolution without a bias is
@@ -142,13 +142,13 @@ class HoldNorm:
             return [path for path in found if names(self.kernels, path)]
         if not found:
             return []
-        # `optax.masked` leaves a node without leaves in the place of another optimizer's parameter.
+        # `optax.masked` leaves a node without leaves instead of another optimizer's parameter.
         hidden = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
         flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=hidden)[0]
         ndims = {groups_lib.path_name(path): 0 if hidden(leaf) else leaf.ndim for path, leaf in flat}
         if min(ndims.values()) > 1:
             raise ValueError(
-                "fixed norms by default are for kernels without a bias, but this tree holds no parameter beside its "
+                "fixed norms by default are for kernels without a bias, but this tree holds no parameter besides its "
                 "kernels, so biases may have been filtered out of it: pass fixed_norm (or HoldNorm's kernels) as a "
                 "regular expression of the kernels that a normalization layer follows ('.*' for all), or "
                 "fixed_norm=False"

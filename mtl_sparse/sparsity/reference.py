@@ -23,8 +23,8 @@ def like_reference(
 
     Args:
       adam: an optax optimizer with Adam's state, which the wrapper keeps as its own state.
-      l2: strength of l2 / 2 |p|^2 in the objective: l2 * p is added to the gradient and goes through Adam's moments, as
-        in PyTorch's `Adam(weight_decay=l2)`, with which the paper trains its dense baselines.
+      l2: strength of l2 / 2 |p|^2 in the objective: l2 * p is added to the gradient and passes through Adam's moments,
+        as in PyTorch's `Adam(weight_decay=l2)`, with which the paper trains its dense baselines.
       l2_mask: which parameters `l2` acts on; None is all.
       penalty_in_gradient: also add lambda sqrt(number of groups) w_g / |w_g| to the gradient of this penalty's kernels,
         a group lasso's subgradient. The published penalty has the number of groups where its prox has their size.

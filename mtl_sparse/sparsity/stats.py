@@ -83,7 +83,7 @@ class Sparsity:
 
     @property
     def dead_blocks(self) -> tuple[str, ...]:
-        """Residual blocks (nodes that hold conv1, conv2, ...) with a dead layer on their branch: it adds a constant."""
+        """Residual blocks (nodes that hold conv1, conv2, ...) with a zero layer on their branch: it adds a constant."""
         dead = set(self.dead_layers)
         blocks: dict[str, bool] = {}
         for layer in self.layers:

@@ -18,8 +18,8 @@ from mtl_sparse.runtime.errors import UserError
 class MetricLog:
     """Writer of `metrics.jsonl`, one object a line: {"step", "split", name: value, ...}.
 
-    The same scalars go to event files for TensorBoard: by clu if TensorFlow is installed, which clu's writer needs,
-    and otherwise by `_EventFile`.
+    The same scalars are written to event files for TensorBoard: by clu if TensorFlow is installed, which clu's writer
+    needs, and otherwise by `_EventFile`.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int) -> None:

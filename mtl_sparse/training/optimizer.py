@@ -122,7 +122,7 @@ def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> op
     options, sparsity = config.optimizer, config.sparsity
     penalty = _penalty(config)
     if sparsity.penalty_in_gradient and sparsity.penalty != "group_lasso":
-        raise ValueError(f"penalty_in_gradient goes with penalty 'group_lasso', not {sparsity.penalty!r}")
+        raise ValueError(f"penalty_in_gradient requires penalty 'group_lasso', not {sparsity.penalty!r}")
     inner = optax.adamw(
         learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay, mask=_kernels
     )

@@ -51,7 +51,7 @@ class Best:
 
     @functools.cached_property
     def compact(self) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
-        """(model, variables) without dead channels."""
+        """(model, variables) without its zero channels."""
         tasks = self.run.config.tasks if self.tasks is None else self.tasks
         return setup_lib.compact(self.run.config, self.run.model, self.state.variables, tasks=tasks)
 

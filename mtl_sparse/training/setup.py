@@ -152,7 +152,7 @@ def load_model(workdir: str | pathlib.Path, config: Any) -> tuple[multitask.Mult
 def compact(
     config: Any, model: multitask.MultiTaskModel, variables: Any, *, tasks: Sequence[str] | None = None
 ) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
-    """Return the (model, variables) without dead channels, by config.compact and for images of config.data.size.
+    """Return the (model, variables) without its zero channels, by config.compact and for images of config.data.size.
 
     Args:
       config: the run's.
