@@ -222,7 +222,21 @@ def test_tasks_without_a_gradient_get_no_weight_and_do_not_change_the_others(nam
     for hard in ([[1.0, -1.0], [-1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]], [[1e-30, 0.0], [0.0, 1e-28]], [[3.0]]):
         for dtype in (jnp.float32, jnp.float64):
             assert np.isfinite(jitted(name, jnp.asarray(hard, dtype))).all(), (hard, dtype)
-    assert np.isnan(jitted(name, jnp.array([[np.nan, 0.0], [0.0, 1.0]]))).any()
+    for wrong in (np.nan, np.inf):
+        assert np.isnan(jitted(name, jnp.array([[wrong, 0.0], [0.0, 1.0]]))).all()
+        assert np.isnan(jitted(name, jnp.array([[1.0, wrong], [wrong, 1.0]]))).all()
+
+
+@pytest.mark.parametrize("name", weighting.GRADIENT_NAMES)
+@pytest.mark.parametrize("scale", [1e6, 1e-9])
+def test_a_task_without_a_gradient_among_long_and_short_gradients(name, scale):
+    jacobian = CASES[0] * scale
+    for dtype in (jnp.float32, jnp.float64):
+        given, padded = (
+            jitted(name, jnp.asarray(its @ its.T, dtype)) for its in (jacobian, np.insert(jacobian, 1, 0.0, axis=0))
+        )
+        assert padded[1] == 0
+        np.testing.assert_allclose(np.delete(padded, 1), given, rtol=2e-3)
 
 
 def test_bad_gramians_and_names_are_refused():
@@ -233,6 +247,9 @@ def test_bad_gramians_and_names_are_refused():
             weighting.gradient_weights("mgda", wrong)
     with raises("GRAMIAN_INVALID", naming="int"):
         weighting.gradient_weights("mgda", jnp.eye(2, dtype=int))
+    for options in ({"cagrad_c": 1.0}, {"cagrad_c": -0.1}, {"fairgrad_alpha": 0.0}):
+        with raises("OPTION_OUT_OF_RANGE", naming="{}={}".format(*next(iter(options.items())))):
+            weighting.gradient_weights("mgda", jnp.eye(2), **options)
     with raises("GRAMIAN_INVALID", naming="key"):
         weighting.gradient_weights("pcgrad", jnp.eye(7))
     assert weighting.gradient_weights("pcgrad", jnp.eye(7), key=jax.random.key(0)).shape == (7,)
@@ -244,7 +261,8 @@ def test_the_gramian_of_a_tree_is_that_of_the_joined_gradients():
     joined = np.concatenate([tree["a"].reshape(3, -1), tree["b"]["c"]], 1)
     np.testing.assert_allclose(weighting.gramian(jax.tree.map(jnp.asarray, tree)), joined @ joined.T)
     narrow = weighting.gramian(jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree))
-    assert narrow.dtype == jnp.float32 or narrow.dtype == jnp.float64
+    assert narrow.dtype == jnp.float32
+    assert weighting.gramian(jnp.ones((2, 3))).dtype == jnp.float64
     np.testing.assert_allclose(narrow, joined @ joined.T, rtol=0.05, atol=0.2)
 
 
@@ -272,8 +290,27 @@ def test_gradnorm_balances_the_lengths_of_the_weighted_gradients():
     np.testing.assert_allclose(list(state["first_loss"].values()), 1)
 
 
+def test_gradnorm_by_hand():
+    """The gradient of one step; a task without a label and one whose first loss is 0 do not count.
+
+    Relative to the first loss, a has 1.6 and b 0.4 of the mean, so that both weighted gradients are shorter than their
+    targets, 1.6 ** 1.5 and 0.4 ** 1.5. The derivatives by the weights are -1.8, -0.2, 0 and 0; those by the logits are
+    these minus their mean.
+    """
+    options = types.SimpleNamespace(gradnorm_alpha=1.5, gradnorm_learning_rate=0.025)
+    tasks, labeled = ("a", "b", "c", "d"), jnp.array([True, True, False, True])
+    start = by_gradients.gradnorm_start(tasks)
+    first = by_gradients.gradnorm_update(start, tasks, jnp.array([1.0, 1.0, 7.0, 0.0]), labeled, jnp.eye(4), options)
+    np.testing.assert_array_equal(list(first["first_loss"].values()), [1, 1, np.nan, 0])
+    start["first_loss"] = dict(zip(tasks, jnp.array([1.0, 1.0, 1.0, 0.0]), strict=True))
+    gramian = jnp.diag(jnp.array([1.8, 0.2, 1.0, 3.0]) ** 2)
+    state = by_gradients.gradnorm_update(start, tasks, jnp.array([1.6, 0.4, 5.0, 2.0]), labeled, gramian, options)
+    gradient = np.array(list(state["optimizer"][0].mu.values())) / 0.1  # Adam's first moment
+    np.testing.assert_allclose(gradient, [-1.3, 0.3, 0.5, 0.5], rtol=1e-6)
+
+
 OPTIONS = types.SimpleNamespace(
-    uw_so_temperature=1.0, dwa_temperature=2.0, stch_mu=0.5, stch_warmup_epochs=1, famo_learning_rate=0.1,
+    uw_so_temperature=2.0, dwa_temperature=2.0, stch_mu=0.5, stch_warmup_epochs=1, famo_learning_rate=0.1,
     famo_weight_decay=0.0,
 )  # fmt: skip
 LOSSES = jnp.array([2.0, 4.0])
@@ -299,7 +336,7 @@ def value_and_weights(name, losses=LOSSES, **options):
 
 
 def by_hand():
-    softmax = np.exp(1 / np.array([2.0, 4.0])) / np.exp(1 / np.array([2.0, 4.0])).sum()
+    softmax = np.exp([1 / 2 / 2, 1 / 4 / 2]) / np.exp([1 / 2 / 2, 1 / 4 / 2]).sum()
     return [
         ("equal", {}, 6, [1, 1]),
         ("fixed", {}, 2, [0.5, 0.25]),
@@ -331,6 +368,27 @@ def test_a_task_without_a_label_adds_nothing(name):
     assert np.isfinite(value) and found[1] == 0 and found[0] > 0
 
 
+@pytest.mark.parametrize("name", [name for name in by_losses.OBJECTIVES if name != "rlw"])
+def test_with_labels_of_one_task_the_objective_is_that_of_the_task_alone(name):
+    """Not with random weights, which add up to 1 over all tasks."""
+    for epoch in (0, 9):
+        both = context(name, labeled=(True, False), learned=(0.3, 0.7), epoch=epoch)
+        alone = both._replace(
+            labeled=both.labeled[:1], learned=both.learned[:1], state=by_losses.start(name, "a"), tasks=("a",),
+            weights=both.weights[:1],
+        )  # fmt: skip
+        objective = jax.value_and_grad(by_losses.OBJECTIVES[name])
+        (value, found), (want, weight) = objective(LOSSES, both), objective(LOSSES[:1], alone)
+        np.testing.assert_allclose([value, found[0]], [want, weight[0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*by_losses.OBJECTIVES])
+def test_a_batch_without_labels_changes_nothing(name):
+    for epoch in (0, 9):
+        value, found = value_and_weights(name, (0.0, 0.0), labeled=(False, False), learned=(0.3, 0.7), epoch=epoch)
+        assert value == 0 and (found == 0).all()
+
+
 def test_uncertainty_is_least_at_the_log_of_the_loss():
     grads = jax.grad(lambda s: by_losses.OBJECTIVES["uncertainty"](LOSSES, context("uncertainty", learned=s)))
     np.testing.assert_allclose(grads(jnp.log(LOSSES)), 0, atol=1e-6)
@@ -358,10 +416,18 @@ def test_dwa_weighs_by_the_ratio_of_the_last_two_epochs():
     state = steps("dwa", epochs)
     assert {name: float(value) for name, value in state["before"].items()} == {"a": 3, "b": 8}
     assert {name: float(value) for name, value in state["last"].items()} == {"a": 1.5, "b": 4}
+    later = steps("dwa", [((5.0, 0.0), first_only)] * 2, state)
+    assert (float(later["last"]["a"]), float(later["last"]["b"])) == (5, 4), "b had no label in the epoch"
     np.testing.assert_allclose(value_and_weights("dwa", state=state)[1], [1, 1])
     state = {**state, "last": {"a": jnp.array(3.0), "b": jnp.array(4.0)}}
     rates = np.exp(np.array([3 / 3, 4 / 8]) / 2)
     np.testing.assert_allclose(value_and_weights("dwa", state=state)[1], 2 * rates / rates.sum(), rtol=1e-6)
+    state = {
+        **state,
+        "before": {"a": jnp.array(3.0), "b": jnp.array(jnp.nan)},
+        "last": {"a": jnp.array(9.0), "b": jnp.array(4.0)},
+    }
+    assert value_and_weights("dwa", state=state)[1].tolist() == [1, 1], "until all ratios are known"
 
 
 def test_stch_compares_with_the_losses_of_the_epoch_after_its_warmup():
@@ -389,6 +455,15 @@ def test_famo_moves_weight_to_the_task_that_improves_less():
     np.testing.assert_allclose(found, scale * shares / [2, 4], rtol=1e-4)
 
 
+def test_famos_logits_decay_and_do_not_learn_from_one_task_alone():
+    start = by_losses.start("famo", "ab") | {"logits": {"a": jnp.array(1.0), "b": jnp.array(-2.0)}}
+    options = types.SimpleNamespace(**{**vars(OPTIONS), "famo_weight_decay": 0.5})
+    step = context("famo", state=start, labeled=(True, False))._replace(options=options)
+    state = by_losses.update("famo", LOSSES, step, jnp.array([1.0, 0.1]), jnp.array(False))
+    gradient = np.array(list(state["optimizer"][1][0].mu.values())) / 0.1  # Adam's first moment
+    np.testing.assert_allclose(gradient, [0.5, -1.0], rtol=1e-6)
+
+
 def test_states_of_fewer_tasks():
     """A compact model of some of the tasks keeps their part of the state."""
     for name in ("dwa", "stch", "famo", "gradnorm"):
@@ -409,7 +484,7 @@ def test_bad_options_are_named():
     with raises("OPTION_UNKNOWN_VALUE", naming="'gradnorm'") as caught:
         weighting.check(loss_options("gradnrom"), ["a"])
     assert "loss.weighting" in str(caught.value) and ", ".join(weighting.NAMES) in str(caught.value)
-    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, "2")):
+    for weights in ((1.0,), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf")), (1.0, "2")):
         with raises("OPTION_OUT_OF_RANGE", naming=f"loss.weights={weights}") as caught:
             weighting.check(loss_options("fixed", weights), ["a", "b"])
         assert "(a, b)" in str(caught.value)

@@ -5,6 +5,7 @@ gradients of the tasks in the backbone, and each head is trained by the unweight
 For a training loop of your own, `gradient_weights` needs only the inner products of the gradients, see `gramian`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def gramian(gradients: Any) -> Float[Array, "K K"]:
         dtype = jnp.promote_types(jnp.float32, leaf.dtype)
         return jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
-    return sum(map(products, jax.tree.leaves(gradients)), start=jnp.zeros([]))
+    return sum(map(products, jax.tree.leaves(gradients)), start=jnp.zeros([], jnp.float32))
 
 
 def needs_gradients(name: str, tasks: Sequence[Any]) -> bool:
@@ -125,4 +126,4 @@ def check(options: Any, tasks: Sequence[str], attach: Sequence[str] = ()) -> Non
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and value >= 0
+    return isinstance(value, int | float) and 0 <= value < math.inf

@@ -61,11 +61,11 @@ def gradient_weights(
       fairgrad_alpha: of "fairgrad", above 0.
 
     Returns:
-      w, [K], of the Gramian's dtype. Not finite if the Gramian is not.
+      w, [K], of the Gramian's dtype. NaN if the Gramian is not finite.
 
     Raises:
-      UserError: OPTION_UNKNOWN_VALUE, an unknown name; GRAMIAN_INVALID, not a square matrix of floats, or more than six
-        tasks without a key for "pcgrad".
+      UserError: OPTION_UNKNOWN_VALUE, an unknown name; OPTION_OUT_OF_RANGE, an option (those that are traced are not
+        checked); GRAMIAN_INVALID, not a square matrix of floats, or more than six tasks without a key for "pcgrad".
     """
     if name not in _METHODS:
         near = ", ".join(text.nearest(name, _METHODS) or _METHODS)
@@ -82,15 +82,23 @@ def gradient_weights(
             "GRAMIAN_INVALID",
             f"expected at most {_ALL_ORDERS} tasks for PCGrad over all orders, got {len(gramian)}; give a random key",
         )
+    _check_options(cagrad_c, fairgrad_alpha)
     squares = jnp.diag(gramian)
     active = squares > jnp.finfo(gramian.dtype).tiny ** 0.5 * jnp.max(squares)
-    active = active | jnp.isnan(squares)  # which then shows in the weights
     lengths = jnp.sqrt(jnp.where(active, squares, 1))
     # A task without a gradient gets one of length 1 at right angles to all others.
     cosines = jnp.where(active[:, None] & active, gramian / lengths / lengths[:, None], jnp.eye(len(gramian)))
     options = {"key": key, "cagrad_c": cagrad_c, "fairgrad_alpha": fairgrad_alpha}
     weights = _METHODS[name](cosines.astype(gramian.dtype), lengths, active, options)
-    return jnp.where(active, weights, 0).astype(gramian.dtype)
+    weights = jnp.where(active, weights, 0).astype(gramian.dtype)
+    return jnp.where(jnp.all(jnp.isfinite(gramian)), weights, jnp.nan)
+
+
+def _check_options(cagrad_c: Any, fairgrad_alpha: Any) -> None:
+    if isinstance(cagrad_c, int | float) and not 0 <= cagrad_c < 1:
+        raise UserError("OPTION_OUT_OF_RANGE", f"expected cagrad_c of at least 0 and below 1, got cagrad_c={cagrad_c}")
+    if isinstance(fairgrad_alpha, int | float) and not fairgrad_alpha > 0:
+        raise UserError("OPTION_OUT_OF_RANGE", f"expected fairgrad_alpha above 0, got fairgrad_alpha={fairgrad_alpha}")
 
 
 def _pcgrad(cosines: Gramian, lengths: Weights, active: Weights, options: dict[str, Any]) -> Weights:
@@ -130,7 +138,7 @@ def _sum_of_rows(rows: Gramian, lengths: Weights, active: Weights) -> Weights:
 
 def _mgda(cosines: Gramian, lengths: Weights, active: Weights, options: dict[str, Any]) -> Weights:
     del options
-    scaled = lengths / jnp.min(jnp.where(active, lengths, jnp.inf))
+    scaled = jnp.where(active, lengths / jnp.min(jnp.where(active, lengths, jnp.inf)), 1)
     unit = _regular(cosines) * scaled * scaled[:, None]
     w = solvers.minimize(lambda w: w @ unit @ w / 2, len(unit), unit.dtype, simplex=True)
     # Without the tasks that have no gradient, which are at right angles, the others keep their proportions.
@@ -178,7 +186,7 @@ def _nash(cosines: Gramian, lengths: Weights, active: Weights, options: dict[str
 def _fairgrad(cosines: Gramian, lengths: Weights, active: Weights, options: dict[str, Any]) -> Weights:
     power = 1 / options["fairgrad_alpha"]
     scale = jnp.exp(jnp.sum(jnp.where(active, jnp.log(lengths), 0)) / jnp.maximum(jnp.sum(active), 1))
-    scaled = lengths / scale
+    scaled = jnp.where(active, lengths / scale, 1)
     return solvers.balance(_regular(cosines) * scaled * scaled[:, None], power) * scale ** (-2 / (1 + power))
 
 

@@ -90,7 +90,8 @@ def _random(losses: Vector, step: Step) -> Scalar:
 
 
 def _geometric(losses: Vector, step: Step) -> Scalar:
-    return jnp.exp(jnp.sum(_log(losses, step)) / _count(step))
+    mean = jnp.exp(jnp.sum(_log(losses, step)) / _count(step))
+    return jnp.where(jnp.any(step.labeled), mean, 0.0)
 
 
 def _stch(losses: Vector, step: Step) -> Scalar:
@@ -98,7 +99,8 @@ def _stch(losses: Vector, step: Step) -> Scalar:
     nadir = _stack(step.state["mean"], step.tasks)
     relative = (logs - jnp.log(jnp.where(jnp.isfinite(nadir), nadir, 1))) / mu
     smooth = mu * jax.nn.logsumexp(relative, where=step.labeled) * _count(step)
-    return jnp.where(step.epoch > step.options.stch_warmup_epochs, smooth, _sum(logs, step))
+    known = (step.epoch > step.options.stch_warmup_epochs) & jnp.any(step.labeled)
+    return jnp.where(known, smooth, _sum(logs, step))
 
 
 def _famo(losses: Vector, step: Step) -> Scalar:
