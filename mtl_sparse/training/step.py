@@ -41,7 +41,8 @@ def train_step(
       tasks: the tasks to train. Heads of the model without one stay as they are.
       tx: the optimizer.
       loss_config: config.loss.
-      skip_not_finite: whether a step whose loss or gradient is not finite changes nothing but the step count.
+      skip_not_finite: whether a step whose loss or gradient is not finite changes nothing but the step count;
+        an epoch that it ends still ends for the weighting.
       steps_per_epoch: steps of an epoch, for weightings that depend on it.
 
     Returns:
@@ -71,7 +72,8 @@ def train_step(
     new = TrainState(state.step + 1, params, batch_stats, opt_state, found.update(params))
     if skip_not_finite:
         finite = jnp.isfinite(found.loss) & jnp.isfinite(scalars["grad_norm"])
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state).replace(step=new.step)
+        kept = state.replace(step=new.step, weighting=found.skipped)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
         scalars["skipped"] = 1 - finite.astype(jnp.int32)
     return new, scalars
 
@@ -159,6 +161,7 @@ class _Found(NamedTuple):
       batch_stats: new statistics of BatchNorm.
       grads: like the parameters.
       update: new parameters -> new state of the weighting.
+      skipped: new state of the weighting if the step is skipped.
       step: that they are of.
     """
 
@@ -169,6 +172,7 @@ class _Found(NamedTuple):
     batch_stats: Any
     grads: Any
     update: Callable[[Any], Any]
+    skipped: Any
     step: _Step
 
 
@@ -191,14 +195,16 @@ def _by_losses(step: _Step) -> _Found:
     params = step.state.params
     (loss, (losses, labeled, batch_stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(params)
     context = step.context(labeled, params["weighting"])
+    ends = (step.state.step + 1) % step.steps_per_epoch == 0
 
     def update(new: Any) -> Any:
         after = step.losses(step.apply(new["model"])[0])[0] if name == "famo" else None
-        ends = (step.state.step + 1) % step.steps_per_epoch == 0
         return by_losses.update(name, losses, context, after, ends)
 
+    without = context._replace(labeled=jnp.zeros_like(labeled))
+    skipped = by_losses.update(name, losses, without, None, ends)
     weights = jax.grad(objective)(losses, context)
-    return _Found(loss, losses, labeled, weights, batch_stats, _over_devices(grads), update, step)
+    return _Found(loss, losses, labeled, weights, batch_stats, _over_devices(grads), update, skipped, step)
 
 
 def _by_gradients(step: _Step) -> _Found:
@@ -219,7 +225,8 @@ def _by_gradients(step: _Step) -> _Found:
 
     losses, pull_heads, (labeled, head_stats) = jax.vjp(of_heads, heads, features, has_aux=True)
     head_grads, cotangents = pull_heads(jnp.ones_like(losses))
-    read_by = [i for i, (name, _, _) in enumerate(step.model.heads) if name in step.names]
+    places = {name: i for i, (name, _, _) in enumerate(step.model.heads)}
+    read_by = [places[name] for name in step.names]
 
     def combined(weights: Mapping[int, Any]) -> Any:
         """Return the gradient in the backbone of a weighted sum of the tasks' losses, by place of their heads."""
@@ -251,7 +258,7 @@ def _by_gradients(step: _Step) -> _Found:
         return by_gradients.gradnorm_update(state.weighting, step.names, losses, labeled, gramian, config.options)
 
     batch_stats = {**head_stats, **{name: value for name, value in shared_stats.items() if name in shared}}
-    return _Found(jnp.sum(losses), losses, labeled, weights, batch_stats, all_grads, update, step)
+    return _Found(jnp.sum(losses), losses, labeled, weights, batch_stats, all_grads, update, state.weighting, step)
 
 
 def _gradient_weights(step: _Step, gramian: jax.Array) -> jax.Array:

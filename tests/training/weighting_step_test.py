@@ -31,6 +31,7 @@ def compiled(config, tasks=None, devices=1, count=1, **changes):
         tasks=tasks or run.tasks,
         tx=run.tx,
         loss_config=config.loss,
+        skip_not_finite=config.run.skip_not_finite > 0,
         steps_per_epoch=run.steps_per_epoch,
     )
     mapped = jax.vmap(lambda state, batch: step(state, batch, 0), in_axes=(None, 0), axis_name=setup_lib.AXIS)
@@ -77,11 +78,14 @@ def by_losses(rooms):
 
 @pytest.mark.parametrize("source", weighting.SOURCES)
 def test_the_backbone_follows_the_weighted_gradients_and_each_head_its_own(plain, source, by_losses, monkeypatch):
-    """With dropout and BatchNorm: the split into backbone and heads changes nothing but rounding."""
+    """With dropout and BatchNorm: the split into backbone and heads changes nothing but rounding.
+
+    The tasks may have another order than the heads.
+    """
     (before, fixed, _), (_, equal, scalars) = by_losses
     plain.loss.update(weighting="imtl_g", gradients_of=source)
-    monkeypatch.setattr(weighting, "gradient_weights", lambda *_, **__: jnp.array(WEIGHTS))
-    _, found, weighted = compiled(plain)
+    monkeypatch.setattr(weighting, "gradient_weights", lambda *_, **__: jnp.array(WEIGHTS[::-1]))
+    _, found, weighted = compiled(plain, setup_lib.setup(plain).tasks[::-1])
     for name, value in found.params["model"].items():
         want = (fixed if name == "backbone" else equal).params["model"][name]
         moves = jax.tree.map(lambda a, b: np.abs(a - b).max(), want, before.params["model"][name])
@@ -177,6 +181,23 @@ def final(folder, config):
         return saved.restore("latest", state_lib.shapes(setup_lib.setup(config)))[0]
     finally:
         saved.close()
+
+
+def test_an_epoch_ends_for_the_weighting_with_a_step_that_is_skipped(config, monkeypatch):
+    """The second of two steps is not finite: DWA's means of the epoch are those of the first one."""
+    config.loss.weighting = "dwa"
+    config.run.skip_not_finite = 1
+    original = step_lib._Step.losses
+
+    def broken(self, raw):
+        losses, counts = original(self, raw)
+        return jnp.where(self.state.step == 1, jnp.nan, losses), counts
+
+    monkeypatch.setattr(step_lib._Step, "losses", broken)
+    _, after, scalars = compiled(config, count=2)
+    assert scalars["skipped"] == 1 and after.step == 2
+    assert np.isfinite(list(after.weighting["last"].values())).all()
+    assert not any([*after.weighting["count"].values(), *after.weighting["sum"].values()])
 
 
 def test_a_loss_of_zero_is_named(tmp_path):
