@@ -16,16 +16,19 @@ from mtl_sparse.training import optimizer
 
 
 class Range(NamedTuple):
-    """Values that an option may have: `least` <= value, and value < `below` or value <= `most`."""
+    """Values that an option may have: `least` <= value, value > `above`, and value < `below` or value <= `most`."""
 
     least: float
     below: float = math.inf
     most: float = math.inf
+    above: float = -math.inf
 
     def __contains__(self, value: Any) -> bool:
-        return self.least <= value < self.below and value <= self.most
+        return self.least <= value < self.below and self.above < value <= self.most
 
     def __str__(self) -> str:
+        if self.above > -math.inf:
+            return f"above {self.above}"
         if self.below < math.inf:
             return f"at least {self.least} and below {self.below}"
         return f"from {self.least} to {self.most}" if self.most < math.inf else f"at least {self.least}"
@@ -40,16 +43,16 @@ RANGES = {
     "loss.label_smoothing": Range(0, below=1),
     "loss.pos_weight": Range(0),
     "loss.threshold": Range(0, below=1),
-    "loss.options.uw_so_temperature": Range(0),
-    "loss.options.dwa_temperature": Range(0),
-    "loss.options.stch_mu": Range(0),
+    "loss.options.uw_so_temperature": Range(0, above=0),
+    "loss.options.dwa_temperature": Range(0, above=0),
+    "loss.options.stch_mu": Range(0, above=0),
     "loss.options.stch_warmup_epochs": Range(0),
     "loss.options.famo_learning_rate": Range(0),
     "loss.options.famo_weight_decay": Range(0),
     "loss.options.gradnorm_alpha": Range(0),
     "loss.options.gradnorm_learning_rate": Range(0),
     "loss.options.cagrad_c": Range(0, below=1),
-    "loss.options.fairgrad_alpha": Range(0),
+    "loss.options.fairgrad_alpha": Range(0, above=0),
     "model.bn_momentum": Range(0, below=1),
     "model.dropout": Range(0, below=1),
     "model.head_features": Range(1),

@@ -131,6 +131,11 @@ BAD_CONFIGS = {
         "OPTION_OUT_OF_RANGE",
         "optimizer.learning_rate=0.0",
     ),
+    "temperature of 0": (
+        lambda c: c.loss.options.update(dwa_temperature=0.0),
+        "OPTION_OUT_OF_RANGE",
+        "loss.options.dwa_temperature=0.0: expected above 0",
+    ),
     "weighting": (lambda c: c.loss.update(weighting="pcgard"), "OPTION_UNKNOWN_VALUE", "loss.weighting", "'pcgard'"),
 }
 
