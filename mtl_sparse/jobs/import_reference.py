@@ -52,7 +52,8 @@ def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path)
         )
     params = {"model": variables["params"], "weighting": weighting.init(config.loss.weighting, config.tasks)}
     opt_state = optimizer.build(config, optimizer.LONG).init(jax.tree.map(jnp.asarray, params))
-    state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], opt_state)
+    start = weighting.start(config.loss.weighting, config.tasks)
+    state = TrainState(jnp.zeros([], jnp.int32), params, variables["batch_stats"], opt_state, start)
     workdir.mkdir(parents=True, exist_ok=True)
     saved = checkpoints.Checkpoints(workdir)
     try:

@@ -242,6 +242,7 @@ def imported(rooms, tmp_path_factory):
     state = drawn(shapes)
     np.savez(folder / "weights.npz", **state)
     config = tiny(rooms)
+    config.loss.weighting = "famo"  # which has a state
     import_job.run_job(config, folder / "run", folder / "weights.npz")
     return run_config.get_config(str(folder / "run")), folder / "run", state
 
