@@ -1,6 +1,7 @@
-"""Cost of a training step with each weighting of the tasks, against equal weights.
+r"""Cost of a training step with each weighting of the tasks, against equal weights.
 
-    python -m benchmarks.weighting [--size 96] [--batch 8] [--depth 18] [--rounds 9] [--record docs/benchmarks/weighting.json]
+    python -m benchmarks.weighting [--size 96] [--batch 8] [--depth 18] [--rounds 9] \
+        [--record docs/benchmarks/weighting.json]
 
 All steps are timed in one process, one of each in a round; ratios are medians over the rounds. Methods by gradients are
 timed with the gradients of the backbone's parameters and with those of its features. For the results of training, see
