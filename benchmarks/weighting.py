@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=18)
     parser.add_argument("--head_features", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--methods", nargs="*", help="besides equal; all if left out")
+    parser.add_argument("--methods", nargs="*", choices=weighting.NAMES, help="besides equal; all if left out")
     parser.add_argument("--record", type=pathlib.Path)
     options = parser.parse_args()
     shape = {name: getattr(options, name) for name in ("size", "batch", "depth", "head_features")}

@@ -115,6 +115,7 @@ def _write(run, workdir, best, test, constant):
 
 def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
     config, state = run.config, best.state
+    stopped = best.progress.get("task_stopped", {})
     size = tuple(config.data.size)
     return schema.Results(
         test=test,
@@ -133,7 +134,7 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
         config=json.loads(config.to_json()),
         versions={name: _version(name) for name in _VERSIONED},
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        stopped=best.progress.get("task_stopped") or None,
+        stopped={task.name: stopped[task.name] for task in run.tasks if task.name in stopped} or None,
     )
 
 

@@ -210,8 +210,8 @@ def _by_losses(step: _Step) -> _Found:
 def _by_gradients(step: _Step) -> _Found:
     """Return the weighted sum of the tasks' gradients in the backbone, and the gradients of their losses in the heads.
 
-    The heads run once. Each gradient in the parameters takes a backward pass of the backbone, those in its features
-    none: their weighted sum takes one.
+    The heads run once. With loss.gradients_of="params" the backbone has a backward pass for each task, and with
+    "features" one for all.
     """
     config, state = step.loss_config, step.state
     shared = {"backbone": state.params["model"]["backbone"]}
@@ -243,7 +243,7 @@ def _by_gradients(step: _Step) -> _Found:
         gramian = jax.lax.psum(weighting.gramian(of_features), AXIS)
     weights = _gradient_weights(step, gramian)
     if config.gradients_of == "params":
-        grads = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), stacked)
+        grads = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1, precision=jax.lax.Precision.HIGHEST), stacked)
     else:
         scales = {i: weights[k].astype(cotangents[i].dtype) for k, i in enumerate(read_by)}
         grads = _over_devices(combined(scales))

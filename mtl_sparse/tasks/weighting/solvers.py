@@ -38,7 +38,7 @@ def minimize(objective: Callable[[Vector], Float[Array, ""]], size: int, dtype: 
     # Where w and z are both 0 at the optimum, they end at the root of this.
     tolerance = jnp.finfo(dtype).eps ** 1.5
 
-    def go_on(carry: Any) -> Any:
+    def unfinished(carry: Any) -> Any:
         step, w, z, _ = carry
         return (step < _MOST_STEPS) & ~(jnp.max(w * z) < tolerance)
 
@@ -61,7 +61,7 @@ def minimize(objective: Callable[[Vector], Float[Array, ""]], size: int, dtype: 
 
     start = jnp.full((size,), 1 / size, dtype)
     carry = (jnp.zeros([], jnp.int32), start, jnp.ones_like(start), jnp.zeros([], dtype))
-    w = jax.lax.while_loop(go_on, newton, carry)[1]
+    w = jax.lax.while_loop(unfinished, newton, carry)[1]
     return w / jnp.sum(w) if simplex else w
 
 
@@ -81,7 +81,7 @@ def balance(gramian: Matrix, power: float) -> Vector:
     """
     eps = jnp.finfo(gramian.dtype).eps
 
-    def go_on(carry: Any) -> Any:
+    def unfinished(carry: Any) -> Any:
         step, w = carry
         wrong = jnp.max(jnp.abs((gramian @ w) * w**power - 1))
         return (step < _MOST_STEPS) & ~(wrong < 8 * eps)
@@ -96,7 +96,7 @@ def balance(gramian: Matrix, power: float) -> Vector:
         return step + 1, w + jnp.minimum(damped, _within(w, move)) * move
 
     start = (jnp.diag(gramian)) ** (-1 / (1 + power))  # the solution for gradients at right angles
-    return jax.lax.while_loop(go_on, newton, (jnp.zeros([], jnp.int32), start))[1]
+    return jax.lax.while_loop(unfinished, newton, (jnp.zeros([], jnp.int32), start))[1]
 
 
 def _within(x: Vector, move: Vector) -> Float[Array, ""]:
