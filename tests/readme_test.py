@@ -202,6 +202,18 @@ def test_the_readmes_figures_are_those_of_the_pages():
     assert README.count("](docs/results.md) |") == 1
 
 
+@pytest.mark.parametrize("page", ["benchmarks.md", "results.md", "tables.md"])
+def test_every_table_of_measurements_has_a_date_and_a_machine_above_it(page):
+    """The machine may be at the head of the page, or in its first section, which says what was run."""
+    head, *sections = re.split(r"(?m)^## ", (DOCS / page).read_text())
+    tables = [section for section in sections if "\n| " in section and "| command |" not in section]
+    assert len(tables) >= 5 and "two cpu cores" in (head + sections[0]).lower()
+    undated = [
+        text.partition("\n")[0] for text in tables if not re.search(r"2026-\d\d-\d\d", text.partition("\n| ")[0])
+    ]
+    assert undated == []
+
+
 NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
 
 
