@@ -65,5 +65,5 @@ def test_what_the_tests_import_is_declared():
 
 def test_tensorflow_is_in_no_requirement_but_its_extra():
     assert "tensorflow-cpu" in declared("tensorflow")
-    for option in ("", "test", "onnx", "slurm", "torch", "gpu"):
+    for option in ("", "test", "docs", "onnx", "slurm", "torch", "gpu"):
         assert not declared(option) & {"tensorflow", "tensorflow-cpu"}
