@@ -39,11 +39,13 @@ def get_config() -> ml_collections.ConfigDict:
             embedded=create(frames=0, height=0, width=0, seed=0, folder="runs/data"),
         ),
         model=create(
+            backbone="resnet",  # or "efficientnet_lite0", or a registered one (docs/backbones.md)
             depth=50,  # of the ResNet: 10, 18, 50 or 101
-            width=64,  # channels of the first stage
-            stem="deep",  # or "7x7", as in torchvision, or "resnet_d", as in timm's resnet50d
+            width=64,  # channels of the ResNet's first stage
+            stem="deep",  # of the ResNet; or "7x7", as in torchvision, or "resnet_d", as in timm's resnet50d
             # Initial weights: a run's folder (its best checkpoint), or a file of ImageNet weights for the backbone from
-            # torchvision's or timm's ResNet (.npz, or .pth and .safetensors with the extra "torch"). "": random.
+            # torchvision's or timm's ResNet, or of EfficientNet-Lite0 (.npz, or .pth and .safetensors with the extra
+            # "torch"). "": random.
             init_from="",
             head_features=256,  # channels of a pixel-level head
             # For each task, the layer whose output its head takes, such as "layer3_3/conv1", or "layer3_3/conv1:raw",

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import coo_matrix, csgraph
 
 from mtl_sparse.compaction import channels as channels_lib
-from mtl_sparse.compaction.channels import Channels, Kernel, Needed
+from mtl_sparse.compaction.channels import Channels, Free, Kernel, Needed
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity.groups import ConvGroups, CoupledGroups, Groups
 
@@ -62,6 +62,45 @@ def of(channels: Channels, *, coupled: bool = False, kernels: str = ".*") -> tup
         for numbers in (kernel.inputs, kernel.outputs):
             wanted[numbers[numbers >= 0]] = True
     return _coupled(channels, list(unique.values()), wanted)
+
+
+def axes(channels: Channels) -> dict[str, int]:
+    """Return for the path of each kernel the axis whose entries are its groups; without kernels that have no such axis.
+
+    It is the axis of input channels; of a depthwise kernel, the one that has the channels.
+    """
+    found = of(channels)
+    return {one.path: one.axis for one in found if isinstance(one, ConvGroups)}
+
+
+def on_every_path(channels: Channels) -> tuple[str, ...]:
+    """Return the paths of the kernels on every path from the inputs to one of the kernels that end the function.
+
+    While a function's output depends on its inputs, none of them is entirely zero.
+    """
+    last = channels.events[-1]
+    kernels = {place: event for place, event in enumerate(channels.events) if isinstance(event, Kernel)}
+    ends = [place for place in last.makers if place in kernels] if isinstance(last, Needed) else []
+    found = {}
+    for end in ends:
+        for kernel in kernels.values():
+            if not _reaches_inputs(channels, end, kernel.path):
+                found[kernel.path] = True
+    return tuple(found)
+
+
+def _reaches_inputs(channels: Channels, end: int, without: str) -> bool:
+    """Return whether an event depends on the inputs where the kernel `without` makes nothing."""
+    seen, waiting = {end}, [end]
+    while waiting:
+        event = channels.events[waiting.pop()]
+        if isinstance(event, Free):
+            return True
+        if isinstance(event, Kernel) and event.path != without:
+            more = event.makers - seen
+            seen |= more
+            waiting += more
+    return False
 
 
 def _reading(channels: Channels, path: str) -> float:

@@ -44,6 +44,11 @@ def plain_convolutions() -> Iterator[None]:
         _plain.reset(token)
 
 
+def is_plain() -> bool:
+    """Return whether models are traced with plain convolutions."""
+    return _plain.get()
+
+
 def _by_taps(size: Size, rate: int) -> bool:
     """Return whether a 3x3 convolution at dilation `rate` of a map of `size` costs less as a sum over taps."""
     return not _plain.get() and _TAP_COST * _pixels(size, (3, 3), rate) < 9 * size[0] * size[1]
@@ -65,10 +70,11 @@ def conv(
     Returns:
       Features, equal up to rounding to the plain convolution.
     """
-    if kernel.shape[:2] == (1, 1) and not _plain.get():
+    is_grouped = options.get("feature_group_count", 1) != 1
+    if kernel.shape[:2] == (1, 1) and not is_grouped and not _plain.get():
         return _product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     rate = rhs_dilation[0]
-    if kernel.shape[:2] == (3, 3) and tuple(strides) == (1, 1) and _by_taps(x.shape[1:3], rate):
+    if kernel.shape[:2] == (3, 3) and not is_grouped and tuple(strides) == (1, 1) and _by_taps(x.shape[1:3], rate):
         return conv3x3(x, kernel, rate)
     return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=rhs_dilation, **options)
 

@@ -33,16 +33,18 @@ class LayerCost:
 
 
 @functools.lru_cache(maxsize=16)
-def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
+def layers(model: Any, size: tuple[int, int]) -> dict[str, LayerCost]:
     """Return the cost of each convolution and dense layer on an image.
 
     Args:
-      model: a module of images [B, H, W, 3].
+      model: a module of images [B, H, W, 3], or a model that has its costs as `layer_costs(size)`.
       size: (height, width) of the image.
 
     Returns:
       The costs by "/"-joined path. The dictionary is cached; do not change it.
     """
+    if hasattr(model, "layer_costs"):
+        return model.layer_costs(size)
     found = {}
 
     def record(
@@ -64,7 +66,7 @@ def layers(model: nn.Module, size: tuple[int, int]) -> dict[str, LayerCost]:
     return found
 
 
-def total(model: nn.Module, variables: Mapping[str, Any], size: tuple[int, int]) -> dict[str, int]:
+def total(model: Any, variables: Mapping[str, Any], size: tuple[int, int]) -> dict[str, int]:
     """Return {"parameters", "macs"} of a whole model on an image [*size, 3]."""
     return {
         "parameters": parameter_count(variables),

@@ -12,7 +12,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from mtl_sparse.models import classifier, deeplab, resnet
+from mtl_sparse.models import backbones, classifier, deeplab, resnet
 from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
@@ -38,13 +38,14 @@ class HeadSpec(Protocol):
 
 
 class MultiTaskModel(nn.Module):
-    """Shared dilated ResNet with a head for each task.
+    """Shared backbone, a dilated ResNet by default, with a head for each task.
 
     Attributes:
       heads: (task name, head kind, outputs) of each task.
-      depth: of the backbone, see `resnet.ResNet`.
-      width: of the backbone.
-      stem: of the backbone.
+      backbone: its name, see `backbones.find`.
+      depth: of a ResNet, see `resnet.ResNet`.
+      width: of a ResNet.
+      stem: of a ResNet.
       head_features: features of the pixel-level heads, see `deeplab.DeepLabHead`.
       dropout: dropout rate of the pixel-level heads.
       classifier_features: features of the classification heads, see `classifier.Classifier`.
@@ -52,11 +53,12 @@ class MultiTaskModel(nn.Module):
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
       bn_momentum: of every BatchNorm, see `resnet.ResNet`.
-      attach: attachment point of each head, of `resnet.points`; () attaches all to the end of the backbone.
-      widths: widths of every layer of a compact model; None is dense, from width and head_features.
+      attach: attachment point of each head, of the backbone's points; () attaches all to the end of the backbone.
+      widths: widths of every layer of a compact model with a ResNet; None is dense, from width and head_features.
     """
 
     heads: tuple[tuple[str, str, int], ...]
+    backbone: str = backbones.RESNET
     depth: int = 50
     width: int = 64
     stem: str = "deep"
@@ -93,21 +95,15 @@ class MultiTaskModel(nn.Module):
           the features of each head, [B, H/8, W/8, C].
         """
         shared: dict[str, Any] = {"dtype": self.dtype, "axis_name": self.axis_name, "bn_momentum": self.bn_momentum}
-        layers = self.layers()
-        backbone = resnet.ResNet(
-            self.depth,
-            self.width,
-            self.stem,
-            **shared,
-            layers=(layers.stem, layers.blocks),
-            points=self.points(),
-            name="backbone",
-        )
-        read_features: Any = backbone(images, train) if features is None else features
+        backbone = self._backbone(**shared)
+        read_features: Any = features
+        if features is None:
+            size = tuple(-(-side // resnet.OUTPUT_STRIDE) for side in images.shape[1:3])
+            read_features = tuple(self._fitted(x, size) for x in backbone(images, train))
         if only_features:
             return read_features
         outputs = {}
-        for (task, kind, channels), head, read in zip(self.heads, layers.heads, read_features, strict=True):
+        for (task, kind, channels), head, read in zip(self.heads, self._heads(), read_features, strict=True):
             own: dict[str, Any] = {"features": self.head_features, "dropout": self.dropout}
             if kind == "classifier":
                 own = {"features": self.classifier_features, "dropout": self.classifier_dropout}
@@ -119,24 +115,50 @@ class MultiTaskModel(nn.Module):
             outputs[task] = jnp.broadcast_to(raw, (images.shape[0], *raw.shape[1:]))
         return outputs
 
+    def _backbone(self, **shared: Any) -> nn.Module:
+        if self.backbone == backbones.RESNET:
+            layers = self.layers()
+            shared |= {"layers": (layers.stem, layers.blocks)}
+        return self.row().module(points=self.points(), **shared, name="backbone")
+
+    def _fitted(self, x: Float[Array, "B h w C"], size: tuple[int, ...]) -> Float[Array, "B h w C"]:
+        """Return features averaged down to the size that the heads read."""
+        if x.ndim != 4 or any(have < wanted for have, wanted in zip(x.shape[1:3], size, strict=True)):
+            raise UserError(
+                "BACKBONE_SIZE",
+                f"expected model.backbone={self.backbone} to have features of {size[0]}x{size[1]} or more, an eighth "
+                f"of the images, got an array of shape {x.shape}; replace strides by dilations",
+            )
+        return resnet.averaged(x, size)
+
+    def row(self) -> backbones.Backbone:
+        """Return the backbone's row."""
+        return backbones.find(self.backbone, self.depth, self.width, self.stem)
+
     def points(self) -> tuple[str, ...]:
         """Return the attachment point of each head."""
-        return self.attach or (resnet.points(self.depth)[-1],) * len(self.heads)
+        return self.attach or (self.row().points[-1],) * len(self.heads)
 
     def layers(self) -> widths_lib.Widths:
-        """Return the widths of every layer, whether dense or compact."""
+        """Return the widths of every layer of a model with a ResNet, whether dense or compact."""
         if self.widths is not None:
             return self.widths
+        dense = resnet.dense(self.depth, self.width, self.points(), self.stem)
+        return widths_lib.Widths(*dense, self._heads(), self.attach)
+
+    def _heads(self) -> tuple[widths_lib.Head | widths_lib.Classifier | None, ...]:
+        """Return the widths of every head, whether dense or compact."""
+        if self.widths is not None:
+            return self.widths.heads
         dense: dict[str, widths_lib.Head | widths_lib.Classifier] = {
             "deeplab": deeplab.dense(self.head_features),
             "classifier": widths_lib.Classifier(),
         }
-        heads = tuple(dense.get(kind) for _, kind, _ in self.heads)
-        return widths_lib.Widths(*resnet.dense(self.depth, self.width, self.points(), self.stem), heads, self.attach)
+        return tuple(dense.get(kind) for _, kind, _ in self.heads)
 
 
 @functools.lru_cache(maxsize=16)
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Return the shape of every variable of a model.
 
     Args:
@@ -158,11 +180,11 @@ def build(config: ConfigDict, tasks: Sequence[HeadSpec], axis_name: str | None =
       axis_name: pmap axis of the training step; None outside of one.
 
     Returns:
-      The model; compact if config.widths is set.
+      The model; compact if config.widths is set and the backbone is a ResNet (`rewritten.build` builds any).
 
     Raises:
-      UserError: the depth, stem, dtype or an attachment point is unknown, the attachment points are not one for each
-        task, or config.widths is damaged or belongs to another model.
+      UserError: the backbone, depth, stem, dtype or an attachment point is unknown, the attachment points are not one
+        for each task, or config.widths is damaged or belongs to another model.
     """
     for option, known in (("depth", resnet.STAGES), ("stem", resnet.STEMS), ("dtype", DTYPES)):
         if config[option] not in known:
@@ -171,8 +193,10 @@ def build(config: ConfigDict, tasks: Sequence[HeadSpec], axis_name: str | None =
                 f"expected model.{option} to be one of {', '.join(map(str, known))}, got model.{option}="
                 f"{config[option]}",
             )
+    row = backbones.find(config.backbone, config.depth)
     model = MultiTaskModel(
         heads=tuple((task.name, task.head, task.outputs) for task in tasks),
+        backbone=config.backbone,
         depth=config.depth,
         width=config.width,
         stem=config.stem,
@@ -183,20 +207,22 @@ def build(config: ConfigDict, tasks: Sequence[HeadSpec], axis_name: str | None =
         dtype=DTYPES[config.dtype],
         axis_name=axis_name,
         bn_momentum=config.bn_momentum,
-        attach=_attach(config, tasks),
+        attach=_attach(config, tasks, row.points),
     )
-    return model.clone(widths=_widths(config.widths, model)) if config.widths else model
+    if not config.widths or config.backbone != backbones.RESNET:
+        return model
+    return model.clone(widths=_widths(config.widths, model))
 
 
-def _attach(config: ConfigDict, tasks: Sequence[HeadSpec]) -> tuple[str, ...]:
-    attach, points = tuple(config.attach), resnet.points(config.depth)
+def _attach(config: ConfigDict, tasks: Sequence[HeadSpec], points: Sequence[str]) -> tuple[str, ...]:
+    attach = tuple(config.attach)
     for point in attach:
         if point not in points:
             near = ", ".join(text.nearest(point, points)) or f"{points[0]}, ..., {points[-1]}"
+            kind = f"a ResNet-{config.depth}" if config.backbone == backbones.RESNET else config.backbone
             raise UserError(
                 "OPTION_UNKNOWN_VALUE",
-                f"expected model.attach to name attachment points of a ResNet-{config.depth}, such as {near}, got "
-                f"{point!r}",
+                f"expected model.attach to name attachment points of {kind}, such as {near}, got {point!r}",
             )
     if attach and len(attach) != len(tasks):
         names = ", ".join(task.name for task in tasks)

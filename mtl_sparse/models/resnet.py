@@ -54,13 +54,14 @@ def conv(features: int, size: int, stride: int = 1, dilation: int = 1, *, dtype:
     )
 
 
-def batch_norm(module: Any, train: bool, name: str) -> nn.BatchNorm:
+def batch_norm(module: Any, train: bool, name: str, epsilon: float = BN_EPSILON) -> nn.BatchNorm:
     """Return a BatchNorm that is synchronized over devices, with statistics and parameters in float32.
 
     Args:
       module: module with a `dtype`, an `axis_name` and a `bn_momentum`, which the BatchNorm takes over.
       train: whether to normalize by the statistics of the batch.
       name: name of the layer.
+      epsilon: added to the variance.
 
     Returns:
       The layer.
@@ -68,14 +69,14 @@ def batch_norm(module: Any, train: bool, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=module.bn_momentum,
-        epsilon=BN_EPSILON,
+        epsilon=epsilon,
         dtype=module.dtype,
         axis_name=module.axis_name,
         name=name,
     )
 
 
-def _averaged(x: Maps, size: tuple[int, ...]) -> Maps:
+def averaged(x: Maps, size: tuple[int, ...]) -> Maps:
     """Return x averaged down to the height and width `size`."""
     strides = tuple(round(side / wanted) for side, wanted in zip(x.shape[1:3], size, strict=True))
     if strides == (1, 1):
@@ -232,7 +233,7 @@ class ResNet(nn.Module):
         if self.points is None:
             return x
         nothing = jnp.zeros((1, *size, 0), x.dtype)  # compaction removed a point that no head needs
-        return tuple(_averaged(found.get(point, nothing), size) for point in self.points)
+        return tuple(averaged(found.get(point, nothing), size) for point in self.points)
 
     def _stem(self, x: Maps, train: bool, widths: widths_lib.Stem) -> Maps:
         features, dead = widths.features, widths.dead

@@ -94,7 +94,8 @@ def lookup(config: Mapping[str, Any]) -> Published | None:
       None unless the run has the paper's backbone, the published data in the paper's size, and one of its lambdas.
     """
     data, model, sparsity = config["data"], config["model"], config["sparsity"]
-    is_papers = (list(data["size"]), model["depth"], model["width"]) == ([256, 256], 50, 64)
+    backbone = model.get("backbone", "resnet"), model["depth"], model["width"]
+    is_papers = (list(data["size"]), *backbone) == ([256, 256], "resnet", 50, 64)
     if not is_papers or model.get("attach") or data["embedded"]["frames"] or sparsity["target"]:
         return None
     return TABLES.get((data["name"], frozenset(config["tasks"]), sparsity["penalty"], sparsity["lambda_"]))

@@ -30,6 +30,7 @@ _EARLIER_OPTIONS: dict[str, dict[str, Any]] = {
         "max_removed": 1.0,
         "prune_at": 0.5,
     },
+    "model": {"backbone": "resnet"},
     "train": {"early_stop": "run"},
     "optimizer": {"step_epochs": 100, "step_factor": 0.5},
     "loss": {
@@ -308,7 +309,7 @@ class Choices(Schema):
     """lomt.json: where LOMT attaches the heads.
 
     Attributes:
-      depth: of the ResNet.
+      depth: of the ResNet; of no meaning with another backbone.
       active: a layer is active in a run if more than this fraction of its groups is non-zero.
       vote: a layer is kept if it is active in at least this fraction of the runs.
       tasks: task -> choice.

@@ -385,5 +385,7 @@ def _latency_points(study: study_lib.Study) -> dict[tuple[str, int, str], list[t
 def _setup(row: study_lib.Row, timing: Timing) -> str:
     """Return the backbone, image size and device of a timing."""
     model, (height, width) = row.config["model"], timing.size
-    text = f"ResNet-{model['depth']}, {model['width']} wide, {height}x{width}, {timing.device}"
+    is_resnet = model.get("backbone", "resnet") == "resnet"
+    backbone = f"ResNet-{model['depth']}, {model['width']} wide" if is_resnet else model["backbone"]
+    text = f"{backbone}, {height}x{width}, {timing.device}"
     return f"{text}, up to {', '.join(sorted(set(row.attach)))}" if row.attach else text

@@ -14,7 +14,6 @@ from clu import parameter_overview
 from input_pipeline import loader
 from mtl_sparse.runtime import processes
 from mtl_sparse.runtime.errors import Stopped, UserError
-from mtl_sparse.sparsity import stats
 from mtl_sparse.tasks import Task, weighting
 from mtl_sparse.training import groups, metric_log, optimizer, pruning, state
 from mtl_sparse.training.checkpoints import Checkpoints
@@ -168,7 +167,7 @@ def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState
     score = validation_score(values, run.tasks)
     if not math.isfinite(score):
         logging.warning("Validation is not finite at step %d: it cannot be the best checkpoint", step)
-    sparsity = stats.sparsity(current.params["model"], run.config.sparsity.scope, groups=groups.of_model(run.config))
+    sparsity = groups.count(run.config, current.params["model"])
     values |= {
         "score": score,
         "sparsity/group": sparsity.group,

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_sparse.models import resnet
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import metrics, penalties, reference, transform
 from mtl_sparse.sparsity.control import TargetSparsity
@@ -208,8 +207,7 @@ def _projections(config, total_steps):
     sparsity, debias = config.sparsity, debias_step(config, total_steps)
     found: list[Projection] = [] if debias is None else [FreezeZeros(debias)]
     if groups.has_target(sparsity) and sparsity.keep_connected:
-        backbone = "|".join(resnet.unavoidable(config.model.attach))
-        found.append(KeepStrongest(f"model/(backbone/({backbone})|head_.*)/kernel"))
+        found.append(KeepStrongest(groups.unavoidable(config)))
     if sparsity.at_least > 1 or sparsity.max_removed < 1:
         found.append(groups.limit(sparsity))
     if sparsity.fixed_norm:

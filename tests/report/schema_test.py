@@ -31,6 +31,7 @@ EARLIER_LOSS = {
 EARLIER_ELSEWHERE = (
     ("sparsity", EARLIER),
     ("train", {"early_stop": "run"}),
+    ("model", {"backbone": "resnet"}),
     ("loss", EARLIER_LOSS),
     ("optimizer", {"step_epochs": 100, "step_factor": 0.5}),
 )
