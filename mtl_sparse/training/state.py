@@ -7,6 +7,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from input_pipeline.transforms import image_statistics
 from mtl_sparse.models import multitask
 from mtl_sparse.pretrained import imagenet
 from mtl_sparse.runtime.errors import UserError
@@ -56,7 +57,8 @@ def initial(run: Run) -> TrainState:
             "FILE_MISSING", f"model.init_from={source!r} does not exist; name a run's folder or a file of weights"
         )
     if path.is_file():
-        given = imagenet.start(source, run.model, state.variables)
+        statistics = image_statistics(run.config.data.unit_range)
+        given = imagenet.start(source, run.model, state.variables, statistics)
     else:
         given = checkpoints.read_variables(source, multitask.shapes(run.model))
     params = {**state.params, "model": given["params"]}

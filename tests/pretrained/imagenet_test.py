@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from input_pipeline.transforms import image_statistics
 from mtl_sparse.models import multitask, resnet
 from mtl_sparse.pretrained import imagenet
 from mtl_sparse.sparsity import groups, projections
@@ -80,10 +81,12 @@ def test_weights_that_do_not_fit(rooms, tmp_path):
     np.savez(tmp_path / "resnet18.npz", **state)
     model = multitask.MultiTaskModel((("depth", "deeplab", 1),), depth=50, stem="7x7")
     with raises("OPTION_CONFLICT", naming="resnet18.npz") as caught:
-        imagenet.start(tmp_path / "resnet18.npz", model, {})
+        imagenet.start(tmp_path / "resnet18.npz", model, {}, image_statistics(unit_range=False))
     assert "--config.model.depth=18" in str(caught.value) and "model.depth=50" in str(caught.value)
     with raises("OPTION_CONFLICT", naming="--config.model.stem=7x7") as caught:
-        imagenet.start(tmp_path / "resnet18.npz", model.clone(depth=18, stem="deep"), {})
+        imagenet.start(
+            tmp_path / "resnet18.npz", model.clone(depth=18, stem="deep"), {}, image_statistics(unit_range=False)
+        )
     assert "model.stem=deep" in str(caught.value)
     with raises("WEIGHTS_DIFFER", naming="1 unexpected: conv1.bias"):
         imagenet.from_state_dict({**state, "conv1.bias": np.zeros(64)})
