@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mtl_sparse.compaction.rewritten import Model
 
 
 def largest_difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> float:
@@ -30,9 +31,9 @@ def largest_difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -
 
 
 def difference(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
-    small: nn.Module,
+    small: Model,
     small_variables: Mapping[str, Any],
     size: tuple[int, int],
 ) -> float:

@@ -1,19 +1,24 @@
 """What compaction removed from each layer, and why."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from mtl_sparse.models import costs, deeplab, multitask, resnet
+from mtl_sparse.compaction import channels, groups
+from mtl_sparse.compaction.rewritten import Model
+from mtl_sparse.models import atrous, backbones, costs, deeplab, multitask, resnet
 from mtl_sparse.models import widths as widths_lib
 from mtl_sparse.sparsity import stats
+from mtl_sparse.sparsity.groups import by_path
 
 
 def explain(
-    model: multitask.MultiTaskModel,
+    model: Model,
     variables: Mapping[str, Any],
-    small: multitask.MultiTaskModel,
+    small: Model,
     small_variables: Mapping[str, Any],
     size: tuple[int, int],
 ) -> list[dict[str, Any]]:
@@ -32,18 +37,21 @@ def explain(
       removed, or why zero channels remain.
     """
     before, after = costs.layers(model, size), costs.layers(small, size)
-    zeros, zeros_after = _zero_groups(variables), _zero_groups(small_variables)
-    reads, constants = _reads(small)
+    is_resnet = isinstance(small, multitask.MultiTaskModel) and small.backbone == backbones.RESNET
+    axes = {} if is_resnet else _axes(model, size)
+    zeros, zeros_after = _zero_groups(variables, axes), _zero_groups(small_variables, axes)
+    reads, constants = _reads(small) if is_resnet else ({}, set())
     kept = {task for task, *_ in small.heads}
     dropped = tuple(f"head_{task}/" for task, *_ in model.heads if task not in kept)
     rows = []
     for layer, old in before.items():
         new = after.get(layer)
+        axis = axes.get(layer, -2)
         row = {
             "layer": layer,
-            "groups": old.kernel[-2],
+            "groups": old.kernel[axis],
             "zero": zeros.get(layer, 0),
-            "groups_after": new.kernel[-2] if new else 0,
+            "groups_after": new.kernel[axis] if new else 0,
             "zero_after": zeros_after.get(layer, 0),
             "parameters": old.parameters,
             "parameters_after": new.parameters if new else 0,
@@ -55,11 +63,26 @@ def explain(
     return rows
 
 
-def _zero_groups(variables: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of zero input channels of each convolution, by its path."""
-    if not any(leaf.ndim == 4 for leaf in jax.tree.leaves(variables["params"])):
+def _axes(model: Any, size: tuple[int, int]) -> dict[str, int]:
+    """Return the axis of the groups of each layer's kernel, by the layer's path."""
+    images = jnp.zeros((1, *size, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+
+    def apply(variables: Any, images: Any) -> Any:
+        return model.apply(variables, images)
+
+    with atrous.plain_convolutions():
+        found = groups.axes(channels.of(apply, variables, images))
+    return {path.removeprefix("params/").removesuffix("/kernel"): axis for path, axis in found.items()}
+
+
+def _zero_groups(variables: Mapping[str, Any], axes: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of zero groups of each convolution, by its path."""
+    kernels = [path for path, leaf in by_path(variables["params"]).items() if leaf.ndim == 4]
+    if not kernels:
         return {}
-    found = stats.sparsity(variables["params"], "all")
+    rules = {re.escape(path): axes.get(path.removesuffix("/kernel"), -2) for path in kernels}
+    found = stats.sparsity(variables["params"], "all", rules)
     return {entry.path.removesuffix("/kernel"): entry.zero_groups for entry in found.layers}
 
 
@@ -110,6 +133,8 @@ def _why(
     if row["zero_after"]:
         in_place = layer in reads and ranges is None
         reason = "a gather would cost more" if in_place else "they fill gaps or a multiple"
+        if not reads:  # not a ResNet
+            reason = "other layers read them, or they fill a multiple"
         parts.append(f"{row['zero_after']} zero stay: {reason}")
     return "; ".join(parts)
 

@@ -59,7 +59,7 @@ def compact(
         raise UserError("OPTION_OUT_OF_RANGE", f"expected compact.multiple >= 1, got compact.multiple={multiple}")
     _check_fits(model, variables)
     if tasks is not None:
-        model, variables = _with_tasks(model, variables, tasks)
+        model, variables = with_tasks(model, variables, tasks)
     feature_size = None
     if size is not None:
         height, width = size
@@ -114,10 +114,27 @@ def choose_tasks(tasks: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     return tuple(task for task in known if task in tasks)
 
 
-def _with_tasks(
+def with_tasks(
     model: multitask.MultiTaskModel, variables: Mapping[str, Any], tasks: Sequence[str]
 ) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
-    """Return the model without the heads of other tasks and without the blocks after its last attachment point."""
+    """Return the model without the heads of other tasks and without the blocks after its last attachment point.
+
+    Args:
+      model: with any backbone; compact only with a ResNet.
+      variables: {"params", "batch_stats"} of the model.
+      tasks: names of the tasks whose heads remain.
+
+    Returns:
+      (model, variables).
+
+    Raises:
+      UserError: as `choose_tasks`, or the model is a compact one of another backbone.
+    """
+    if not isinstance(model, multitask.MultiTaskModel):
+        raise UserError(
+            "MODEL_UNSUPPORTED",
+            "expected a dense model to drop tasks from, got a compact one; name compact.tasks for the original run",
+        )
     kept = choose_tasks(tasks, [task for task, *_ in model.heads])
     chosen = [i for i, (task, *_) in enumerate(model.heads) if task in kept]
     attach = tuple(model.attach[i] for i in chosen) if model.attach else ()

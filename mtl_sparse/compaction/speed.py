@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_sparse.models import costs, multitask, resnet
+from mtl_sparse.compaction.rewritten import Model, Rewritten
+from mtl_sparse.models import backbones, costs, multitask
 from mtl_sparse.runtime.timing import timed
 
 
@@ -22,17 +22,18 @@ class Part:
       variables: its variables.
     """
 
-    model: nn.Module
+    model: Model
     variables: Mapping[str, Any]
 
     @classmethod
     def backbone(cls, model: multitask.MultiTaskModel, variables: Mapping[str, Any]) -> "Part":
         """Return the backbone of a model."""
-        layers = model.layers()
+        options: dict[str, Any] = {"dtype": model.dtype}
+        if model.backbone == backbones.RESNET:
+            layers = model.layers()
+            options["layers"] = layers.stem, layers.blocks
         points = tuple(dict.fromkeys(model.points()))  # each map once, even if several heads read it
-        alone = resnet.ResNet(
-            model.depth, model.width, model.stem, model.dtype, layers=(layers.stem, layers.blocks), points=points
-        )
+        alone = model.row().module(points=points, **options)
         return cls(alone, {name: tree["backbone"] for name, tree in variables.items() if "backbone" in tree})
 
     def compiled(self, images: jax.Array) -> tuple[Callable[[], Any], int]:
@@ -52,7 +53,7 @@ class Part:
 
 
 def compare(
-    models: Mapping[str, tuple[multitask.MultiTaskModel, Mapping[str, Any]]],
+    models: Mapping[str, tuple[Model, Mapping[str, Any]]],
     size: tuple[int, int],
     batch: int,
     rounds: int,
@@ -65,7 +66,7 @@ def compare(
       size: (height, width) of the images.
       batch: images in a call.
       rounds: how many times each model is timed.
-      parts: "backbone", "model" or both.
+      parts: "backbone", "model" or both. The backbone is left out where it is a part of a rewritten model.
 
     Returns:
       A dictionary for each part and model: "part", "model", "batch", "parameters", "macs" (for one image), "median_ms",
@@ -74,7 +75,8 @@ def compare(
     """
     images = jnp.asarray(np.random.default_rng(0).normal(size=(batch, *size, 3)), jnp.float32)
     rows = []
-    for part in parts:
+    is_whole = any(isinstance(model, Rewritten) for model, _ in models.values())
+    for part in parts if not is_whole else ("model",):
         make: Callable[..., Part] = Part.backbone if part == "backbone" else Part
         timed_parts = {name: make(*model) for name, model in models.items()}
         compiled = {name: one.compiled(images) for name, one in timed_parts.items()}

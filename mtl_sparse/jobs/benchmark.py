@@ -14,7 +14,6 @@ from mtl_sparse.report import plots, tables
 from mtl_sparse.report.schema import Timing, TimingRow
 from mtl_sparse.runtime import environment
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.sparsity import stats
 from mtl_sparse.training import groups
 from mtl_sparse.training import setup as setup_lib
 
@@ -74,7 +73,7 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
         size=size,
         rounds=settings.rounds,
         compact=_compact_options(config),
-        group_sparsity=stats.sparsity(variables["params"], config.sparsity.scope, groups=groups.of_model(config)).group,
+        group_sparsity=groups.count(config, variables["params"]).group,
         rows=tuple(rows),
     )
     timing.write(workdir / "benchmark.json")

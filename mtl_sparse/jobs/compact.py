@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mtl_sparse.compaction import explain
+from mtl_sparse.compaction import explain, rewritten
 from mtl_sparse.report import plots, tables
 from mtl_sparse.report.schema import CompactLayer, Results
 from mtl_sparse.runtime import files
@@ -113,7 +113,7 @@ def _config(config, tasks, model):
         pairs = zip(config.tasks, config.loss.weights, strict=True)
         small.loss.weights = tuple(weight for task, weight in pairs if task in tasks)
     small.tasks, small.compact.tasks = tuple(tasks), ""
-    small.model.attach, small.model.widths = model.attach, model.widths.to_json()
+    small.model.attach, small.model.widths = model.attach, rewritten.encoded(model)
     return small
 
 

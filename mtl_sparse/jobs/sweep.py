@@ -22,8 +22,8 @@ from typing import Any
 from absl import logging
 
 from mtl_sparse import tasks as tasks_lib
+from mtl_sparse.compaction import rewritten
 from mtl_sparse.jobs import benchmark
-from mtl_sparse.models import multitask
 from mtl_sparse.report import records
 from mtl_sparse.report.schema import Sweep
 from mtl_sparse.runtime import files, text
@@ -207,7 +207,7 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
     opened = set()
     for trial in trials:  # check options and prepare data before any run starts
         config_lib.check(trial.config)
-        multitask.build(trial.config.model, tasks_lib.resolve(trial.config))
+        rewritten.build(trial.config.model, tasks_lib.resolve(trial.config))
         data = trial.config.data.to_json(), tuple(trial.config.tasks)
         if data not in opened:
             setup_lib.setup(trial.config)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 
 from mtl_sparse.compaction import channels as channels_lib
 from mtl_sparse.compaction import groups as groups_lib
+from mtl_sparse.compaction import rewritten
 from mtl_sparse.compaction.cost import Cost
-from mtl_sparse.models import atrous, costs, multitask
+from mtl_sparse.models import atrous, backbones, costs, resnet
 from mtl_sparse.report.schema import SIZE_TARGETS
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.sparsity.groups import CoupledGroups, Groups
+from mtl_sparse.sparsity import stats
+from mtl_sparse.sparsity.groups import HWIO, CoupledGroups, Groups, by_path
 from mtl_sparse.sparsity.projections import KeepStrongest
 from mtl_sparse.tasks import resolve
 
@@ -100,13 +102,15 @@ def cost(config) -> Cost:
 def find(config) -> tuple[Groups, ...] | None:
     """Return the penalized groups of a run, with the paths that the optimizer has.
 
-    None stands for the input channels of the convolutions in scope, which `sparsity.groups.find` finds by their names.
+    None stands for the input channels of the convolutions in scope, which `sparsity.groups.find` finds by their names:
+    a ResNet has no depthwise ones.
 
     Raises:
       UserError: sparsity.exclude names a layer that the model does not have, or leaves no group.
     """
     sparsity = config.sparsity
-    if sparsity.groups == "input" and sparsity.group_weights != "macs" and not tuple(sparsity.exclude):
+    is_plain = sparsity.groups == "input" and sparsity.group_weights != "macs" and not tuple(sparsity.exclude)
+    if is_plain and config.model.backbone == backbones.RESNET:
         return None
     found = _in_scope(config)
     left_alone = excluded(config)
@@ -124,6 +128,35 @@ def of_heads(config) -> tuple[Groups, ...]:
     found = groups_lib.of(channels, coupled=coupled, kernels=f"{_PREFIX}head_.*")
     others = {path for one in find(config) or () for path in one.paths} | excluded(config)
     return tuple(one for one in found if not others.intersection(one.paths))
+
+
+def count(config, params: Any) -> stats.Sparsity:
+    """Count the zero groups of a run's model, see `stats.sparsity`.
+
+    Args:
+      config: the run's.
+      params: of the model.
+    """
+    return stats.sparsity(params, config.sparsity.scope, _rules(config, params), groups=of_model(config))
+
+
+def _rules(config, params) -> Mapping[str, int | None]:
+    """Return the rules of `stats.sparsity`, by the paths of the model's kernels."""
+    if config.model.backbone == backbones.RESNET:
+        return HWIO
+    axes = {path.removeprefix(_PREFIX): axis for path, axis in groups_lib.axes(_channels(config)).items()}
+    return {re.escape(path): axes.get(path, HWIO[".*"]) for path, x in by_path(params).items() if x.ndim == 4}
+
+
+def unavoidable(config) -> str:
+    """Return a regular expression of the paths of the kernels without which a head's output is constant.
+
+    They are those of the backbone on every path to the head, and all kernels of heads.
+    """
+    if config.model.backbone == backbones.RESNET:
+        return f"{_PREFIX}(backbone/({'|'.join(resnet.unavoidable(config.model.attach))})|head_.*)/kernel"
+    kernels = groups_lib.on_every_path(_channels(config))
+    return "|".join([f"{_PREFIX}head_.*/kernel", *map(re.escape, kernels)])
 
 
 def of_model(config) -> tuple[Groups, ...] | None:
@@ -170,7 +203,7 @@ def _channels(config) -> channels_lib.Channels:
 
 
 def _model(config):
-    return multitask.build(config.model, resolve(config)), tuple(config.data.size)
+    return rewritten.build(config.model, resolve(config)), tuple(config.data.size)
 
 
 @functools.lru_cache(maxsize=8)

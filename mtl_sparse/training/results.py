@@ -13,10 +13,10 @@ from absl import logging
 
 from input_pipeline import loader, transforms
 from mtl_sparse.compaction import exactness, explain, speed
-from mtl_sparse.models import costs, multitask
+from mtl_sparse.compaction.rewritten import Model
+from mtl_sparse.models import costs
 from mtl_sparse.report import plots, records, schema, tables
 from mtl_sparse.runtime import processes
-from mtl_sparse.sparsity import stats
 from mtl_sparse.training import checkpoints, evaluation, groups, optimizer
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
@@ -50,7 +50,7 @@ class Best:
         return cls(run, *saved.restore("best", state_lib.shapes(run)))
 
     @functools.cached_property
-    def compact(self) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+    def compact(self) -> tuple[Model, dict[str, Any]]:
         """(model, variables) without its zero channels."""
         tasks = self.run.config.tasks if self.tasks is None else self.tasks
         return setup_lib.compact(self.run.config, self.run.model, self.state.variables, tasks=tasks)
@@ -69,7 +69,7 @@ class Best:
     def summary(self) -> str:
         """Return one sentence on what compaction saves; times both models at batch 1 in run.summary_rounds rounds."""
         config, variables = self.run.config, self.state.variables
-        zero = stats.sparsity(variables["params"], config.sparsity.scope, groups=groups.of_model(config)).group
+        zero = groups.count(config, variables["params"]).group
         text = (
             f"compact (--job=compact): {100 * zero:.1f} % of groups zero; "
             f"{explain.compare_sentence(self.explain(), variables, self.compact[1])}"
@@ -79,9 +79,10 @@ class Best:
         models = {"dense": (self.run.model, variables), "compact": self.compact}
         timed = speed.compare(models, self._size, 1, config.run.summary_rounds)
         ratio = {row["part"]: row["speedup"] for row in timed if row["model"] == "compact"}
+        of_backbone = f"the backbone runs at {ratio['backbone']:.1f} times, " if "backbone" in ratio else ""
         return (
-            f"{text}; on this machine, at batch 1, the backbone runs at {ratio['backbone']:.1f} times the dense speed, "
-            f"the whole model at {ratio['model']:.1f}; outputs equal to {self.difference():.0e} of the largest"
+            f"{text}; on this machine, at batch 1, {of_backbone}the whole model runs at {ratio['model']:.1f} times the "
+            f"dense speed; outputs equal to {self.difference():.0e} of the largest"
         )
 
     @property
@@ -139,7 +140,7 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
 
 
 def _sparsity(config, state) -> schema.RunSparsity:
-    found = stats.sparsity(state.params["model"], config.sparsity.scope, groups=groups.of_model(config))
+    found = groups.count(config, state.params["model"])
     return schema.RunSparsity(
         group=found.group,
         parameter=found.parameter,

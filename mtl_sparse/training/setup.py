@@ -12,7 +12,9 @@ import optax
 from input_pipeline import datasets, loader
 from input_pipeline.transforms import Transform
 from mtl_sparse.compaction import multitask as multitask_compaction
-from mtl_sparse.models import multitask
+from mtl_sparse.compaction import rewritten
+from mtl_sparse.compaction.rewritten import Model
+from mtl_sparse.models import backbones, multitask
 from mtl_sparse.runtime import processes
 from mtl_sparse.tasks import Task, resolve
 from mtl_sparse.training import checkpoints, optimizer
@@ -97,7 +99,7 @@ class Run:
     tasks: tuple[Task, ...]
     data: datasets.Data
     batches: Batches
-    model: multitask.MultiTaskModel
+    model: Model
     tx: optax.GradientTransformation
     steps_per_epoch: int
     total_steps: int
@@ -114,7 +116,7 @@ def setup(config) -> Run:
     config_lib.check(config)
     tasks = resolve(config)
     # One device's BatchNorm has nothing to synchronize, and XLA fuses it better.
-    model = multitask.build(config.model, tasks, axis_name=AXIS if jax.device_count() > 1 else None)
+    model = rewritten.build(config.model, tasks, axis_name=AXIS if jax.device_count() > 1 else None)
     check_length = functools.partial(config_lib.check_steps, config)
     data = processes.in_turn(lambda: datasets.load(config.data, [task.label for task in tasks], check_length))
     steps_per_epoch, total_steps = config_lib.check_steps(config, len(data.train))
@@ -132,7 +134,7 @@ def setup(config) -> Run:
     )
 
 
-def load_model(workdir: str | pathlib.Path, config: Any) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+def load_model(workdir: str | pathlib.Path, config: Any) -> tuple[Model, dict[str, Any]]:
     """Load the model of a run with its best checkpoint's variables, without its data.
 
     Args:
@@ -145,13 +147,13 @@ def load_model(workdir: str | pathlib.Path, config: Any) -> tuple[multitask.Mult
     Raises:
       UserError: there is no such run, or the model does not fit its checkpoint.
     """
-    model = multitask.build(config.model, resolve(config))
+    model = rewritten.build(config.model, resolve(config))
     return model, checkpoints.read_variables(workdir, multitask.shapes(model))
 
 
 def compact(
-    config: Any, model: multitask.MultiTaskModel, variables: Any, *, tasks: Sequence[str] | None = None
-) -> tuple[multitask.MultiTaskModel, dict[str, Any]]:
+    config: Any, model: Model, variables: Any, *, tasks: Sequence[str] | None = None
+) -> tuple[Model, dict[str, Any]]:
     """Return the (model, variables) without its zero channels, by config.compact and for images of config.data.size.
 
     Args:
@@ -161,9 +163,14 @@ def compact(
       tasks: tasks whose heads remain; None is those of config.compact.tasks.
 
     Raises:
-      UserError: as `config.compact_tasks` or `compaction.multitask.compact`.
+      UserError: as `config.compact_tasks`, `compaction.multitask.compact` or `compaction.rewritten.compact`.
     """
     if tasks is None:
         tasks = config_lib.compact_tasks(config)
-    size = tuple(config.data.size) if config.compact.drop_taps else None
-    return multitask_compaction.compact(model, variables, tasks=tasks, size=size, multiple=config.compact.multiple)
+    size, options = tuple(config.data.size), config.compact
+    if config.model.backbone == backbones.RESNET:
+        taps_at = size if options.drop_taps else None
+        return multitask_compaction.compact(model, variables, tasks=tasks, size=taps_at, multiple=options.multiple)
+    if tuple(tasks) != tuple(task for task, *_ in model.heads):
+        model, variables = multitask_compaction.with_tasks(model, variables, tasks)
+    return rewritten.compact(model, variables, size, drop_taps=options.drop_taps, multiple=options.multiple)
