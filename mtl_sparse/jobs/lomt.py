@@ -14,8 +14,8 @@ import numpy as np
 from absl import logging
 
 from mtl_sparse.jobs import sweep
+from mtl_sparse.models import backbones
 from mtl_sparse.models import layers as layer_names
-from mtl_sparse.models import resnet
 from mtl_sparse.report import page, plots, records, study, tables
 from mtl_sparse.report.schema import Choice, Choices, Results, Sweep
 from mtl_sparse.runtime.errors import UserError
@@ -23,13 +23,13 @@ from mtl_sparse.training import config as config_lib
 
 
 def choose(
-    runs: Sequence[Mapping[str, float]], depth: int, active: float, vote: float, raw: bool = False
+    runs: Sequence[Mapping[str, float]], points: Sequence[str], active: float, vote: float, raw: bool = False
 ) -> tuple[str, str, tuple[str, ...]]:
     """Return (layer, attachment point, layers that are kept) of a task.
 
     Args:
       runs: for each single-task run, conv layer -> fraction of its groups that is non-zero.
-      depth: of the ResNet.
+      points: attachment points of the backbone, in order.
       active: a layer is active in a run if more than this fraction of its groups is non-zero (0.01 in the paper).
       vote: a layer is kept if it is active in at least this fraction of the runs (1 in the paper: all).
       raw: see `point_of`.
@@ -46,22 +46,29 @@ def choose(
             f"expected a layer with more than {active:g} of its groups left in {vote:.0%} of {len(runs)} runs, got "
             "none; train with a smaller sparsity.lambda_, or lower lomt.vote",
         )
-    return kept[-1], point_of(kept[-1], depth, raw), kept
+    return kept[-1], point_of(kept[-1], points, raw), kept
 
 
-def point_of(layer: str, depth: int, raw: bool = False) -> str:
+def point_of(layer: str, points: Sequence[str], raw: bool = False) -> str:
     """Return the attachment point of a conv layer: for a block's last layer and shortcut, the output of the block.
 
     With `raw`, it is the layer's own output, before BatchNorm and ReLU, as in the reference implementation. Shortcuts
     and the stem have no such point.
+
+    Args:
+      layer: its name.
+      points: attachment points of the backbone, in order.
+      raw: whether to prefer raw points.
+
+    Returns:
+      The point of the layer, or else of the innermost module around it; the first point for a stem, which ends before
+      all others, and the last for a layer that no point is named after.
     """
-    points = resnet.points(depth)
-    if raw and f"{layer}:raw" in points:
-        return f"{layer}:raw"
-    if layer in points:
-        return layer
-    block, inner, _ = layer.partition("/")
-    return block if inner else "stem"
+    names = ([f"{layer}:raw"] if raw else []) + [layer]
+    while "/" in names[-1]:
+        names.append(names[-1].rpartition("/")[0])
+    found = next((name for name in names if name in points), None)
+    return found or (points[0] if layer.startswith("stem") else points[-1])
 
 
 def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Choice]:
@@ -97,17 +104,25 @@ def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Cho
 def _choice(config, task: str, found: study.Study, where: str) -> Choice:
     """Return the choice for a task."""
     row = _row(config, task, found, where)
-    theirs, depth = row.config["model"], config.model.depth
-    if theirs["depth"] != depth or row.attach or theirs["widths"]:
-        kind = " with model.attach" if row.attach else ", compact" if theirs["widths"] else ""
-        raise UserError(
-            "LOMT_RUNS",
-            f"expected runs of {task} with the layers of model.depth={depth}, got a ResNet-{theirs['depth']}{kind}",
-        )
+    theirs, ours = (
+        {name: model[name] for name in ("backbone", "depth")} for model in (row.config["model"], config.model)
+    )
+    compact = row.config["model"]["widths"]
+    if theirs != ours or row.attach or compact:
+        kind = " with model.attach" if row.attach else ", compact" if compact else ""
+        is_resnet = [one["backbone"] == backbones.RESNET for one in (ours, theirs)]
+        wanted = f"model.depth={ours['depth']}" if is_resnet[0] else f"model.backbone={ours['backbone']}"
+        got = f"a ResNet-{theirs['depth']}" if is_resnet[1] else theirs["backbone"]
+        raise UserError("LOMT_RUNS", f"expected runs of {task} with the layers of {wanted}, got {got}{kind}")
     runs = [_active(run) for run in row.runs.values()]
-    layer, point, kept = choose(runs, depth, config.lomt.active, config.lomt.vote, config.lomt.raw)
+    layer, point, kept = choose(runs, _points(config), config.lomt.active, config.lomt.vote, config.lomt.raw)
     active = {name: tuple(run[name] for run in runs) for name in sorted(runs[0], key=layer_names.network_order)}
     return Choice(layer, point, kept, active, tuple(map(str, row.folders.values())))
+
+
+def _points(config) -> tuple[str, ...]:
+    """Return the attachment points of a config's backbone."""
+    return backbones.find(config.model.backbone, config.model.depth).points
 
 
 def _row(config, task: str, found: study.Study, where: str) -> study.Row:
@@ -209,12 +224,13 @@ def run_job(
     choices = read_choices(config, folders)
     _write(config, workdir, choices)
     attach = tuple(choices[task].point for task in config.tasks)
-    print(table(choices, config.model.depth))
+    points = _points(config)
+    print(table(choices, points))
     print(f"\n--config.model.attach={','.join(attach)}\n{workdir / 'plots' / 'attachments.png'}\n")
-    end = (resnet.points(config.model.depth)[-1],) * len(attach)
+    end = (points[-1],) * len(attach)
     if attach == end:
         logging.warning("Every task keeps the backbone to its end: the multi-task model is the plain one")
-    both = [{"model.attach": points, **values} for points in ((), attach) if points != end for values in settings]
+    both = [{"model.attach": read, **values} for read in ((), attach) if read != end for values in settings]
     sweep.run_job(config, workdir / "multi_task", both, options)
     runs: list[str | pathlib.Path] = [folder for choice in choices.values() for folder in choice.folders]
     return page.write([*runs, workdir / "multi_task"], workdir / "report")
@@ -244,11 +260,11 @@ def _write(config, workdir: pathlib.Path, tasks: Mapping[str, Choice]) -> None:
     plots.save(plots.attachments(choices), workdir / "plots" / "attachments.png")
 
 
-def table(choices: Mapping[str, Choice], depth: int) -> str:
+def table(choices: Mapping[str, Choice], points: Sequence[str]) -> str:
     """Return the choices as a Markdown table, and the end of the backbone."""
     lines = [("task", "deepest layer kept", "head reads", "layers kept", "runs")]
     for task, choice in choices.items():
         kept = f"{len(choice.kept)} of {len(choice.active)}"
         lines.append((task, choice.layer, choice.point, kept, str(len(choice.folders))))
-    last = max((choice.point for choice in choices.values()), key=resnet.points(depth).index)
+    last = max((choice.point for choice in choices.values()), key=points.index)
     return f"{tables.markdown(lines)}\n\nthe backbone ends at {last}"

@@ -52,25 +52,31 @@ def test_the_rule_by_hand():
         {"stem_conv1": 1.0, "layer1_0/conv1": 0.005, "layer2_0/conv1": 0.011, "layer3_0/conv1": 0.01},
         {"stem_conv1": 1.0, "layer1_0/conv1": 0.5, "layer2_0/conv1": 0.5, "layer3_0/conv1": 0.2},
     ]
-    assert lomt.choose(runs, 50, 0.01, 1.0) == ("layer2_0/conv1", "layer2_0/conv1", ("stem_conv1", "layer2_0/conv1"))
-    assert lomt.choose(runs, 50, 0.01, 2 / 3)[0] == "layer3_0/conv1"
-    assert lomt.choose(runs, 50, 0.3, 1.0)[0] == "stem_conv1"
-    assert lomt.choose(runs[:1], 50, 0.01, 1.0)[0] == "layer3_0/conv1"
+    assert lomt.choose(runs, resnet.points(50), 0.01, 1.0) == (
+        "layer2_0/conv1",
+        "layer2_0/conv1",
+        ("stem_conv1", "layer2_0/conv1"),
+    )
+    assert lomt.choose(runs, resnet.points(50), 0.01, 2 / 3)[0] == "layer3_0/conv1"
+    assert lomt.choose(runs, resnet.points(50), 0.3, 1.0)[0] == "stem_conv1"
+    assert lomt.choose(runs[:1], resnet.points(50), 0.01, 1.0)[0] == "layer3_0/conv1"
     with raises("LOMT_NO_LAYER", naming="more than 0.9 of its groups left in 100% of 2 runs"):
-        lomt.choose([{"layer1_0/conv1": 0.5}] * 2, 50, 0.9, 1.0)
+        lomt.choose([{"layer1_0/conv1": 0.5}] * 2, resnet.points(50), 0.9, 1.0)
 
 
 def test_where_a_layers_output_is_read():
-    assert lomt.point_of("layer3_3/conv1", 50) == "layer3_3/conv1"
-    assert lomt.point_of("layer3_3/conv2", 50) == "layer3_3/conv2"
-    assert lomt.point_of("layer3_3/conv3", 50) == "layer3_3", "after the sum with the shortcut"
-    assert lomt.point_of("layer3_1/conv2", 18) == "layer3_1", "a basic block's last"
-    assert lomt.point_of("layer2_0/downsample_conv", 50) == "layer2_0"
-    assert lomt.point_of("stem_conv2", 50) == "stem"
-    assert lomt.point_of("layer3_3/conv1", 50, raw=True) == "layer3_3/conv1:raw"
-    assert lomt.point_of("layer3_3/conv3", 50, raw=True) == "layer3_3/conv3:raw", "before the sum with the shortcut"
-    assert lomt.point_of("layer2_0/downsample_conv", 50, raw=True) == "layer2_0"
-    assert lomt.point_of("stem_conv2", 50, raw=True) == "stem"
+    assert lomt.point_of("layer3_3/conv1", resnet.points(50)) == "layer3_3/conv1"
+    assert lomt.point_of("layer3_3/conv2", resnet.points(50)) == "layer3_3/conv2"
+    assert lomt.point_of("layer3_3/conv3", resnet.points(50)) == "layer3_3", "after the sum with the shortcut"
+    assert lomt.point_of("layer3_1/conv2", resnet.points(18)) == "layer3_1", "a basic block's last"
+    assert lomt.point_of("layer2_0/downsample_conv", resnet.points(50)) == "layer2_0"
+    assert lomt.point_of("stem_conv2", resnet.points(50)) == "stem"
+    assert lomt.point_of("layer3_3/conv1", resnet.points(50), raw=True) == "layer3_3/conv1:raw"
+    assert lomt.point_of("layer3_3/conv3", resnet.points(50), raw=True) == "layer3_3/conv3:raw", (
+        "before the sum with the shortcut"
+    )
+    assert lomt.point_of("layer2_0/downsample_conv", resnet.points(50), raw=True) == "layer2_0"
+    assert lomt.point_of("stem_conv2", resnet.points(50), raw=True) == "stem"
 
 
 def test_choices_of_single_task_runs(singles, tmp_path):
