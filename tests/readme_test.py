@@ -19,10 +19,12 @@ from input_pipeline import datasets, loader
 from mtl_sparse import tasks
 from mtl_sparse.compaction import primitives
 from mtl_sparse.jobs import cli, train
+from mtl_sparse.models import backbones, multitask
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
+from tests.conftest import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,6 +39,7 @@ EXECUTED = {
     "docs/compaction.md": "tests/readme_test.py::test_the_snippets_of_the_compaction_page",
     "docs/groups.md": "tests/readme_test.py::test_the_snippet_of_the_groups_page",
     "docs/weighting.md": "tests/readme_test.py::test_the_snippet_of_the_weighting_page",
+    "docs/backbones.md": "tests/readme_test.py::test_a_custom_backbone",
     "docs/extending.md": "tests/readme_test.py::test_a_custom_task",  # and test_a_custom_data_set
     "docs/compact_models.md": "tests/jobs/compact_test.py::test_the_documented_way_to_load_it",
     "docs/export.md": "tests/jobs/export_test.py::test_stablehlo_runs_without_this_package",  # and test_onnx_...,
@@ -147,6 +150,16 @@ def test_a_custom_data_set(monkeypatch, tmp_path):
     assert results["frames"] == {"train": 320, "validation": 32, "test": 64}
     assert results["test"]["segmentation/miou"] > results["constant"]["segmentation/miou"] + 0.1
     assert set(results["headlines"]) == {"segmentation", "attribute:Large"}
+
+
+def test_a_custom_backbone(monkeypatch, rooms):
+    monkeypatch.setattr(backbones, "BACKBONES", dict(backbones.BACKBONES))
+    (block,) = blocks("docs/backbones.md")
+    exec(block, names := {})
+    config = tiny(rooms)
+    config.model.backbone = names["get_config"]().model.backbone
+    run = setup_lib.setup(config)
+    assert set(multitask.shapes(run.model)) > {"params/backbone/depthwise/kernel", "params/head_depth/out/kernel"}
 
 
 OPTIONS = [

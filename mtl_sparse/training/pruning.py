@@ -9,7 +9,6 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import loader
-from mtl_sparse.models import resnet
 from mtl_sparse.runtime import processes
 from mtl_sparse.sparsity import groups as sparsity_groups
 from mtl_sparse.sparsity.groups import Groups
@@ -62,8 +61,7 @@ def _kept(config, one: Groups) -> int:
     """Return how many groups of a set stay in any case."""
     limits = [groups.limit(config.sparsity)]
     if config.sparsity.keep_connected:
-        backbone = "|".join(resnet.unavoidable(config.model.attach))
-        limits.append(KeepStrongest(f"model/(backbone/({backbone})|head_.*)/kernel"))
+        limits.append(KeepStrongest(groups.unavoidable(config)))
     return max(limit.at_least(one) for limit in limits)
 
 
