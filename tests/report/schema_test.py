@@ -165,3 +165,9 @@ def test_what_is_damaged_is_named(case, tmp_path):
 def test_a_file_that_holds_no_object_is_damaged(kind):
     with raises("FILE_DAMAGED", naming=f"{kind}.json"):
         schema.migrate(kind, [1, 2])
+
+
+def test_runs_from_before_other_backbones_have_a_resnet():
+    path = pathlib.Path(__file__).parents[2] / "docs/results/evidence/lambda_=0.0,seed=0/results.json"
+    assert "backbone" not in json.loads(path.read_text())["config"]["model"]
+    assert schema.Results.read(path).config["model"]["backbone"] == "resnet"
