@@ -79,7 +79,7 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
     start = int(current.step)
     if start >= run.total_steps or progress.stopped:
         return
-    step_fn = make_train_step(run, progress.trained(run.tasks))
+    step_fn = _make_step(run, progress)
     current = loader.replicate(current)
     with contextlib.ExitStack() as stack:
         opened = []
@@ -105,7 +105,7 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
                 before = len(progress.task_stopped)
                 current = _validate(run, evaluator, log, progress, saved, step, current)
                 if len(progress.task_stopped) > before and not progress.stopped:
-                    step_fn = make_train_step(run, progress.trained(run.tasks))
+                    step_fn = _make_step(run, progress)
             if epoch_ends or saves:
                 _save(saved, "latest", step, current, progress)
             if progress.stopped:
@@ -117,6 +117,11 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
             if asked_to_stop(step) and step < run.total_steps:
                 _stop(run, saved, step, current, progress)
         saved.wait()
+
+
+def _make_step(run, progress):
+    """Return the step of the tasks that have not stopped."""
+    return make_train_step(run, progress.trained(run.tasks)) if progress.task_stopped else make_train_step(run)
 
 
 def _first_state(run, workdir, saved):

@@ -429,7 +429,7 @@ def test_a_bias_that_another_optimizer_has_still_frees_its_kernel(wrap):
 def test_where_biases_may_be_filtered_out_kernels_are_asked_for_by_name():
     """NNX's `wrt=` hands over the chosen parameters alone."""
     params = {"biased": {"kernel": jnp.ones((1, 1, 4, 2))}, "head": {"kernel": jnp.ones((4, 2))}}
-    with pytest.raises(ValueError, match="no parameter beside its kernels.*fixed_norm=False"):
+    with pytest.raises(ValueError, match="no parameter besides its kernels.*fixed_norm=False"):
         transform.proximal_adam(1e-2, 1e-3).init(params)
     assert transform.proximal_adam(1e-2, 1e-3, fixed_norm=False).init(params).norms.shape == (0,)
     assert held(params, ".*") == ["biased/kernel"]
