@@ -6,6 +6,7 @@ import shlex
 
 import jax
 import numpy as np
+import pytest
 
 from configs import run as run_config
 from mtl_sparse.jobs import cli, export, train
@@ -25,6 +26,7 @@ def given(flag):
     return tuple(re.findall(r"'(.*?)'", cli.option(arguments, flag)))
 
 
+@pytest.mark.slow
 def test_the_published_choices_run_as_published(rooms, tmp_path):
     """A narrow ResNet-50, with a penalty: trained, compacted and exported, and reported."""
     tasks, attach = given("--config.tasks"), given("--config.model.attach")

@@ -128,6 +128,7 @@ def imported(rooms, tmp_path_factory):
     return run_config.get_config(str(folder / "run")), folder, state
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_compacted_evaluated_and_exported_like_any_other(imported):
     config, folder, state = imported
     assert config.tasks == ("segmentation", "depth", "normals", "edge"), "in the order of the checkpoint"
