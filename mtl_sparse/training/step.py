@@ -88,7 +88,7 @@ def gradients(
     loss_config: Any,
     steps_per_epoch: int = 1,
 ) -> "_Found":
-    """Return the gradients and losses of a batch on one device; to be pmapped over `AXIS`. For arguments see above."""
+    """Return the gradients and losses of a batch on one device; to be pmapped. For the arguments, see `train_step`."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     step = _Step(model, tuple(tasks), loss_config, state, batch, key, steps_per_epoch)
     return _by_gradients(step) if weighting.needs_gradients(loss_config.weighting, tasks) else _by_losses(step)

@@ -14,7 +14,7 @@ from mtl_sparse.sparsity import stats
 from tests.compaction import multitask_test
 from tests.compaction.multitask_test import with_zeros
 
-# A block's last convolution whose stream goes on, a first one after which the network ends, and one in between.
+# The last convolution of a block before another block, a first one after which the network ends, and one in between.
 RAW = ("layer3_1/conv2:raw", "layer4_0/conv1:raw", "layer3_0/conv1:raw")
 EXACT = Costs(mac=1.0, copy=0.0, split=0.0)  # each layer gathers the inputs that it needs, and no other
 
