@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
             # Gradients that the methods by gradients compare: in the backbone's "params", or, in less time, in the
             # "features" that the heads read.
             gradients_of="params",
-            # Options of single methods, with their published values.
+            # Options of single methods. The defaults are published values; papers tune uw_so_temperature and stch_mu.
             options=create(
                 uw_so_temperature=1.0,
                 dwa_temperature=2.0,
