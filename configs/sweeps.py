@@ -188,6 +188,23 @@ def baselines(small: bool) -> list[Options]:
     return [row | {"seed": seed} for seed in range(3) for row in rows]
 
 
+def targets(small: bool) -> list[Options]:
+    """Return each kind of target on three backbones, with input and with coupled groups: is it reached?
+
+    ResNet-18 and 50, and EfficientNet-Lite0, which has depthwise convolutions. One seed.
+    """
+    width = {"model.width": 16} if small else {}
+    networks: list[Options] = [
+        {"model.depth": 18},
+        {"model.depth": 50} | width,
+        {"model.backbone": "efficientnet_lite0"},
+    ]
+    kinds: list[Options] = [{"sparsity.target": 0.7}, {"sparsity.target_macs": 0.25}, {"sparsity.target_params": 0.15}]
+    forms = _product(sparsity__groups=("input", "coupled"))
+    rows = itertools.product(networks, kinds, forms)
+    return [{"sparsity.target": 0.0} | network | kind | form for network, kind, form in rows]
+
+
 def _shrink(config: ml_collections.ConfigDict, frames: int, size: tuple[int, int]) -> ml_collections.ConfigDict:
     """Return a demo's config at the size of a run of a sweep, with a fixed lambda, which the sweep sets."""
     config.sparsity.update(target=0.0, start_at=0.0, warmup=0.0, warmup_steps=20)
@@ -213,7 +230,7 @@ def small_faces() -> ml_collections.ConfigDict:
 
 
 def short_demo() -> ml_collections.ConfigDict:
-    """Return the base config of the demo of `groups`: the demo in half the epochs."""
+    """Return the base config of the demos of `groups`, `baselines` and `targets`: the demo in half the epochs."""
     config = demo.get_config()
     config.train.epochs = 12
     config.run.summary_rounds = 0
@@ -252,6 +269,7 @@ SWEEPS = {
     "groups": (groups, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
     "weighting": (weighting, NYU),
     "baselines": (baselines, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
+    "targets": (targets, {"": nyu.get_config, ":demo": short_demo}),
     "evidence": (evidence, NYU | {":cpu": nyu_cpu.get_config}),
 }
 

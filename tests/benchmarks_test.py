@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox
+from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox, targets
 from benchmarks import weighting as weighting_benchmark
 from mtl_sparse.runtime.timing import timed
 
@@ -195,7 +195,10 @@ def finished_run(folder, seed, miou, mae, macs, **sparsity):
         },
         "size": {"trained": {"parameters": 100, "macs": 1000}, "compact": {"parameters": 20, "macs": macs}},
         "step": 1, "seed": seed, "frames": {}, "versions": {}, "device": "cpu",
-        "config": {"sparsity": {"lambda_": 1e-4, "groups": "input", "group_weights": "sqrt_size", **sparsity}},
+        "config": {
+            "model": {"backbone": "resnet", "depth": 18},
+            "sparsity": {"lambda_": 1e-4, "groups": "input", "group_weights": "sqrt_size", **sparsity},
+        },
     }  # fmt: skip
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps({"version": 1, **results}))
@@ -217,6 +220,19 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
     times = {name: {"batch 1": {"speedup": 3.0 if name != "dense" else 1.0, "median_ms": 1.0}} for name in rows}
     first, second = groups.table(list(rows.values()), times).splitlines()[2:]
     assert "| dense" in first and "| 3.00 (0.75)" in second and "25.0 ± 0.0 %" in second
+
+
+def test_a_target_is_compared_with_what_was_reached(tmp_path, capsys):
+    finished_run(tmp_path / "groups", 0, 0.4, 0.1, 250, target=0.7)
+    finished_run(tmp_path / "macs", 0, 0.4, 0.1, 260, groups="coupled", target=0.0, target_macs=0.25)
+    finished_run(tmp_path / "params", 0, 0.4, 0.1, 250, target=0.0, target_macs=0.0, target_params=0.15)
+    targets.main(str(tmp_path), str(tmp_path / "record.json"))
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["ResNet-18", "coupled", "MACs left", "25 %", "26.0 %", "+1.0"],
+        ["ResNet-18", "input", "parameters left", "15 %", "20.0 %", "+5.0"],
+        ["ResNet-18", "input", "zero groups", "70 %", "50.0 %", "-20.0"],
+    ]
+    assert [row["reached"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == [0.26, 0.2, 0.5]
 
 
 def test_a_sweep_without_a_dense_run_is_refused(tmp_path):

@@ -405,6 +405,7 @@ COUNTS = {
     "groups": 5,
     "weighting": 2 * 19 + 3,
     "baselines": 8 + 3,
+    "targets": 3 * 3 * 2,
 }
 
 
@@ -418,6 +419,7 @@ def test_named_sweeps_hold_valid_runs(name):
             "weighting": {"": 3},
             "baselines": {"": 3, ":demo": 3, ":cpu": 3},
             "groups": {"": 3, ":demo": 3, ":cpu": 3},
+            "targets": {"": 1, ":demo": 1},
         }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
         more = 2 * 3 if name == "evidence" and size != ":demo" else 0  # the first two rows have six seeds

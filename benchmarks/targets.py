@@ -1,0 +1,59 @@
+"""Targets against what was reached: zero groups, multiply-accumulates and parameters, on three backbones.
+
+    python launch.py --config=configs/sweeps.py:targets:demo --job=sweep --workdir=runs/targets
+    python -m benchmarks.targets --sweep=runs/targets [--record=docs/benchmarks/targets.json]
+
+"Reached" is what the best checkpoint has: the fraction of groups that are zero, or of the multiply-accumulates or the
+parameters of the trained model that its compact model has.
+"""
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from mtl_sparse.report import tables
+from mtl_sparse.report.schema import SIZE_TARGETS, Results
+
+
+def row(results: Results) -> dict[str, Any]:
+    """Return a run's network, groups, kind of target, target, and what was reached, as fractions."""
+    model, sparsity = results.config["model"], results.config["sparsity"]
+    network = f"ResNet-{model['depth']}" if model["backbone"] == "resnet" else model["backbone"]
+    found = {"network": network, "groups": sparsity["groups"]}
+    for option, size, text in SIZE_TARGETS:
+        if sparsity.get(option):
+            left = getattr(results.size.compact, size) / getattr(results.size.trained, size)
+            return found | {"target": f"{text} left", "wanted": sparsity[option], "reached": left}
+    return found | {"target": "zero groups", "wanted": sparsity["target"], "reached": results.sparsity.group}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [("network", "groups", "target", "wanted", "reached", "points off")]
+    for one in rows:
+        percent = [100 * one["wanted"], 100 * one["reached"]]
+        texts = (f"{percent[0]:.0f} %", f"{percent[1]:.1f} %", f"{percent[1] - percent[0]:+.1f}")
+        lines.append((one["network"], one["groups"], one["target"], *texts))
+    return tables.markdown(lines)
+
+
+def main(sweep: str, record: str) -> None:
+    """Print the table, and write the numbers to a file if one is named."""
+    paths = sorted(pathlib.Path(sweep).glob("*/results.json"))
+    if not paths:
+        raise SystemExit(f"expected finished runs of the sweep `targets` in {sweep}; train it first")
+    rows = sorted(map(row, map(Results.read, paths)), key=lambda one: (one["network"], one["target"], one["groups"]))
+    print(table(rows))
+    if record:
+        numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rows": rows}
+        pathlib.Path(record).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":  # here, because flags of other benchmarks have the same names
+    _SWEEP = flags.DEFINE_string("sweep", "runs/targets", "Folder of the sweep.")
+    _RECORD = flags.DEFINE_string("record", "", "A JSON file to write.")
+    app.run(lambda _: main(_SWEEP.value, _RECORD.value))
