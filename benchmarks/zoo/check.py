@@ -49,6 +49,17 @@ def cast(tree, dtype):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if is_float(leaf) else leaf, tree)
 
 
+def nudge(params):
+    """Return weights that are each moved up or down by one unit in the last place; zeros stay zero."""
+    rng = generator("nudge")
+
+    def one(leaf):
+        up = rng.integers(0, 2, np.shape(leaf)).astype(bool)
+        return jnp.where(leaf == 0, leaf, jnp.nextafter(leaf, jnp.where(up, jnp.inf, -jnp.inf).astype(leaf.dtype)))
+
+    return jax.tree.map(lambda leaf: one(leaf) if is_float(leaf) else leaf, params)
+
+
 def size(tree):
     """Return how many numbers a tree holds."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree) if is_float(leaf))
@@ -131,7 +142,8 @@ def compare(model, pattern, whole, compaction, rounded=None):
         pattern: name of the pattern of zeros.
         whole: kernels that are wholly zero.
         compaction: the engine, or None for a function that changes nothing.
-        rounded: the Model in float32 if this one is in float64, to say how far rounding takes the full model.
+        rounded: the Model in float32 if this one is in float64, to measure how far rounding takes the full model. In
+            float64 this is measured by weights that differ in the last place.
 
     Returns:
         Dictionary for the record.
@@ -164,6 +176,10 @@ def compare(model, pattern, whole, compaction, rounded=None):
     if rounded and pattern in rounded.outputs:
         worst = max(distance(first, second) for first, second in zip(before, rounded.outputs[pattern], strict=True))
         result["rounding"] = worst / signal if signal else math.inf
+    if rounded:
+        moved = outputs(model.full, nudge(params), *model.images)
+        worst = max(distance(first, second) for first, second in zip(before, moved, strict=True))
+        result["own rounding"] = worst / signal if signal else math.inf
     if pattern in FLOAT32 and not rounded:
         images = jnp.concatenate([model.images[0], model.images[1][:1]])
         wanted = np.concatenate([before[0], before[1][: len(before[1]) // 2]])

@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 
 from mtl_sparse.sparsity.schedules import Phases
 
-# lambda stays within this factor of the median over groups of the lambda that keeps a group zero in the step: beyond it
-# a start that is far off only takes longer to correct.
+# While the schedule rises, lambda stays within this factor of the median over groups of the lambda that keeps a group
+# zero in the step: beyond it a start that is far off only takes longer to correct.
 _REACH = 30.0
 
 
@@ -90,7 +90,8 @@ def init(lambda_: float) -> ControlState:
 def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: ArrayLike) -> ControlState:
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
-    This limits what a start that is far too large or too small does in the first penalized step.
+    This limits what a start that is far too large or too small does in the first penalized steps. Once the schedule
+    has risen, the limit widens with the steps, because pruning what is left in a short run can take a larger lambda.
 
     Args:
       target: as in `update`.
@@ -104,7 +105,9 @@ def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: A
     """
     known = jnp.asarray(scale) > 0
     middle = jnp.where(known, jnp.log(jnp.where(known, scale, 1)), state.log_lambda)
-    log_lambda = jnp.clip(state.log_lambda, middle - math.log(_REACH), middle + math.log(_REACH))
+    ramp_steps = target.ramp * target.total_steps
+    reach = math.log(_REACH) + target.slew * jnp.maximum(jnp.asarray(step) / ramp_steps - 1, 0)
+    log_lambda = jnp.clip(state.log_lambda, middle - reach, middle + reach)
     return state._replace(log_lambda=jnp.where(_adjusts(target, step), log_lambda, state.log_lambda))
 
 
