@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Num, UInt8
 
-from input_pipeline.labels import VOID
 from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.runtime.labels import VOID
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], customary also for training from scratch.
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)

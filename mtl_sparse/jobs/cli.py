@@ -9,10 +9,11 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mtl_sparse.runtime import installed
 from mtl_sparse.runtime.errors import UserError
 
 _TUPLES = ("--config.tasks", "--config.model.attach")  # options that take names with commas between them
-_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+_CONFIGS = installed.ROOT / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,8 @@ def normalize(arguments: Sequence[str]) -> list[str]:
     """Return command line arguments with the options that hold names as Python tuples.
 
     `--config.tasks=a,b` and `--config.tasks a,b` become `--config.tasks=('a', 'b')`: absl's tuple flag reads Python,
-    and fails on a colon as in attribute:Smiling. `--job=import` without --config gets configs/nyu.py.
+    and fails on a colon as in attribute:Smiling. `--job=import` without --config gets configs/nyu.py. A config file
+    configs/NAME.py that does not exist in the working directory is that of this project.
     """
     given, found = list(arguments), []
     while given:
@@ -61,10 +63,23 @@ def normalize(arguments: Sequence[str]) -> list[str]:
             if value[:1] not in tuple("([\"'"):
                 value = str(tuple(name.strip() for name in value.split(",") if name.strip()))
             argument = f"{flag}={value}"
+        elif flag == "--config" and equals:
+            argument = f"{flag}={_find_config(value)}"
+        elif flag == "--config" and given:
+            given[0] = _find_config(given[0])
         found.append(argument)
     if option(found, "--job") == "import" and not option(found, "--config"):
         found.insert(1, f"--config={_CONFIGS / 'nyu.py'}")
     return found
+
+
+def _find_config(value: str) -> str:
+    """Return FILE[:ARGUMENT] with the path of this project's file if FILE is configs/NAME.py and does not exist."""
+    path, colon, argument = value.partition(":")
+    name = path.removeprefix("configs/")
+    if name == path or pathlib.Path(path).exists() or not (_CONFIGS / name).is_file():
+        return value
+    return f"{_CONFIGS / name}{colon}{argument}"
 
 
 def option(arguments: Sequence[str], flag: str) -> str:

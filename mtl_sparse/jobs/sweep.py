@@ -26,7 +26,7 @@ from mtl_sparse.compaction import rewritten
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.report import records
 from mtl_sparse.report.schema import Sweep
-from mtl_sparse.runtime import files, text
+from mtl_sparse.runtime import files, installed, text
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
@@ -378,7 +378,8 @@ def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
       Whether the run has finished, None if it was asked to stop: it can be resumed.
     """
     folder = pathlib.Path(folder)
-    command = [sys.executable, _file_of("launch"), f"--config={_file_of('configs.run')}:{folder}"]
+    root = installed.ROOT
+    command = [sys.executable, str(root / "launch.py"), f"--config={root / 'configs' / 'run.py'}:{folder}"]
     command += [f"--register={register}"] if register else []
     with files.locked(folder / "lock", wait=True) as lock, (folder / "log.txt").open("a") as log:
         if not lock.held:
@@ -399,14 +400,6 @@ def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
     reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
     (folder / "failed.txt").write_text(f"exit code {code}: {reason.removeprefix('error: ')}\n")
     return False
-
-
-def _file_of(module: str) -> str:
-    """Return the path of a module's file."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"expected a file of the module {module}; install the whole repository", name=module)
-    return spec.origin
 
 
 def benchmark_job(config, workdir: str | pathlib.Path) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from input_pipeline.labels import VOID
 from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import records
 from mtl_sparse.report.schema import SIZE_TARGETS, Choices, CompactLayer, Results, Timing, TimingRow
+from mtl_sparse.runtime.labels import VOID
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

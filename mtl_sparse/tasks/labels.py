@@ -6,8 +6,8 @@ A missing label is VOID (classes and attributes), 0 (depth), or a zero vector (n
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from input_pipeline.labels import VOID
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
+from mtl_sparse.runtime.labels import VOID
 
 __all__ = ["VOID", "has_class", "has_depth", "has_normal", "strided"]
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from input_pipeline.labels import VOID
 from mtl_sparse.compaction import multitask
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
 from mtl_sparse.runtime import text
 from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.runtime.labels import VOID
 from mtl_sparse.tasks import registry, weighting
 from mtl_sparse.training import optimizer
 

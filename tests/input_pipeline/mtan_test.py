@@ -9,9 +9,9 @@ import pytest
 
 from configs import nyu
 from input_pipeline import datasets, mtan
-from input_pipeline.labels import VOID
 from input_pipeline.synthetic import mtan_rooms
 from input_pipeline.transforms import Transform
+from mtl_sparse.runtime.labels import VOID
 from tests.conftest import raises
 
 LAYOUTS = {"nyuv2_13": mtan.NYUV2_13, "cityscapes_7": mtan.CITYSCAPES_7}

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from input_pipeline import transforms
-from input_pipeline.labels import VOID
 from input_pipeline.transforms import Transform
+from mtl_sparse.runtime.labels import VOID
 from tests.conftest import raises
 
 

@@ -53,6 +53,18 @@ def test_names_become_tuples_and_import_gets_a_config(case):
     assert cli.normalize(cli.normalize(arguments)) == cli.normalize(arguments)
 
 
+def test_a_config_of_the_project_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = ROOT / "configs" / "run.py"
+    assert cli.normalize(["launch.py", "--config=configs/nyu.py"]) == ["launch.py", NYU]
+    assert cli.normalize(["launch.py", "--config", "configs/run.py:a"]) == ["launch.py", "--config", f"{runs}:a"]
+    for other in ("configs/mine.py", "nyu.py", "launch.py", "configs", "configs/"):
+        assert cli.normalize(["launch.py", f"--config={other}"]) == ["launch.py", f"--config={other}"]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "nyu.py").touch()
+    assert cli.normalize(["launch.py", "--config=configs/nyu.py"]) == ["launch.py", "--config=configs/nyu.py"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "value"),
     [

@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 
-from input_pipeline.labels import VOID
 from mtl_sparse.report import plots, records, tables
 from mtl_sparse.report.schema import CoupledSparsity, ModelSize, Results, Size
 from mtl_sparse.runtime import files
+from mtl_sparse.runtime.labels import VOID
 from tests.conftest import raises
 
 RESULTS = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from input_pipeline.labels import VOID
+from mtl_sparse.runtime.labels import VOID
 from mtl_sparse.tasks import activations, losses
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from input_pipeline.labels import VOID
+from mtl_sparse.runtime.labels import VOID
 from mtl_sparse.tasks import metrics
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs import nyu
-from input_pipeline.labels import VOID
 from mtl_sparse import tasks
+from mtl_sparse.runtime.labels import VOID
 from mtl_sparse.training import evaluation
 
 CLASSES = 13
