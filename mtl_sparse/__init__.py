@@ -15,7 +15,7 @@ The public API, loaded when a name is first used, so that importing the package 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from mtl_sparse.compaction.multitask import compact

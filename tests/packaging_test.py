@@ -13,6 +13,8 @@ import zipfile
 
 import pytest
 
+import mtl_sparse
+
 ROOT = pathlib.Path(__file__).parents[1]
 OURS = {"benchmarks", "configs", "input_pipeline", "launch", "mtl_sparse", "tests"}
 # Scripts that wrote the reference files of tests/data; they say what they need.
@@ -124,7 +126,7 @@ def test_the_wheel_has_the_code_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     code = [ROOT / "launch.py", ROOT / "mtl_sparse" / "py.typed"]
     code += [path for part in ("mtl_sparse", "input_pipeline", "configs") for path in (ROOT / part).rglob("*.py")]
-    metadata = [name for name in names if ".dist-info/" in name]
+    metadata = [name for name in names if name.startswith(f"mtl_sparse-{mtl_sparse.__version__}.dist-info/")]
     assert sorted(set(names) - set(metadata)) == sorted(str(path.relative_to(ROOT)) for path in code)
 
 

@@ -1,5 +1,6 @@
 """The snippets, commands, tables and links of the README and of docs/ work as they are written."""
 
+import datetime
 import json
 import pathlib
 import pkgutil
@@ -274,10 +275,13 @@ def test_ci_and_the_hooks_run_the_same_checks():
     assert [check.removesuffix(" .") for check in checks] == [hook.removesuffix(" --force-exclude") for hook in hooks]
 
 
-def test_the_version_is_the_same_everywhere():
-    version = mtl_sparse.__version__
-    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_version_and_its_date_are_the_same_everywhere():
+    citation = dict(re.findall(r"(?m)^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text()))
+    releases = re.findall(r"(?m)^## (.*), (\S+)$", (ROOT / "CHANGELOG.md").read_text())
+    assert releases[0] == (citation["version"], citation["date-released"])
+    assert releases[0][0] == mtl_sparse.__version__ and len(releases) > 1
+    assert [datetime.date.fromisoformat(date) for _, date in releases], "each release has a date"
+    assert "version = attr: mtl_sparse.__version__" in (ROOT / "setup.cfg").read_text()
 
 
 def anchors(path):
