@@ -298,7 +298,7 @@ class _Finder:
         self._other_macs = 0.0
 
     def find(self) -> Channels:
-        """Return the channels."""
+        """Return the channels of the function."""
         graph = self._graph
         self._free[-1] = [(v, axis) for v in graph.inputs for axis in range(len(graph.shape(v)))]
         for place, node in enumerate(graph.nodes):
@@ -539,10 +539,10 @@ def _is_whole(node: Node, graph: Graph, numbers: tuple[Numbers, ...]) -> bool:
 
 
 def _find_heads(graph: Graph) -> tuple[set[Axis], set[Axis]]:
-    """Return (the axes of attention heads, these and the axes that kernels make).
+    """Return (axes of attention heads, these axes and those that kernels make).
 
-    Heads are the axes along which activations are multiplied with each other separately, and which are not the axis of
-    the batch.
+    Products of activations with each other are computed separately for each entry of a head axis. The batch axis is no
+    head axis.
     """
     parent: dict[Axis, Axis] = {}
 

@@ -27,7 +27,7 @@ class Needs:
 
 
 def learn(facts: Facts) -> None:
-    """Find the constant slices of all variables, forward."""
+    """Find the constant slices of all variables, in the order of the equations."""
     for node in facts.graph.nodes:
         if any(facts.graph.varies[i] for i in node.outputs):
             for variable, known in zip(node.outputs, rule_of(node.name).known(node, facts), strict=True):

@@ -110,7 +110,7 @@ def build(config: ConfigDict, tasks: Sequence[multitask.HeadSpec], axis_name: st
       axis_name: pmap axis of the training step; None outside of one.
 
     Raises:
-      UserError: as `multitask.build`; or config.widths is no plan of this model.
+      UserError: as `multitask.build`; or config.widths is not a plan of this model.
     """
     model = multitask.build(config, tasks, axis_name)
     if not config.widths or config.backbone == backbones.RESNET:

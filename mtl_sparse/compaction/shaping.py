@@ -14,7 +14,7 @@ from mtl_sparse.compaction.rules import Link, Need, Rule, Shape, Step
 
 
 class Slice(Rule):
-    """A slice: its entries are taken out of those that the operand holds."""
+    """A slice: its entries are selected from those that the operand holds."""
 
     keeps = "values"
 

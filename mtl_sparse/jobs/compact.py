@@ -35,8 +35,8 @@ def run_job(config, workdir: str | pathlib.Path) -> pathlib.Path:
       The compact run's folder.
 
     Raises:
-      UserError: the run is not finished or has other options, compact.tasks has a task that it does not have, its
-        backbone has no layer with a non-zero group, or the outputs differ.
+      UserError: the run is not finished or has other options, compact.tasks names a task that the run does not have,
+        its backbone has no layer with a non-zero group, or the outputs differ.
     """
     run = setup_lib.setup(config)
     workdir = pathlib.Path(workdir).expanduser()

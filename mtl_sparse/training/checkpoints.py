@@ -176,7 +176,7 @@ class Checkpoints:
         return sorted(self._manager(kind).all_steps(), reverse=True)
 
     def _leaves(self, kind: str, step: int) -> tuple[dict[str, np.ndarray], dict]:
-        """Read one checkpoint: (leaves by path under the names of today, progress)."""
+        """Read one checkpoint: (leaves by their current paths, progress)."""
         manager = self._manager(kind)
         saved = traverse_util.flatten_dict(manager.item_metadata(step)["state"].tree, sep="/")
         like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in saved.items()}

@@ -78,7 +78,7 @@ def aim(sparsity) -> float:
 
 
 def measure(config) -> Callable[[Any], jax.Array] | None:
-    """Return the function of the parameters that a target is about; None for one of groups."""
+    """Return the function of the parameters that is compared with the target; None for a target in zero groups."""
     for name, key in TARGETS.items():
         if config.sparsity[name] > 0:
             left = cost(config).left
@@ -237,10 +237,10 @@ def _of_model(model, size) -> channels_lib.Channels:
 
 
 def _check_limits(config) -> None:
-    """Check that the limits leave a target within reach.
+    """Check that the target can be reached within the limits.
 
     Raises:
-      UserError: they do not.
+      UserError: it cannot.
     """
     sparsity = config.sparsity
     sets = _in_scope(config)

@@ -68,7 +68,7 @@ class _Events(Protocol):
 
 
 class _EventFile:
-    """`clu.metric_writers.SummaryWriter` for scalars, without TensorFlow, by TensorBoard's own package."""
+    """`clu.metric_writers.SummaryWriter` for scalars, written with TensorBoard's package instead of TensorFlow."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         from tensorboard.summary.writer import record_writer

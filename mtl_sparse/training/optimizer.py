@@ -248,9 +248,9 @@ def warmup_steps(config, total_steps: int) -> int:
 
 
 def settled_step(config, total_steps: int) -> int:
-    """Return the steps after which the sparsity is as the options ask, so that a checkpoint may be the best one.
+    """Return the number of steps after which lambda is final, so that a checkpoint may be chosen as the best.
 
-    A phase that begins late has had one step by then.
+    If there is a debiasing phase, it has run for one step by then.
     """
     pruned = prune_step(config, total_steps)
     if pruned is not None:
@@ -330,7 +330,7 @@ def lambda_(opt_state) -> jax.Array:
 
 
 def settled_lambda(config, opt_state) -> float:
-    """Return the lambda that made the zero pattern: what the target found, or the config's."""
+    """Return the lambda of the final zero pattern: the one found for the target, or the config's."""
     controller = opt_state.inner_state.control
     if controller:
         return float(jnp.exp(controller.log_lambda))

@@ -97,7 +97,7 @@ def _scores(sets: Sequence[Groups], params: Any, gradients: Sequence[Any]) -> li
 
 
 def _threshold(config, sets, scores, params) -> tuple[float, float]:
-    """Return (the largest score that is pruned, the sparsity reached): the fewest groups that reach the target."""
+    """Return (largest pruned score, sparsity reached) for the fewest groups that reach the target."""
     of_params = groups.measure(config)
     every = np.sort(np.concatenate(scores))
     every = every[np.isfinite(every)]
