@@ -6,6 +6,8 @@ import gc
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 
 from mtl_sparse.runtime import environment  # imports no JAX
@@ -61,6 +63,27 @@ def raises(code: str, *, naming: str):
         yield caught
     assert caught.value.code == code, f"{caught.value.code}: {caught.value}"
     assert naming in str(caught.value)
+
+
+def copied_repository(folder: pathlib.Path) -> pathlib.Path:
+    """Copy the tracked and new files of the repository, as a clone has them, and return the folder."""
+    root = pathlib.Path(__file__).parents[1]
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, folder / name)
+    return folder
+
+
+def new_environment() -> dict[str, str]:
+    """Return this process's environment variables without the tests' options and the developer's Python."""
+    ours = ("PYTHON", "XLA_", "JAX_", "VIRTUAL_ENV", "GLIBC_TUNABLES")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    here = str(pathlib.Path(sys.prefix) / "bin")
+    kept["PATH"] = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if part != here)
+    return kept
 
 
 def pytest_collection_modifyitems(items):

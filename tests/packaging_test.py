@@ -14,6 +14,7 @@ import zipfile
 import pytest
 
 import mtl_sparse
+from tests.conftest import new_environment
 
 ROOT = pathlib.Path(__file__).parents[1]
 OURS = {"benchmarks", "configs", "input_pipeline", "launch", "mtl_sparse", "tests"}
@@ -177,12 +178,12 @@ def test_a_project_with_packages_of_the_same_names_uses_all_but_training(site, p
 @pytest.mark.slow
 def test_a_run_from_an_installed_wheel(wheel, project):
     """Needs a package index: pip installs the requirements into a new environment."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = lambda *command: (
-        subprocess.run(  # noqa: E731
-            list(map(str, command)), cwd=project, env=environment, check=True, capture_output=True, text=True
-        ).stdout
-    )
+    environment = new_environment()
+
+    def run(*command):
+        options = {"cwd": project, "env": environment, "check": True, "capture_output": True, "text": True}
+        return subprocess.run(list(map(str, command)), **options).stdout
+
     run(sys.executable, "-m", "venv", "venv")
     run("venv/bin/pip", "install", "-q", wheel)
     options = ["frames=24", "height=32", "width=48"]

@@ -5,6 +5,7 @@ import json
 import pathlib
 import pkgutil
 import re
+import subprocess
 import sys
 
 import jax
@@ -25,7 +26,7 @@ from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
-from tests.conftest import tiny
+from tests.conftest import copied_repository, new_environment, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,7 +70,7 @@ def test_the_readmes_snippets_are_those_of_the_tutorial():
 
 def test_the_tutorial(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    train, compact, plan, save, further, wrap, rules = blocks("docs/your_model.md")
+    train, compact, timing, plan, save, further, wrap, rules = blocks("docs/your_model.md")
     exec(train, names := {})
     percentage, groups = re.fullmatch(r"(\d+) % of (\d+) groups are zero\n", capsys.readouterr().out).groups()
     assert abs(int(percentage) - 70) <= 6, "each group is about one percent, and rounding moves some"
@@ -78,6 +79,9 @@ def test_the_tutorial(capsys, monkeypatch, tmp_path):
     before, after = re.match(r"([\d,]+) parameters became ([\d,]+)", capsys.readouterr().out).groups()
     assert int(after.replace(",", "")) < 0.6 * int(before.replace(",", ""))
     assert float(names["difference"]) < 1e-5
+    exec(timing, names)
+    times = re.match(r"([\d.]+) ms became ([\d.]+) ms .* ([\d.]+) times as fast", capsys.readouterr().out).groups()
+    assert float(times[2]) == pytest.approx(float(times[0]) / float(times[1]), rel=0.2)
     exec(plan, names)
     assert "| params/Conv_1/kernel | 48 |" in capsys.readouterr().out
     exec(save, names)
@@ -161,6 +165,35 @@ def test_a_custom_backbone(monkeypatch, rooms):
     config.model.backbone = names["get_config"]().model.backbone
     run = setup_lib.setup(config)
     assert set(multitask.shapes(run.model)) > {"params/backbone/depthwise/kernel", "params/head_depth/out/kernel"}
+
+
+def commands(page):
+    """Return the lines of a page's shell blocks."""
+    return "".join(re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)).splitlines()
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_from_a_clone_to_a_compact_and_timed_model(tmp_path):
+    """The README's commands and the blocks of README and tutorial, in a new environment; needs a package index."""
+    clone = copied_repository(tmp_path / "clone")
+
+    def run(*lines):
+        script = "\n".join(["set -e", *lines])
+        done = subprocess.run(["bash", "-c", script], cwd=clone, env=new_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    demo = run(commands("README.md")[0])
+    assert re.search(r"\| segmentation \| \*\*miou\*\* +\| 0\.[3-9]", demo) and "of groups zero (target 70.0 %)" in demo
+    jobs = [line for line in commands("README.md") if "--config=configs/demo.py --job=" in line]
+    printed = run(". .venv/bin/activate", *jobs)
+    assert len(jobs) == 3 and re.search(r"[\d,]+ parameters became [\d,]+", printed) and "| compact" in printed
+    for page in ("README.md", "docs/your_model.md"):
+        (clone / "mine.py").write_text("\n".join(blocks(page)))
+        printed += run(". .venv/bin/activate", "python mine.py")
+    assert len(re.findall(r"\d+ % of 99 groups are zero", printed)) == 2
+    dense, small = map(float, re.search(r"([\d.]+) ms became ([\d.]+) ms for 128 images", printed).groups())
+    assert small < dense
 
 
 OPTIONS = [
