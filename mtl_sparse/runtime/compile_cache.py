@@ -1,13 +1,20 @@
 """JAX's persistent compile cache, on by default: a second start of a run does not compile again."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from absl import logging
+
+from mtl_sparse.runtime import progress, text
 
 _MOST_BYTES = 4 * 2**30
+_CACHE = "/jax/compilation_cache"  # prefix of the events of JAX's cache
 
 
 def enable() -> pathlib.Path | None:
@@ -31,6 +38,45 @@ def enable() -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+def announced(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return a compiled function that logs how long its first call took, and whether it compiled or used the cache.
+
+    Args:
+      function: from `jax.jit` or `jax.pmap`.
+      name: of the function, for the log: "training step".
+    """
+    called = False
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        if called:
+            return function(*arguments, **options)
+        called, start = True, time.monotonic()
+        with progress.phase(f"compiling the {name}, or loading it from the cache"), _events() as events:
+            result = function(*arguments, **options)
+        is_loaded = f"{_CACHE}/cache_hits" in events and f"{_CACHE}/cache_misses" not in events
+        how = "loaded from the cache" if is_loaded else "compiled"
+        logging.info("The %s was %s in %s", name, how, text.duration(time.monotonic() - start))
+        return result
+
+    return call
+
+
+@contextlib.contextmanager
+def _events() -> Iterator[set[str]]:
+    """Yield a set that gets the names of JAX's events."""
+    found: set[str] = set()
+
+    def add(event: str, **_: Any) -> None:
+        found.add(event)
+
+    jax.monitoring.register_event_listener(add)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_listener(add)
 
 
 def _machine() -> str:

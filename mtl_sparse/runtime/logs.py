@@ -1,15 +1,144 @@
-"""Log output: the lines of this project and all warnings."""
+"""Log output: the lines of this project and all warnings, on the terminal, as plain lines, and in a run's log.txt."""
 
+import collections
+import contextlib
 import logging as stdlib_logging
+import os
 import pathlib
+import sys
+from collections.abc import Iterator
+from typing import TextIO
 
 from absl import logging
 
+from mtl_sparse.runtime import progress
+from mtl_sparse.runtime.errors import Stopped, UserError
+
+_handlers: list[stdlib_logging.Handler] = []  # those of `show`
+
 
 def show() -> None:
-    """Show this project's log lines and all warnings; for launch.py and notebooks."""
+    """Show this project's log lines and all warnings; for launch.py and notebooks.
+
+    If stderr is a terminal, a live display below the lines shows the phases of `progress`. If it is not, or with
+    TERM=dumb, there are lines of a time and a message only, without control codes. NO_COLOR leaves out the colors.
+    """
+    root = stdlib_logging.getLogger()
+    for handler in (*_handlers, logging.get_absl_handler()):
+        root.removeHandler(handler)
+    _handlers[:] = [_console(), _File()]
+    for handler in _handlers:
+        handler.addFilter(_worth_reading)
+        root.addHandler(handler)
+    root.setLevel(stdlib_logging.INFO)
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_worth_reading)
+    stdlib_logging.captureWarnings(True)
+
+
+def show_warnings_only() -> None:
+    """Show only warnings and errors from now on: of several processes, one reports the progress."""
+    logging.set_verbosity(logging.WARNING)
+    stdlib_logging.getLogger().setLevel(stdlib_logging.WARNING)
+    progress.set_display(None)
+
+
+@contextlib.contextmanager
+def to_file(path: pathlib.Path) -> Iterator[None]:
+    """Append the log lines to a file: those since `show`, those of the block, and the error that the block raises.
+
+    Does nothing if `show` was not called, or if stderr is that file, as in the runs of a sweep.
+
+    Args:
+      path: of the file, in a folder that exists.
+    """
+    file = next((handler for handler in _handlers if isinstance(handler, _File)), None)
+    if file is None or _is_stderr(path):
+        yield
+        return
+    with path.open("a", errors="backslashreplace") as opened:
+        file.write_to(opened)
+        try:
+            yield
+        except BaseException as error:
+            file.handle(_record(error))
+            raise
+        finally:
+            file.write_to(None)
+
+
+def _record(error: BaseException) -> stdlib_logging.LogRecord:
+    """Return the line of an error: its message if it was expected, with its traceback if not."""
+    is_expected = isinstance(error, UserError | Stopped | KeyboardInterrupt)
+    level = stdlib_logging.WARNING if isinstance(error, Stopped) else stdlib_logging.ERROR
+    code = f" [{error.code}]" if isinstance(error, UserError) else ""
+    message = f"{error}{code}" if str(error) else type(error).__name__
+    info = None if is_expected else (type(error), error, error.__traceback__)
+    return stdlib_logging.LogRecord("mtl_sparse", level, __file__, 0, "%s", (message,), info)
+
+
+def _is_stderr(path: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(sys.stderr.fileno()), path.stat())
+    except (OSError, ValueError):  # no such file, or a notebook, whose stderr is no file
+        return False
+
+
+def _console() -> stdlib_logging.Handler:
+    """Return the handler of stderr, and let it show the phases if it is a terminal."""
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        from mtl_sparse.runtime.terminal import Terminal  # here, because it takes a while to import rich
+
+        terminal = Terminal(sys.stderr)
+        progress.set_display(terminal)
+        return terminal
+    progress.set_display(None)
+    plain = stdlib_logging.StreamHandler(sys.stderr)
+    plain.setFormatter(_Lines())
+    return plain
+
+
+class _Lines(stdlib_logging.Formatter):
+    """Time and message, and the level of what is worse than information."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: stdlib_logging.LogRecord) -> str:  # name of the standard library
+        level = f"{record.levelname}: " if record.levelno > stdlib_logging.INFO else ""
+        return f"{record.asctime} {level}{record.message}"
+
+
+class _File(stdlib_logging.Handler):
+    """Lines of a file that is opened later; the last ones are kept until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Lines())
+        self._kept: collections.deque[str] = collections.deque(maxlen=1000)
+        self._file: TextIO | None = None
+
+    def write_to(self, file: TextIO | None) -> None:
+        """Write to an open file from now on, first the lines that were kept; None keeps them again."""
+        self.acquire()
+        self._file = file
+        if file:
+            self._write(file, "".join(self._kept))
+            self._kept.clear()
+        self.release()
+
+    def emit(self, record: stdlib_logging.LogRecord) -> None:
+        line = f"{self.format(record)}\n"
+        if self._file:
+            self._write(self._file, line)
+        else:
+            self._kept.append(line)
+
+    def _write(self, file: TextIO, lines: str) -> None:
+        try:
+            file.write(lines)
+            file.flush()
+        except OSError:  # a full disk: the run reports it where it saves
+            self._file = None
 
 
 def _worth_reading(record: stdlib_logging.LogRecord) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mtl_sparse.runtime import logs
 from mtl_sparse.runtime.errors import UserError
 
 
@@ -54,7 +55,7 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
         ) from error
     on_first(lambda: None)  # connect now: in a first exchange, XLA waits only 30 s for the slowest process
     if not is_first():  # one process logs the progress
-        logging.set_verbosity(logging.WARNING)
+        logs.show_warnings_only()
 
 
 def is_first() -> bool:
