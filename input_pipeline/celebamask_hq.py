@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from input_pipeline import folders
+from mtl_sparse.runtime import progress
 from mtl_sparse.runtime.errors import UserError
 
 # In the order of painting: hair covers skin, and a hat covers hair. A pixel of part i is 1 + i, of no part 0.
@@ -68,7 +69,7 @@ class CelebamaskHq(folders.FolderBuilder):
         return {split: self._generate_examples(folder, names, attributes) for split, names in lists.items()}
 
     def _generate_examples(self, folder, names, attributes):
-        for index, name in enumerate(names):
+        for index, name in enumerate(progress.track(names, "preparing samples")):
             face = read_face(folder, name)
             yield index, {**face, "parts": folders.encode_png(face["parts"]), "attributes": attributes[name]}
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,7 +15,7 @@ from absl import logging
 
 from input_pipeline import celebamask_hq, folders, mtan, nyud_mt, transforms
 from input_pipeline.synthetic import faces, mtan_rooms, rooms
-from mtl_sparse.runtime import files, text
+from mtl_sparse.runtime import files, progress, text
 from mtl_sparse.runtime.errors import UserError, as_os_error
 
 
@@ -257,9 +258,11 @@ def _open_published(dataset: Published, config: Any, check: Callable[[int], obje
                 for left in target.parent.glob(f"incomplete.*_{target.name}"):  # of a killed preparation
                     shutil.rmtree(left, ignore_errors=True)
             builder = module.BUILDER(data_dir=str(prepared), file_format="array_record", split=config.split)
-            builder.download_and_prepare(  # does nothing if another process has just prepared it
-                download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
-            )
+            tfds.disable_progress_bar()  # `progress` shows it
+            with progress.phase(f"preparing {config.name}"), contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(  # does nothing if another process has just prepared it
+                    download_config=tfds.download.DownloadConfig(manual_dir=str(folder), compute_stats="skip")
+                )
     with folders.damage_as_user_error(target):
         builder = tfds.builder_from_directory(str(target))
         metadata = dict(builder.info.metadata)

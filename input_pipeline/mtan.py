@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from input_pipeline import folders
+from mtl_sparse.runtime import progress
 from mtl_sparse.runtime.errors import UserError
 
 PARTS = ("train", "val")
@@ -257,7 +258,7 @@ class _Builder(folders.FolderBuilder, skip_registration=True):  # type: ignore[c
         return {split: self._generate_examples(folder, names) for split, names in lists.items()}
 
     def _generate_examples(self, folder, names):
-        for index, name in enumerate(names):
+        for index, name in enumerate(progress.track(names, "preparing samples")):
             frame = self.layout.read_frame(folder, name)
             encoded = {
                 "image": folders.encode_png(frame["image"][..., ::-1]),  # OpenCV takes BGR

@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from input_pipeline import folders
+from mtl_sparse.runtime import progress
 from mtl_sparse.runtime.errors import UserError
 
 CLASSES = (
@@ -75,7 +76,7 @@ class NyudMt(folders.FolderBuilder):
         return {split: self._generate_examples(folder, names) for split, names in lists.items()}
 
     def _generate_examples(self, folder, names):
-        for index, name in enumerate(names):
+        for index, name in enumerate(progress.track(names, "preparing samples")):
             frame = read_frame(folder, name)
             yield index, {**frame, "segmentation": folders.encode_png(frame["segmentation"])}
 

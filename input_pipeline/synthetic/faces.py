@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline.celebamask_hq import ATTRIBUTE_FILE, ATTRIBUTES, PARTS
+from mtl_sparse.runtime import progress
 
 _VERSION = 1  # of the drawn data; increase it when the images or labels change
 _HAIR = {"Black_Hair": (0.1, 0.08, 0.08), "Brown_Hair": (0.36, 0.22, 0.12), "Blond_Hair": (0.85, 0.7, 0.38)}
@@ -80,7 +81,7 @@ def draw_folder(frames: int, height: int, width: int, seed: int, folder: str) ->
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "CelebA-HQ-img").mkdir(parents=True)
     rows = []
-    for index in range(frames):
+    for index in progress.track(range(frames), "drawing faces"):
         face = random_face(np.random.default_rng((seed, index)))
         image, parts = draw(face, height, width, np.random.default_rng((seed, index, 1)))
         path = partial / "CelebA-HQ-img" / f"{index}.jpg"

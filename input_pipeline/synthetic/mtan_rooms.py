@@ -12,6 +12,7 @@ from absl import logging
 
 from input_pipeline import mtan, nyud_mt
 from input_pipeline.synthetic import rooms
+from mtl_sparse.runtime import progress
 
 _VERSION = 1  # of the rendered data; increase it when the images or labels change
 # Class of `nyud_mt.CLASSES` -> class of the layout. All others are furniture and objects.
@@ -73,7 +74,7 @@ def _draw(layout, lookup, frames, size, seed, folder):
         places = {key: partial / part / names[0] for key, names in layout.files.items()}
         for place in places.values():
             place.mkdir(parents=True)
-        for number in range(count):
+        for number in progress.track(range(count), "rendering rooms"):
             for key, array in _sample(layout, lookup, size, (seed, index)).items():
                 np.save(places[key] / f"{number}.npy", array)
             index += 1

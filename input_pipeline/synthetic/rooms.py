@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import nyud_mt
+from mtl_sparse.runtime import progress
 
 _VERSION = 1  # of the rendered data; increase it when the images or labels change
 _CEILING = 22
@@ -88,7 +89,7 @@ def render_folder(frames: int, test_frames: int, height: int, width: int, seed: 
     for kind in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
         (partial / kind).mkdir(parents=True)
     names = [f"{index:05d}" for index in range(frames + test_frames)]
-    for index, frame_name in enumerate(names):
+    for index, frame_name in enumerate(progress.track(names, "rendering rooms")):
         room = random_room(np.random.default_rng((seed, index)))
         frame = render(room, height, width, np.random.default_rng((seed, index, 1)))
         cv2.imwrite(

@@ -12,7 +12,7 @@ from absl import logging
 from mtl_sparse.compaction import speed
 from mtl_sparse.report import plots, tables
 from mtl_sparse.report.schema import Timing, TimingRow
-from mtl_sparse.runtime import environment
+from mtl_sparse.runtime import environment, progress
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import groups
 from mtl_sparse.training import setup as setup_lib
@@ -67,7 +67,8 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
     rows: list[TimingRow] = []
     for batch in batches:
         logging.info("Timing batch %d at %dx%d: %d rounds of each model", batch, *size, settings.rounds)
-        rows += map(TimingRow.from_json, speed.compare(models, size, batch, settings.rounds))
+        with progress.phase(f"timing batch {batch}"):
+            rows += map(TimingRow.from_json, speed.compare(models, size, batch, settings.rounds))
     timing = Timing(
         device=device(),
         size=size,

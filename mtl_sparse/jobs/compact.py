@@ -14,7 +14,7 @@ from absl import logging
 from mtl_sparse.compaction import explain, rewritten
 from mtl_sparse.report import plots, tables
 from mtl_sparse.report.schema import CompactLayer, Results
-from mtl_sparse.runtime import files
+from mtl_sparse.runtime import files, progress
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.tasks import weighting
 from mtl_sparse.training import checkpoints, evaluation, results
@@ -49,7 +49,8 @@ def _compact(run, workdir):
     expected = Results.read(workdir / "results.json").test
     with contextlib.closing(checkpoints.Checkpoints(workdir)) as saved:
         best = dataclasses.replace(results.Best.load(run, saved), tasks=config_lib.compact_tasks(run.config))
-    rows, error = best.explain(), best.difference()
+    with progress.phase("compacting the model, and comparing the outputs"):
+        rows, error = best.explain(), best.difference()
     layers = [CompactLayer.from_json(row) for row in rows]
     if not any(layer.zero for layer in layers) and best.tasks == tuple(run.config.tasks):
         logging.warning("This run has no zero groups: its compact model has the same channels")

@@ -29,7 +29,9 @@ def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
         saved = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         if saved.step("latest") is not None and not processes.on_first((workdir / "results.json").exists):
             processes.on_first(lambda: _check_ended(run, workdir, saved))
-        return results.write(run, Evaluator(run), workdir, results.Best.load(run, saved))
+        found = results.write(run, Evaluator(run), workdir, results.Best.load(run, saved))
+        processes.on_first(lambda: print(f"\n{folder.to_open(workdir)}"))
+        return found
 
 
 def _check_ended(run, workdir, saved) -> None:

@@ -26,7 +26,7 @@ from mtl_sparse.compaction import rewritten
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.report import records
 from mtl_sparse.report.schema import Sweep
-from mtl_sparse.runtime import files, installed, text
+from mtl_sparse.runtime import files, installed, progress
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
@@ -271,7 +271,6 @@ def _claim(workdir: pathlib.Path, trials: Sequence[Trial]) -> list[Trial]:
 
 def _run_all(trials: Sequence[Trial], workdir: pathlib.Path, options: Options) -> list[str]:
     """Run the trials; return the names of those that failed."""
-    progress = _Progress(len(trials))
     for trial in trials:
         folder = workdir / trial.name
         folder.mkdir(exist_ok=True)
@@ -279,13 +278,19 @@ def _run_all(trials: Sequence[Trial], workdir: pathlib.Path, options: Options) -
             folder_lib.check_settings(folder, trial.config)
         files.write_json(folder / "config.json", json.loads(trial.config.to_json()))
     folders = {trial.name: str(workdir / trial.name) for trial in trials}
+    with progress.phase("sweep", len(trials), "run") as shown:
+        return _train(folders, workdir, options, _Runs(shown))
+
+
+def _train(folders, workdir, options, runs) -> list[str]:
+    """Train the runs of the folders, by name; return the names of those that failed."""
     if options.cluster:
-        return _submit(folders, workdir, options, progress)
+        return _submit(folders, workdir, options, runs)
     with _passing_on(signal.SIGTERM), concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
         running = {pool.submit(run_trial, folder, options.register): name for name, folder in folders.items()}
         try:
             return [running[done] for done in concurrent.futures.as_completed(running)
-                    if not _finished(running[done], done.result(), progress)]  # fmt: skip
+                    if not _finished(running[done], done.result(), runs)]  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -310,7 +315,7 @@ def _passing_on(number):
         signal.signal(number, before)
 
 
-def _submit(folders, workdir, options, progress) -> list[str]:
+def _submit(folders, workdir, options, runs) -> list[str]:
     if importlib.util.find_spec("submitit") is None:
         raise UserError("EXTRA_MISSING", "--cluster needs submitit; run pip install -e '.[slurm]'")
     import submitit
@@ -328,12 +333,12 @@ def _submit(folders, workdir, options, progress) -> list[str]:
     if options.cluster == "slurm":
         jobs = executor.map_array(functools.partial(run_trial, register=options.register), list(folders.values()))
         ended = map(_outcome, jobs, folders.values())
-        return [name for name, done in zip(folders, ended, strict=True) if not _finished(name, done, progress)]
+        return [name for name, done in zip(folders, ended, strict=True) if not _finished(name, done, runs)]
     # The local executor would start all jobs at once.
     start = lambda folder: _outcome(executor.submit(run_trial, folder, options.register), folder)  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(options.max_parallel) as pool:
         outcomes = pool.map(start, folders.values())
-        return [name for name, done in zip(folders, outcomes, strict=True) if not _finished(name, done, progress)]
+        return [name for name, done in zip(folders, outcomes, strict=True) if not _finished(name, done, runs)]
 
 
 def _outcome(job, folder):
@@ -348,20 +353,20 @@ def _outcome(job, folder):
         return False
 
 
-def _finished(name, finished, progress) -> bool:
+def _finished(name, finished, runs) -> bool:
     """Return whether a run has finished.
 
     Args:
       name: of the trial.
       finished: the value that `run_trial` returned.
-      progress: to log it in.
+      runs: to count it in.
 
     Raises:
       Stopped: the run was asked to stop, which does not count as a failure.
     """
     if finished is None:
         raise Stopped(f"the run {name} was stopped; the same command resumes the sweep")
-    return progress.add(name, finished)
+    return runs.add(name, finished)
 
 
 def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
@@ -388,10 +393,11 @@ def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
             return True
         (folder / "failed.txt").unlink(missing_ok=True)
         # The child inherits the lock: it is held as long as either process lives.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.file.fileno(),))
-        _processes.add(process)
-        code = process.wait()
-        _processes.discard(process)
+        with progress.phase(f"training {folder.name}"):
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.file.fileno(),))
+            _processes.add(process)
+            code = process.wait()
+            _processes.discard(process)
     if code == 0:
         return True
     if code in _STOPPED:
@@ -422,21 +428,21 @@ def benchmark_job(config, workdir: str | pathlib.Path) -> None:
             benchmark.run_job(own, folder)
 
 
-class _Progress:
-    """Log the runs that are done and the time left, run by run."""
+class _Runs:
+    """Count the runs that are done, and log each with the time left."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._failed = total, 0, 0
-        self._eta, self._lock = text.Eta(total), threading.Lock()
+    def __init__(self, shown: progress.Phase) -> None:
+        shown.update(0)
+        self._shown, self._failed, self._lock = shown, 0, threading.Lock()
 
     def add(self, name: str, finished: bool) -> bool:
         """Count a run that has ended; return whether it has finished."""
         with self._lock:
-            self._done += 1
+            self._shown.update(self._shown.done + 1)
             self._failed += not finished
-            logging.info(
-                "%s %s; %d of %d runs, %d failed, %.0f s a run, %s left",
-                name, "finished" if finished else "failed", self._done, self._total, self._failed,
-                self._eta.seconds_per_unit(self._done), self._eta.left(self._done),
-            )  # fmt: skip
+            if self._failed:
+                self._shown.set_row("failed", str(self._failed))
+            log = logging.info if finished else logging.warning
+            log("%s %s; %s, %d failed", name, "finished" if finished else "failed", self._shown.numbers,
+                self._failed)  # fmt: skip
         return finished

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
 
 from mtl_sparse.report import records
-from mtl_sparse.runtime import processes
+from mtl_sparse.runtime import logs, processes, progress, text
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import folder, loop, results
 from mtl_sparse.training.checkpoints import Checkpoints
@@ -34,12 +35,15 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
         other data; FOLDER_IN_USE; NO_BEST_CHECKPOINT, or an error of `loop.fit`, if training diverges.
       Stopped: SIGTERM or Ctrl-C asked to stop; the step is saved.
     """
-    run = setup(config)
+    start = time.monotonic()
+    with progress.phase("opening the data"):
+        run = setup(config)
     _check_alike(run)
     workdir = pathlib.Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(folder.held(workdir)))
         processes.on_first(lambda: folder.claim(workdir, config, run.data))
+        processes.on_first(lambda: stack.enter_context(logs.to_file(workdir / "log.txt")))
         saved = stack.enter_context(contextlib.closing(Checkpoints(workdir, owned=True)))
         evaluator = Evaluator(run)
         loop.fit(run, evaluator, workdir, saved)
@@ -52,12 +56,18 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
         best = results.Best.load(run, saved)
         found = results.write(run, evaluator, workdir, best)
         processes.on_first(lambda: print(best.summary()))
+        processes.on_first(lambda: _print_end(workdir, time.monotonic() - start))
         return found
 
 
 def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Train: `train` by the name that every job has."""
     return train(config, workdir)
+
+
+def _print_end(workdir: pathlib.Path, seconds: float) -> None:
+    print(f"\ndone in {text.duration(seconds)}\n{folder.to_open(workdir)}")
+    print(f"To remove the zero channels: python launch.py --config=configs/run.py:{workdir} --job=compact")
 
 
 def _check_alike(run: Run) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from input_pipeline import loader
 from mtl_sparse.models import multitask
 from mtl_sparse.models.resnet import OUTPUT_STRIDE
-from mtl_sparse.runtime import processes
+from mtl_sparse.runtime import compile_cache, processes, progress
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.tasks import Task, labels
 from mtl_sparse.training.setup import AXIS, Run
@@ -117,7 +117,8 @@ class Evaluator:
         """
         self._run = run
         sums = functools.partial(eval_sums, model=run.model, tasks=run.tasks)
-        self._step = jax.pmap(sums, in_axes=(None, 0), devices=jax.local_devices())
+        step = jax.pmap(sums, in_axes=(None, 0), devices=jax.local_devices())
+        self._step = compile_cache.announced(step, "evaluation")
 
     def __call__(self, variables: Any, split: str, *, require_labels: bool = False) -> dict[str, float]:
         """Evaluate on a split.
@@ -135,8 +136,9 @@ class Evaluator:
           UserError: DATA_LABEL_MISSING, if a task has no label in the split; TASK_SPEC_INVALID, if its headline is not
             among its metrics.
         """
-        batches = self._run.batches.evaluation(split)
-        return self.evaluate(variables, batches, labelled=split if require_labels else "")
+        with progress.phase(f"evaluating the {split} split"):
+            batches = self._run.batches.evaluation(split)
+            return self.evaluate(variables, batches, labelled=split if require_labels else "")
 
     def evaluate(self, variables: Any, batches: Iterable[loader.Batch], *, labelled: str = "") -> dict[str, float]:
         """Evaluate on batches.

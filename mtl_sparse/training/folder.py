@@ -57,6 +57,22 @@ def claim(workdir: pathlib.Path, config, data: "Data") -> None:
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
+def to_open(workdir: pathlib.Path) -> str:
+    """Return a list of the files of a run that a reader wants to open, if they exist."""
+    files_of_run = {
+        "report/index.html": "the run on one page",
+        "plots/samples.png": "test images, labels and predictions",
+        "plots": "all plots: losses, metrics, sparsity, groups of each layer",
+        "results.json": "test metrics, sparsity and size of the best checkpoint",
+        "metrics.jsonl": "losses and metrics during training",
+        "log.txt": "the log of the run",
+    }
+    found = [(str(workdir / name), what) for name, what in files_of_run.items() if (workdir / name).exists()]
+    longest = max((len(path) for path, _ in found), default=0)
+    lines = [f"  {path.ljust(longest)}  {what}" for path, what in found]
+    return "\n".join(["To open:", *lines])
+
+
 def check(workdir: pathlib.Path, config, data: "Data") -> None:
     """Check that a run has these options and these data.
 

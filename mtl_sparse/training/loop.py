@@ -12,7 +12,8 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
-from mtl_sparse.runtime import processes
+from mtl_sparse.runtime import compile_cache, processes
+from mtl_sparse.runtime import progress as phases
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.tasks import Task, weighting
 from mtl_sparse.training import groups, metric_log, optimizer, pruning, state
@@ -82,28 +83,23 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
     step_fn = _make_step(run, progress)
     current = loader.replicate(current)
     with contextlib.ExitStack() as stack:
-        opened = []
-        processes.on_first(
-            lambda: opened.append(stack.enter_context(contextlib.closing(metric_log.MetricLog(workdir, start))))
-        )
-        log = next(iter(opened), None)
-        report_progress = metric_log.progress_reporter(run.total_steps, run.config.run.progress_every_secs)
+        report = stack.enter_context(metric_log.reporting(run, workdir, start))
         batches = loader.prefetch_to_device(run.batches.train(start))
         _log_start(run, start)
         asked_to_stop = stack.enter_context(processes.stop_requests())
         for step in range(start + 1, run.total_steps + 1):
             current, scalars = step_fn(current, next(batches))
             _wait_for_earlier(progress, step, scalars)
-            report_progress(step)
+            report.step(step)
             epoch_ends = step % run.steps_per_epoch == 0
             saves = step % run.config.run.checkpoint_every_steps == 0
             if epoch_ends or saves or step % run.config.run.log_every_steps == 0:
-                _write_pending(run, log, progress, saved)
+                _write_pending(run, report, progress, saved)
             if step == run.prune_step:
                 current = pruning.prune(run, current)
             if epoch_ends:
                 before = len(progress.task_stopped)
-                current = _validate(run, evaluator, log, progress, saved, step, current)
+                current = _validate(run, evaluator, report, progress, saved, step, current)
                 if len(progress.task_stopped) > before and not progress.stopped:
                     step_fn = _make_step(run, progress)
             if epoch_ends or saves:
@@ -121,16 +117,19 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
 
 def _make_step(run, progress):
     """Return the step of the tasks that have not stopped."""
-    return make_train_step(run, progress.trained(run.tasks)) if progress.task_stopped else make_train_step(run)
+    step = make_train_step(run, progress.trained(run.tasks)) if progress.task_stopped else make_train_step(run)
+    return compile_cache.announced(step, "training step")
 
 
 def _first_state(run, workdir, saved):
     """Return (state, progress): of the latest checkpoint, or those before the first step."""
     if saved.step("latest") is not None:
-        restored, progress = saved.restore("latest", state.shapes(run))
+        with phases.phase("restoring the checkpoint"):
+            restored, progress = saved.restore("latest", state.shapes(run))
         logging.info("Resuming from step %d of %s", int(restored.step), workdir)
         return restored, Progress(**progress)
-    first = processes.from_first(jax.device_get(state.initial(run)))
+    with phases.phase("making the initial weights"):
+        first = processes.from_first(jax.device_get(state.initial(run)))
     processes.on_first(lambda: _log_overview(first, workdir))
     return first, Progress()
 
@@ -165,7 +164,7 @@ def _stop(run, saved, step, current, progress):
     raise Stopped(f"stopped at step {step} of {run.total_steps}, as asked; run the same command to resume")
 
 
-def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState:
+def _validate(run, evaluator, report, progress, saved, step, current) -> TrainState:
     """End an epoch: evaluate on the validation split, log, and save the best checkpoint; returns the state."""
     evaluated = evaluator.with_statistics(current, frozen=tuple(progress.task_stopped))
     values = evaluator(evaluated.variables, "validation", require_labels=True)
@@ -183,10 +182,9 @@ def _validate(run, evaluator, log, progress, saved, step, current) -> TrainState
     if run.config.train.early_stop == "tasks":
         current = _stop_tasks(run, progress, step, values, current, evaluated)
     values |= {f"{name}/stopped": 1.0 for name in progress.task_stopped}
-    if log:
-        log.write(step, "validation", values)
+    report.write(step, "validation", values)
     improved, current = _end_epoch(run, progress, step, score, current)
-    _log_epoch(run, step, values, sparsity, float(optimizer.lambda_(current.opt_state)), improved)
+    _log_epoch(run, step, values, float(optimizer.lambda_(current.opt_state)), improved)
     if improved:
         _save(saved, "best", step, current.replace(batch_stats=evaluated.batch_stats), progress)
     return current
@@ -250,7 +248,7 @@ def _not_finite(step, wrong, saved):
     )
 
 
-def _write_pending(run, log, progress: Progress, saved):
+def _write_pending(run, report, progress: Progress, saved):
     """Fetch and check the scalars of the steps since the last call, and log the means of those not skipped.
 
     A task's loss is the mean over the steps that have a label for it, and is omitted if none has.
@@ -273,8 +271,7 @@ def _write_pending(run, log, progress: Progress, saved):
     values = {name: float(np.mean(found)) for name, found in finite.items() if found}
     if run.config.run.skip_not_finite:
         values["skipped"] = progress.skipped
-    if log:
-        log.write(progress.pending[-1][0], "train", values)
+    report.write(progress.pending[-1][0], "train", values)
     progress.pending.clear()
 
 
@@ -311,20 +308,11 @@ def _settled(run, progress, step):
     return taken >= run.settled_step or step >= run.total_steps
 
 
-def _log_epoch(run, step, values, sparsity, lambda_, improved):
-    headlines = ", ".join(
-        f"{task.name} {task.headline} {values[f'{task.name}/{task.headline}']:.4f}" for task in run.tasks
-    )
-    zero = f"{100 * sparsity.group:.1f} % of groups zero"
-    if run.config.sparsity.penalty == "l1":
-        zero = f"{100 * sparsity.weight:.1f} % of weights, {zero}"
-    for name, key in groups.TARGETS.items():
-        if run.config.sparsity[name] > 0:
-            zero += f", {100 * values[f'sparsity/{key}_left']:.1f} % of {key} left"
+def _log_epoch(run, step, values, lambda_, improved):
     logging.info(
         "epoch %d/%d, validation: %s; %s, lambda %.2g%s",
-        step // run.steps_per_epoch, run.config.train.epochs, headlines, zero, lambda_,
-        " (best so far)" if improved else "",
+        step // run.steps_per_epoch, run.config.train.epochs, metric_log.headlines(run, values),
+        metric_log.zero_groups(run, values), lambda_, " (best so far)" if improved else "",
     )  # fmt: skip
 
 

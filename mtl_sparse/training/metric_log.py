@@ -1,18 +1,19 @@
-"""Metrics of a run during training: metrics.jsonl, TensorBoard events, and the progress in the log."""
+"""Metrics of a run during training: metrics.jsonl, TensorBoard events, and the progress."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Protocol
 
-from absl import logging
-
-from mtl_sparse.runtime import files, text
+from mtl_sparse.runtime import files, processes, progress
 from mtl_sparse.runtime.errors import UserError
+from mtl_sparse.training import groups
+from mtl_sparse.training.setup import Run
 
 
 class MetricLog:
@@ -111,38 +112,88 @@ def _step(path: pathlib.Path, line: str) -> int:
 
 
 def tensorflow_available() -> bool:
-    """Return whether clu's metric writers and periodic actions can be imported: they need TensorFlow."""
+    """Return whether clu's metric writers can be imported: they need TensorFlow."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
-def progress_reporter(total_steps: int, every_secs: float) -> Callable[[int], object]:
-    """Return a function (step) that logs the steps per second and the time left: clu's, if it can be imported.
+class Report:
+    """What a training reports: lines of `metrics.jsonl`, the live display of a terminal, and lines on the progress."""
+
+    def __init__(self, run: Run, log: MetricLog | None, phase: progress.Phase) -> None:
+        """Report a run's training.
+
+        Args:
+          run: from `setup`.
+          log: to write metrics to, None in other processes than the first.
+          phase: the training; its total is the number of steps.
+        """
+        self._run, self._log, self._phase = run, log, phase
+        phase.rows = dict.fromkeys(("losses", "validation", "sparsity", "lambda"), "")  # in this order
+        self._last = time.monotonic()
+
+    def step(self, step: int) -> None:
+        """Report a step, of which nothing but the number is known yet."""
+        epoch = -(-step // self._run.steps_per_epoch)
+        self._phase.name = f"training, epoch {epoch}/{self._run.config.train.epochs}"
+        self._phase.update(step)
+        now = time.monotonic()
+        if not self._phase.rate:  # the first step, which compiles
+            self._last = now
+        elif now - self._last > self._run.config.run.progress_every_secs or step == self._phase.total:
+            self._phase.log()
+            self._last = now
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Report values, see `MetricLog.write`."""
+        if self._log:
+            self._log.write(step, split, values)
+        if split == "train":
+            losses = {task.name: values.get(f"{task.name}/loss") for task in self._run.tasks}
+            shown = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items() if loss is not None)
+            self._phase.set_row("losses", shown)
+            self._phase.set_row("lambda", f"{values['lambda']:.2g}" if "lambda" in values else "")
+        else:
+            epoch = step // self._run.steps_per_epoch
+            self._phase.set_row("validation", f"epoch {epoch}: {headlines(self._run, values)}")
+            self._phase.set_row("sparsity", zero_groups(self._run, values))
+
+
+@contextlib.contextmanager
+def reporting(run: Run, workdir: pathlib.Path, start_step: int) -> Iterator[Report]:
+    """Report a training in the block; of several processes the first one writes.
 
     Args:
-      total_steps: steps of the run.
-      every_secs: seconds between two lines of the log.
+      run: from `setup`.
+      workdir: the run's folder.
+      start_step: see `MetricLog`.
+
+    Yields:
+      The report.
+
+    Raises:
+      UserError: as `MetricLog`.
     """
-    if tensorflow_available():
-        from clu import periodic_actions
+    with contextlib.ExitStack() as stack:
+        phase = stack.enter_context(progress.phase("training", run.total_steps, "step"))
+        opened: list[MetricLog] = []
+        processes.on_first(
+            lambda: opened.append(stack.enter_context(contextlib.closing(MetricLog(workdir, start_step))))
+        )
+        yield Report(run, next(iter(opened), None), phase)
 
-        return periodic_actions.ReportProgress(num_train_steps=total_steps, every_secs=every_secs)
-    return _Progress(total_steps, every_secs)
+
+def headlines(run: Run, values: dict[str, float]) -> str:
+    """Return each task's main metric as text."""
+    named = ((task.name, task.headline) for task in run.tasks)
+    return ", ".join(f"{name} {metric} {values[f'{name}/{metric}']:.4f}" for name, metric in named)
 
 
-class _Progress:
-    """`clu.periodic_actions.ReportProgress` without TensorFlow, which its module imports."""
-
-    def __init__(self, total_steps: int, every_secs: float) -> None:
-        self._total, self._every, self._last = total_steps, every_secs, (0, 0.0)
-        self._eta: text.Eta | None = None
-
-    def __call__(self, step: int) -> None:
-        now = time.monotonic()
-        if self._eta is None:
-            self._eta, self._last = text.Eta(self._total, step), (step, now)
-            return
-        last_step, last_time = self._last
-        if now - last_time > self._every or step == self._total:
-            steps_per_second = (step - last_step) / (now - last_time)
-            logging.info("%.1f steps/s, %d/%d, %s left", steps_per_second, step, self._total, self._eta.left(step))
-            self._last = (step, now)
+def zero_groups(run: Run, values: dict[str, float]) -> str:
+    """Return the sparsity of a validation as text, by what the options penalize or set a target for."""
+    zero = f"{100 * values['sparsity/group']:.1f} % of groups zero"
+    if run.config.sparsity.penalty == "l1":
+        zero = f"{100 * values['sparsity/weight']:.1f} % of weights, {zero}"
+    for name, key in groups.TARGETS.items():
+        if run.config.sparsity[name] > 0:
+            zero += f", {100 * values[f'sparsity/{key}_left']:.1f} % of {key} left"
+    return zero

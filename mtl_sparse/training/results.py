@@ -16,7 +16,7 @@ from mtl_sparse.compaction import exactness, explain, speed
 from mtl_sparse.compaction.rewritten import Model
 from mtl_sparse.models import costs
 from mtl_sparse.report import plots, records, schema, tables
-from mtl_sparse.runtime import processes
+from mtl_sparse.runtime import processes, progress
 from mtl_sparse.training import checkpoints, evaluation, groups, optimizer
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
@@ -77,7 +77,8 @@ class Best:
         if config.run.summary_rounds == 0:
             return text
         models = {"dense": (self.run.model, variables), "compact": self.compact}
-        timed = speed.compare(models, self._size, 1, config.run.summary_rounds)
+        with progress.phase("timing the dense and the compact model"):
+            timed = speed.compare(models, self._size, 1, config.run.summary_rounds)
         ratio = {row["part"]: row["speedup"] for row in timed if row["model"] == "compact"}
         of_backbone = f"the backbone runs at {ratio['backbone']:.1f} times, " if "backbone" in ratio else ""
         return (
@@ -98,19 +99,21 @@ def write(run: setup_lib.Run, evaluator: evaluation.Evaluator, workdir: pathlib.
     """
     logging.info("Evaluating the best checkpoint (step %d) on %d test images", int(best.state.step), len(run.data.test))
     test = evaluator(loader.replicate(best.state.variables), "test")
-    constants = evaluation.constant_predictions(run.tasks, run.batches.evaluation("train"))
-    constant = evaluation.evaluate_constant(run.tasks, constants, run.batches.evaluation("test"))
+    with progress.phase("evaluating the constant baseline"):
+        constants = evaluation.constant_predictions(run.tasks, run.batches.evaluation("train"))
+        constant = evaluation.evaluate_constant(run.tasks, constants, run.batches.evaluation("test"))
     return processes.on_first(lambda: _write(run, workdir, best, test, constant))
 
 
 def _write(run, workdir, best, test, constant):
-    found = _results(run, best, test, constant)
-    _save_samples(run, workdir, best.state.variables)
-    # Before the plots only, which can be drawn again: a folder with results.json holds a finished run.
-    found.write(workdir / "results.json")
-    plots.draw(workdir)
+    with progress.phase("compacting the model"):
+        found = _results(run, best, test, constant)
+    with progress.phase("drawing the plots"):
+        _save_samples(run, workdir, best.state.variables)
+        # Before the plots only, which can be drawn again: a folder with results.json holds a finished run.
+        found.write(workdir / "results.json")
+        plots.draw(workdir)
     print(tables.run_table(found))
-    print(f"\nresults, metrics and plots are in {workdir}")
     return found.to_json()
 
 

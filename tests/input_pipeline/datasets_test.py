@@ -1,13 +1,14 @@
 """Tests of opening data sets, registered and published: data are checked before training."""
 
 import concurrent.futures
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from input_pipeline import datasets
 from input_pipeline.datasets import Data
-from mtl_sparse.runtime import files
+from mtl_sparse.runtime import files, progress
 from mtl_sparse.runtime.errors import UserError
 from tests.conftest import raises, tiny, tiny_faces
 
@@ -179,3 +180,19 @@ def test_a_check_of_the_length_comes_before_anything_is_prepared(own_rooms):
     with raises("DATA_TOO_FEW_IMAGES", naming="18"):
         datasets.load(config, check=check)
     assert not own_rooms.with_name("NYUD_MT.tfds").exists()
+
+
+def test_preparing_prints_nothing_and_counts_the_samples(own_rooms, capfd, monkeypatch):
+    """A terminal shows it: not the bars and lines of TFDS."""
+    ended = []
+    display = mock.Mock(begin=lambda _: None, end=ended.append)
+    monkeypatch.setattr(progress, "_displays", [display])
+    datasets.load(tiny(own_rooms).data)
+    out, err = capfd.readouterr()
+    assert out == "" and "it/s" not in err and "examples" not in err
+    assert [(phase.name, phase.done, phase.total) for phase in ended] == [
+        ("preparing samples", 18, 18),
+        ("preparing samples", 2, 2),
+        ("preparing samples", 9, 9),
+        ("preparing nyud_mt", 0, 0),
+    ]

@@ -16,7 +16,7 @@ from configs import sweeps
 from mtl_sparse.jobs import benchmark, cli, sweep
 from mtl_sparse.report import study
 from mtl_sparse.report.schema import Timing, TimingRow
-from mtl_sparse.runtime import files
+from mtl_sparse.runtime import files, progress
 from mtl_sparse.runtime.errors import Stopped
 from mtl_sparse.training import config as config_lib
 from tests.conftest import raises, tiny
@@ -58,6 +58,20 @@ def test_every_trial_is_a_run_folder_with_its_settings(config, tmp_path, trained
         stored = json.loads((tmp_path / name / "config.json").read_text())
         assert stored["sparsity"]["lambda_"] == settings["sparsity.lambda_"] and stored["seed"] == settings["seed"]
         assert stored["data"]["folder"] == config.data.folder
+
+
+def test_a_terminal_shows_the_runs_that_are_done(config, tmp_path, trained, monkeypatch, caplog):
+    shown, rows = [], {}
+    display = mock.Mock(begin=shown.append, end=lambda phase: rows.update({phase.name: (phase.numbers, phase.rows)}))
+    monkeypatch.setattr(progress, "_displays", [display])
+    trained.fails.add(NAMES[1])
+    with raises("SWEEP_RUNS_FAILED", naming=NAMES[1]), caplog.at_level("INFO", logger="absl"):
+        run(config, tmp_path)
+    assert [phase.name for phase in shown][-1] == "sweep"
+    numbers, below = rows["sweep"]
+    assert numbers.startswith("4/4 runs, ") and numbers.endswith(" left") and below == {"failed": "1"}
+    lines = [record for record in caplog.records if "/4 runs" in record.getMessage()]
+    assert [record.levelname for record in lines].count("WARNING") == 1 and len(lines) == 4, "a failure stands out"
 
 
 def test_finished_runs_are_skipped(config, tmp_path, trained):
