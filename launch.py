@@ -18,14 +18,17 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags
 from ml_collections import config_flags
 
-from mtl_sparse.jobs import cli
-from mtl_sparse.runtime import compile_cache, logs, processes
+from mtl_sparse.jobs import cli, cli_help
+from mtl_sparse.runtime import logs, progress
 from mtl_sparse.runtime.errors import OF_THE_DISK, Stopped, UserError, as_os_error
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Options of the run, a file of configs/.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Options of the run, a file of configs/ or yours.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
-_JOB = flags.DEFINE_string("job", "train", "; ".join(f"{name}: {text}" for name, (_, text) in cli.JOBS.items()))
+_JOB = flags.DEFINE_string("job", "train", f"What to do, one of {', '.join(cli.JOBS)}.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "File of --job=import: .pt (extra 'torch'), .safetensors or .npz.")
+flags.DEFINE_string(
+    "config_help", None, "Print the options of the config and end; --config_help=PART, those whose names contain PART."
+)
 _RUNS = flags.DEFINE_list("runs", [], "Folders of runs and sweeps, for --job=report and --job=lomt.")
 _GRID = flags.DEFINE_string(
     "grid", "", "Trials of --job=sweep: 'sparsity.lambda_=0.0,1e-5; seed=0,1', all combinations. For lomt: 'seed=0,1'."
@@ -59,6 +62,8 @@ def main(argv: list[str]) -> None:
     path, argument = cli.split_config(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = _WORKDIR.value or cli.default_workdir(job, path, argument)
     logs.show()
+    with progress.phase("loading libraries"):  # here, so that --help need not wait for JAX
+        from mtl_sparse.runtime import compile_cache, processes
     if _COORDINATOR.value:
         if job not in ("train", "evaluate"):
             raise UserError("JOB_ONE_PROCESS", f"--coordinator works with --job=train and evaluate, not {job}")
@@ -85,7 +90,13 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv):
-    """Parse the flags as absl does, with errors in one sentence."""
+    """Parse the flags as absl does, with errors in one sentence; print the help that they ask for, and exit."""
+    if text := cli_help.asked_for(argv):
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     argv, sys.argv[:] = cli.normalize(argv), cli.normalize(sys.argv)  # config_flags reads overrides from the second
     try:
         return flags.FLAGS(argv)

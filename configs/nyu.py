@@ -85,7 +85,8 @@ def get_config() -> ml_collections.ConfigDict:
             threshold=0.5,  # probability from which an image is predicted to have an attribute
         ),
         optimizer=create(
-            learning_rate=1e-4,
+            learning_rate=1e-4,  # at the start of the schedule
+            # Of Adam: decay rates of its two moments, and the term that keeps its denominator from zero.
             b1=0.9,
             b2=0.999,
             eps=1e-8,
@@ -97,8 +98,8 @@ def get_config() -> ml_collections.ConfigDict:
             schedule="plateau",  # or "constant", "cosine", "step"
             plateau_epochs=5,  # epochs without improvement before the learning rate decreases
             plateau_factor=0.1,  # factor of the decrease
-            step_epochs=100,  # of "step": epochs between decreases, and their factor
-            step_factor=0.5,
+            step_epochs=100,  # of "step": epochs between decreases of the learning rate
+            step_factor=0.5,  # of "step": factor of a decrease
             min_learning_rate=1e-7,  # lower bound of "plateau" and "step", and final value of "cosine"
         ),
         sparsity=create(
@@ -161,8 +162,8 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         train=create(
             batch_size=16,  # of all devices together
-            eval_batch_size=16,
-            epochs=1000,
+            eval_batch_size=16,  # of the evaluation, also of all devices together
+            epochs=1000,  # at most; early stopping may end the run before
             # Epochs without improvement before an early stop; 0: never. "run": the score of all tasks has not improved,
             # and the run stops. "tasks", as in the paper: the loss of one task has not improved; the task leaves the
             # objective, its head is frozen, and the run ends when all tasks have stopped.
@@ -193,9 +194,9 @@ def get_config() -> ml_collections.ConfigDict:
         # Execution of a run; these options do not change its results.
         run=create(
             num_workers=4,  # processes that load data; 0 loads in threads
-            log_every_steps=50,
+            log_every_steps=50,  # steps between two lines of metrics.jsonl
             checkpoint_every_steps=500,  # in addition to the end of every epoch
-            progress_every_secs=30.0,
+            progress_every_secs=30.0,  # seconds between two lines on the progress, where no terminal shows it
             # Steps whose loss or gradient is not finite are skipped and counted, up to this many in a row; one more
             # ends the run with an error. 0: the first such step ends it.
             skip_not_finite=0,

@@ -1,9 +1,13 @@
 """launch.py as a user calls it."""
 
 import ast
+import contextlib
 import json
 import os
 import pathlib
+import pty
+import re
+import signal
 import subprocess
 import sys
 
@@ -88,9 +92,9 @@ def test_bad_input_is_one_sentence_and_a_non_zero_exit(case, tmp_path):
     assert not (tmp_path / "run").exists(), "nothing is written for a run that cannot start"
 
 
-def test_training_from_the_command_line(rooms, tmp_path):
-    workdir = tmp_path / "run"
-    done = launch(
+def tiny_run(rooms, workdir):
+    """Return the arguments of a run of seconds."""
+    return [
         "--config=configs/demo.py",
         f"--workdir={workdir}",
         "--config.data.embedded.frames=0",
@@ -102,10 +106,21 @@ def test_training_from_the_command_line(rooms, tmp_path):
         "--config.train.batch_size=8",
         "--config.train.epochs=1",
         "--config.tasks=normals,edge",
-    )
+    ]
+
+
+def test_training_from_the_command_line(rooms, tmp_path):
+    workdir = tmp_path / "run"
+    done = launch(*tiny_run(rooms, workdir), env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "**cosine**" in done.stdout and "% of groups zero" in done.stdout
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line)] == []
+    assert any("2/2 steps, " in line for line in lines) and any("epoch 1/1" in line for line in lines)
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr, "no control codes"
     assert "checkpoint_manager" not in done.stderr, "only this project's log lines"
+    assert (workdir / "log.txt").read_text().splitlines() == lines
+    assert f"  {workdir / 'results.json'} " in done.stdout and f"  {workdir / 'log.txt'} " in done.stdout
     results = json.loads((workdir / "results.json").read_text())
     assert results["config"]["tasks"] == ["normals", "edge"]
     assert results["config"]["data"]["size"] == [32, 48]
@@ -113,6 +128,76 @@ def test_training_from_the_command_line(rooms, tmp_path):
     table = launch("--config=configs/demo.py", f"--workdir={workdir}", "--job=report")
     assert table.returncode == 0, table.stderr[-2000:]
     assert "**cosine**" in table.stdout and "samples.png" in table.stdout
+
+
+def in_a_terminal(*arguments, signal_at=(), **environment):
+    """Return (exit code, output) of launch.py in a pseudo terminal; send a signal when a text appears."""
+    env = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    env |= {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", **environment}
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=child, stdout=child, stderr=child)
+    os.close(child)
+    output = b""
+    with contextlib.suppress(OSError):  # EIO, when the process has closed the terminal
+        while data := os.read(parent, 65536):
+            output += data
+            if signal_at and signal_at[0].encode() in output:
+                process.send_signal(signal_at[1])
+                signal_at = ()
+    os.close(parent)
+    return process.wait(timeout=60), output.decode()
+
+
+def test_training_in_a_terminal(rooms, tmp_path):
+    workdir = tmp_path / "run"
+    code, output = in_a_terminal(*tiny_run(rooms, workdir))
+    assert code == 0, output[-2000:]
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l"), "the cursor is visible at the end"
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", output)
+    for phase in ("loading libraries", "opening the data", "making the initial weights", "compiling the training step",
+                  "evaluating the validation split", "evaluating the test split", "drawing the plots"):  # fmt: skip
+        assert phase in text, phase
+    shown = (
+        r"training, epoch 1/1 .* 2/2 steps, .*, .* left",
+        r"losses +normals \d.*, edge \d",
+        r"validation +epoch 1: normals cosine",
+        r"sparsity +\d.* % of groups zero",
+        r"lambda +\d",
+    )
+    assert [line for line in shown if not re.search(line, text)] == []
+    assert not re.search(r"\] Setting|^[IW]\d{4} ", text, re.M), "no lines of absl"
+    *_, summary = text.partition("\r\ndone in ")
+    assert f"  {workdir / 'results.json'} " in summary and "--job=compact" in summary and "\x1b" not in summary
+    assert "epoch 1/1, validation" in (workdir / "log.txt").read_text()
+    assert "\x1b" not in (workdir / "log.txt").read_text()
+
+
+def test_warnings_and_tracebacks_are_seen_in_a_terminal(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import warnings\n"
+        "from mtl_sparse.runtime import progress\n"
+        "with progress.phase('mine'):\n"
+        "    warnings.warn('old function', FutureWarning)\n"
+        "    1 / 0\n"
+    )
+    code, output = in_a_terminal("--config=configs/demo.py", f"--register={tmp_path / 'mine.py'}")
+    assert code == 1 and output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    assert re.search(r"\x1b\[1;33m[^\x1b]*FutureWarning: old function", output), output
+    assert output.index("old function") < output.index("Traceback (most recent call last)")
+    assert "ZeroDivisionError: division by zero\r\n" in output[output.rindex("\x1b[?25h") :]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_leaves_the_terminal_as_it_was(rooms, tmp_path):
+    """Ctrl-C while the first step compiles: the step is saved first."""
+    arguments = [*tiny_run(rooms, tmp_path / "run"), "--config.train.epochs=2"]
+    code, output = in_a_terminal(*arguments, signal_at=("compiling the training", signal.SIGINT), NO_COLOR="1")
+    assert code == os.EX_TEMPFAIL, output[-2000:]
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+    assert "WARNING: SIGINT received" in output and "stopped at step 1 of 4" in output
+    assert "WARNING: stopped at step 1 of 4" in (tmp_path / "run" / "log.txt").read_text()
+    assert not re.search(r"\x1b\[[\d;]*3\d", output), "no colors"
 
 
 def test_attributes_are_named_with_commas_between(faces, tmp_path):

@@ -9,11 +9,11 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtl_sparse.runtime import installed
+from mtl_sparse.runtime import installed, progress
 from mtl_sparse.runtime.errors import UserError
 
 _TUPLES = ("--config.tasks", "--config.model.attach")  # options that take names with commas between them
-_CONFIGS = installed.ROOT / "configs"
+CONFIGS = installed.ROOT / "configs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def normalize(arguments: Sequence[str]) -> list[str]:
             given[0] = _find_config(given[0])
         found.append(argument)
     if option(found, "--job") == "import" and not option(found, "--config"):
-        found.insert(1, f"--config={_CONFIGS / 'nyu.py'}")
+        found.insert(1, f"--config={CONFIGS / 'nyu.py'}")
     return found
 
 
@@ -77,9 +77,9 @@ def _find_config(value: str) -> str:
     """Return FILE[:ARGUMENT] with the path of this project's file if FILE is configs/NAME.py and does not exist."""
     path, colon, argument = value.partition(":")
     name = path.removeprefix("configs/")
-    if name == path or pathlib.Path(path).exists() or not (_CONFIGS / name).is_file():
+    if name == path or pathlib.Path(path).exists() or not (CONFIGS / name).is_file():
         return value
-    return f"{_CONFIGS / name}{colon}{argument}"
+    return f"{CONFIGS / name}{colon}{argument}"
 
 
 def option(arguments: Sequence[str], flag: str) -> str:
@@ -150,7 +150,7 @@ def parse_error(arguments: Sequence[str], error: Exception) -> str:
     if unknown := _unknown_option(arguments):
         return unknown
     if "--config must have a value" in text:
-        return "which config? give --config=configs/demo.py, or another file of configs/"
+        return "which config? give --config=configs/demo.py, or another file of configs/; --help has examples"
     return " ".join(sentence.split()) if ours else f"cannot use these options: {' '.join(text.split())}"
 
 
@@ -246,7 +246,9 @@ def _plain(name: str) -> Callable[[Request], Any]:
     """Return a function that imports `mtl_sparse.jobs.<name>` and calls its `run_job(config, workdir)`."""
 
     def run(request):
-        return importlib.import_module(f"mtl_sparse.jobs.{name}").run_job(request.config, request.workdir)
+        with progress.phase("loading libraries"):
+            job = importlib.import_module(f"mtl_sparse.jobs.{name}")
+        return job.run_job(request.config, request.workdir)
 
     return run
 

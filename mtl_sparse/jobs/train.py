@@ -67,7 +67,7 @@ def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 def _print_end(workdir: pathlib.Path, seconds: float) -> None:
     print(f"\ndone in {text.duration(seconds)}\n{folder.to_open(workdir)}")
-    print(f"To remove the zero channels: python launch.py --config=configs/run.py:{workdir} --job=compact")
+    print(f"To remove the zero channels: --config=configs/run.py:{workdir} --job=compact")
 
 
 def _check_alike(run: Run) -> None:

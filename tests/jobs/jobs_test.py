@@ -9,7 +9,9 @@ import pytest
 from mtl_sparse import jobs
 from mtl_sparse.jobs import cli
 
-MODULES = sorted(path.stem for path in pathlib.Path(jobs.__file__).parent.glob("[a-z]*.py") if path.stem != "cli")
+MODULES = sorted(
+    path.stem for path in pathlib.Path(jobs.__file__).parent.glob("[a-z]*.py") if not path.stem.startswith("cli")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
