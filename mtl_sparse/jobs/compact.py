@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from mtl_sparse.compaction import explain, rewritten
-from mtl_sparse.report import plots, tables
+from mtl_sparse.report import plots, run_page, tables
 from mtl_sparse.report.schema import CompactLayer, Results
 from mtl_sparse.runtime import files, progress
 from mtl_sparse.runtime.errors import UserError
@@ -70,6 +70,7 @@ def _compact(run, workdir):
         found = _write_run(best, workdir, folder).test
         files.write_json(folder / "compact.json", [layer.to_json() for layer in layers])
         plots.save(plots.compact_layers(layers), folder / "plots" / "compact.png")
+    run_page.try_write(workdir)
     print("\n" + tables.compact_table(layers))
     change = np.nanmax([abs(found[name] - value) for name, value in expected.items() if name in found])
     sentence = explain.compare_sentence(rows, best.state.variables, best.compact[1])

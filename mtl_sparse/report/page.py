@@ -1,27 +1,35 @@
 """The report of a study: tables in three formats, plots, and one HTML page that holds all of them."""
 
-import base64
-import html
+import os
 import pathlib
 from collections.abc import Sequence
 
 from absl import logging
 
+from mtl_sparse.report import run_page, study_names, study_plots, study_tables, svg, web
 from mtl_sparse.report import study as study_lib
-from mtl_sparse.report import study_plots, study_tables
-
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 75em }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums } img { max-width: 100% }
-td, th { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd } tr.published td { color: #777 }"""
+from mtl_sparse.runtime import files
 
 _TITLES = {
-    "protocol": "Ours beside published figures, whose protocols differ: A and B are not comparable (docs/protocols.md)",
-    "against_dense": "Sparse minus dense, paired over seeds",
-    "against_first": "Rows minus the first one, paired over seeds",
-    "against_plain": "Heads at their tasks' layers minus all at the end, paired over seeds",
-    "weightings": "Weightings of the tasks: mean gain over dense single-task runs, at each sparsity",
-    "speed": "Speed-up of the compact models over dense ones",
+    "summary": "All rows",
+    "protocol": "Beside published figures",
+    "against_dense": "Sparse minus dense",
+    "against_first": "Rows minus the first one",
+    "against_plain": "Heads at their tasks' layers minus all at the end",
+    "weightings": "Weightings",
+    "speed": "Speed-up",
 }
+_NOTES = {
+    "protocol": "Their protocols differ: A and B are not comparable (docs/protocols.md).",
+    "against_dense": "Paired over seeds, with the 95 % interval and p of the t test; better: at p < 0.05.",
+    "against_first": "Paired over seeds, with the 95 % interval and p of the t test; better: at p < 0.05.",
+    "against_plain": "Paired over seeds, with the 95 % interval and p of the t test; better: at p < 0.05.",
+    "weightings": "Mean gain over dense single-task runs, and rank, at each sparsity.",
+    "speed": "Of the compact models over dense ones, in the runs that --job=benchmark has timed.",
+}
+_TABLES = {name: getattr(study_tables, name) for name in _TITLES}
+_WIDE = 6  # inches from which a plot takes the whole width of the page
+_IMAGE_WIDTH = 128
 
 
 def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
@@ -44,51 +52,99 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
         logging.warning(
             "%d runs have not finished and are left out, such as %s", len(study.unfinished), study.unfinished[:3]
         )
-    tables = {
-        "summary": study_tables.summary(study),
-        "protocol": study_tables.protocol(study),
-        "against_dense": study_tables.against_dense(study),
-        "against_first": study_tables.against_first(study),
-        "against_plain": study_tables.against_plain(study),
-        "weightings": study_tables.weightings(study),
-        "speed": study_tables.speed(study),
-    }
-    tables = {name: rows for name, rows in tables.items() if len(rows) > 1}
+    tables = {name: rows for name, make in _TABLES.items() if len(rows := make(study)) > 1}
     formats = {"md": study_tables.to_markdown, "csv": study_tables.to_csv, "tex": study_tables.to_latex}
     for name, rows in tables.items():
         for suffix, write_as in formats.items():
             (out / f"{name}.{suffix}").write_text(write_as(rows) + ("\n" if suffix == "md" else ""))
-    figures = study_plots.draw(study, out / "plots")
+    drawn = study_plots.figures(study)
+    study_plots.save(drawn, out / "plots")
     page = out / "index.html"
-    page.write_text(_html(study, tables, figures))
+    files.write_text(page, _html(study, list(tables), drawn, out))
     print("\n\n".join(map(study_tables.to_markdown, tables.values())))
     print(f"\ntables and plots, and a page with all of them: {page}")
     return page
 
 
-def _html(study, tables, figures):
-    config = study.rows[0].config
+def _html(study: study_lib.Study, tables: Sequence[str], drawn: Sequence[study_plots.Plot], out: pathlib.Path) -> str:
     count = sum(len(row.runs) for row in study.rows)
-    left_out = f", {len(study.unfinished)} unfinished and left out" if study.unfinished else ""
-    embedded = config["data"]["embedded"]["frames"]
-    data = f"{config['data']['name']}{f', {embedded} embedded images' if embedded else ''}"
-    parts = [
-        f"<p>{count} runs{left_out}; data: {html.escape(data)}. Mean ± standard deviation over seeds, test split.</p>"
+    sections = [
+        web.Section("plots", "Plots", f'<div class="plots">{"".join(map(_plot, drawn))}</div>'),
+        web.Section("predictions", "Predictions", _predictions(study)),
     ]
-    parts.append(_table(tables["summary"]))
-    parts.append(f"<p>{_note(study)} Compact: size of the model after exact compaction.</p>")
-    for name, title in _TITLES.items():
-        if name in tables:
-            parts += [f"<h2>{title}</h2>", _table(tables[name])]
-    for title, path in figures.items():
-        image = base64.b64encode(path.read_bytes()).decode()
-        parts.append(
-            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
-        )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>mtl-sparse: {count} runs</title>'
-        f"<style>{_STYLE}</style><h1>{count} runs</h1>{''.join(parts)}</html>\n"
-    )
+    for name in tables:
+        note = _NOTES.get(name) or f"{_note(study)} Compact: size of the model after exact compaction."
+        body = web.paragraph(note, "note") + web.table(_with_named_rows(study, name))
+        sections.append(web.Section(name, _TITLES[name], body))
+    sections.append(web.Section("rows", "What the rows are", _rows(study, out)))
+    return web.document(f"{count} runs on {_data(study)}", _lead(study), sections)
+
+
+def _with_named_rows(study, name):
+    return _TABLES[name](study) if name == "weightings" else _TABLES[name](study, named=True)
+
+
+def _data(study):
+    config = study.rows[0].config
+    embedded = config["data"]["embedded"]["frames"]
+    height, width = config["data"]["size"]
+    of = f"{embedded} embedded images, " if embedded else ""
+    return f"{config['data']['name']} ({of}{height}x{width})"
+
+
+def _lead(study):
+    seeds = sorted({len(row.runs) for row in study.rows})
+    counts = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    left_out = f" {len(study.unfinished)} runs have not finished and are left out." if study.unfinished else ""
+    tasks = ", ".join(task.removeprefix("attribute:") for task in study.tasks)
+    return web.paragraph(
+        f"{len(study.rows)} rows; tasks: {tasks}. Rows are runs that differ in their seed only, {counts} "
+        f"seed{'s' if counts != '1' else ''} each; values are means ± standard deviations over seeds on the test split."
+        + left_out
+    ) + web.paragraph("Point at a plot to see its values; click a column's head to sort by it.", "note")
+
+
+def _plot(one: study_plots.Plot) -> str:
+    if one.name == "predictions":
+        return ""
+    wide = len(one.figure.axes) > 1 or one.figure.get_figwidth() > _WIDE
+    drawn = svg.inline(one.figure, one.name, one.title, split=one.split)
+    return web.plot(drawn, one.title, one.note, wide=wide)
+
+
+def _predictions(study):
+    """Return the predictions of each row's first run as a grid of images."""
+    found, columns = study_plots.predicted(study)
+    if not columns:
+        return ""
+    lines = []
+    names = study_names.names(study)
+    for i, samples in found.items():
+        place, cells = samples["name"].tolist().index, [web.text(names[i])]
+        for task, name in columns:
+            pixels = study_plots.prediction(samples, task, place(name))
+            cells.append("" if pixels is None else web.image(pixels, f"{task} of {name}", _IMAGE_WIDTH))
+        lines.append(cells)
+    note = "The first run of each row on the same test images."
+    return web.paragraph(note, "note") + web.sample_table(["", *(f"{t}, image {n}" for t, n in columns)], lines)
+
+
+def _rows(study, out):
+    """Return the table of what each row's name stands for: its options and its runs."""
+    options = sorted(study.rows[0].settings.keys() - {"tasks"})
+    lines = [("row", "tasks", "options", "seeds")]
+    for name, row in zip(study_names.names(study), study.rows, strict=True):
+        texts = [f"{one}={study_names.setting(row, one)}" for one in options if study_names.setting(row, one)]
+        seeds = ", ".join(map(str, sorted(row.runs)))
+        lines.append((name, study_names.show(row.tasks), ", ".join(texts), seeds))
+    pages = [
+        web.link(os.path.relpath(path, out), f"{name}, seed {seed}")
+        for name, row in zip(study_names.names(study), study.rows, strict=True)
+        for seed, folder in sorted(row.folders.items())
+        if (path := run_page.path(folder)).exists()
+    ]
+    links = f'<p class="note">Pages of the runs: {" · ".join(pages)}</p>' if pages else ""
+    return f"<details><summary>Options of each row, and the runs</summary>{web.table(lines)}{links}</details>"
 
 
 def _note(study):
@@ -102,11 +158,3 @@ def _note(study):
         "Δm: mean over tasks of the relative gain over dense single-task runs. Metrics are at the resolution of the "
         "prediction, normals at that of the input, as in the paper."
     )
-
-
-def _table(rows):
-    def line(cells, tag):
-        kind = ' class="published"' if cells[0].startswith("published") else ""
-        return f"<tr{kind}>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-    return f"<table>{line(rows[0], 'th')}{''.join(line(cells, 'td') for cells in rows[1:])}</table>"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TEXT_LINES = 8  # attributes in a column of text beside a test image
 _DENSE, _LEFT = "#d5dbe3", "#20639b"
-_BATCHES = ("#20639b", "#e67e22", "#5d8a3a", "#8e44ad")
+COLORS = ("#20639b", "#e67e22", "#5d8a3a", "#8e44ad", "#b03a2e", "#16858a", "#8a6d1d", "#c2578f")  # of lines
 
 
 def draw(workdir: str | pathlib.Path) -> list[pathlib.Path]:
@@ -66,7 +66,7 @@ def curves(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
 
     Args:
       metrics: split -> metric -> (steps, values), see `records.read_metrics`.
-      results: of the run.
+      results: of the run; while it trains, without test metrics and with step 0.
     """
     tasks = results.headlines
     figure = new_figure(figsize=(4.2 * len(tasks), 6))
@@ -74,19 +74,20 @@ def curves(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
     for column, (task, headline) in enumerate(tasks.items()):
         above, below = axes[:, column]
         for split, color in (("train", "#9aa5b1"), ("validation", _LEFT)):
-            steps, values = metrics[split][f"{task}/loss"]
+            steps, values = metrics.get(split, {}).get(f"{task}/loss", ([], []))
             above.plot(steps, values, color=color, label=split, marker="." if len(steps) < 3 else None)
-        if f"{task}/stopped" in metrics["validation"]:
+        if f"{task}/stopped" in metrics.get("validation", {}):
             stopped = metrics["validation"][f"{task}/stopped"][0][0]
             above.axvline(stopped, color="#8e44ad", linestyle="--", label=f"head frozen from step {stopped:.0f}")
         above.set_title(task)
         above.set_ylabel("loss")
         above.legend(frameon=False)
         name = headline.metric
-        steps, values = metrics["validation"][name]
+        steps, values = metrics.get("validation", {}).get(name, ([], []))
         below.plot(steps, values, color=_LEFT, marker="." if len(steps) < 3 else None, label="validation")
-        below.axhline(results.constant[name], color="#b03a2e", linestyle=":", label="constant baseline (test)")
-        below.plot(results.step, results.test[name], "o", color="#e67e22", label="test, best checkpoint")
+        if name in results.test:
+            below.axhline(results.constant[name], color="#b03a2e", linestyle=":", label="constant baseline (test)")
+            below.plot(results.step, results.test[name], "o", color="#e67e22", label="test, best checkpoint")
         below.set_ylabel(name.split("/")[1] + (" ↑" if headline.higher_is_better else " ↓"))
         below.set_xlabel("step")
         below.legend(frameon=False, fontsize=8)
@@ -100,7 +101,7 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
 
     Args:
       metrics: split -> metric -> (steps, values), see `records.read_metrics`.
-      results: of the run.
+      results: of the run; with step 0 while it trains.
     """
     figure = new_figure(figsize=(6, 4.8))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
@@ -123,7 +124,8 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
     if (lambda_ > 0).any():
         below.set_yscale("log")
     for axis in (above, below):
-        axis.axvline(results.step, color="#e67e22", linestyle=":", label="best checkpoint")
+        if results.step:
+            axis.axvline(results.step, color="#e67e22", linestyle=":", label="best checkpoint")
     above.set(ylabel="% zero", ylim=(-2, 102), title="Exactly zero")
     below.set(xlabel="step", ylabel="lambda")
     above.legend(frameon=False)
@@ -180,6 +182,60 @@ def compact_layers(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> "Figure"
     return plain(figure)
 
 
+def costs(results: Results, layers: Sequence[CompactLayer] = (), timing: Timing | None = None) -> "Figure | None":
+    """Plot the parameters, the MACs and the milliseconds of the dense and the compact model, in a panel each.
+
+    Args:
+      results: of the run; its sizes are shown where there are no layers.
+      layers: of compact.json, to show the parts of the model: the backbone, and each head.
+      timing: of benchmark.json; its smallest batch size is shown.
+
+    Returns:
+      None if there are neither sizes nor timings.
+    """
+    panels = _sizes(results, layers)
+    if timing is not None and timing.rows:
+        batch = min(row.batch for row in timing.rows)
+        of = {(row.part, row.model): row.median_ms / batch for row in timing.rows if row.batch == batch}
+        pairs = {part: np.array([of[part, model] for model in ("dense", "compact")]) for part in ("backbone", "model")
+                 if (part, "dense") in of}  # fmt: skip
+        if len(pairs) == 2:
+            pairs["model"] = pairs["model"] - pairs["backbone"]
+        names = {"model": "heads" if len(pairs) == 2 else "model"}
+        panels[f"ms per image, batch {batch}"] = {names.get(part, part): pair for part, pair in pairs.items()}
+    if not panels:
+        return None
+    figure = new_figure(figsize=(3.4 * len(panels), 4))
+    parts = list(dict.fromkeys(part for found in panels.values() for part in found))
+    for axis, (name, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        bottom = np.zeros(2)
+        for part, pair in found.items():
+            axis.bar((0, 1), pair, 0.6, bottom, color=COLORS[parts.index(part) % len(COLORS)], label=part)
+            bottom = bottom + pair
+        axis.set_xticks((0, 1), ("dense", "compact"))
+        axis.set_title(f"{name}: {bottom[0] / max(bottom[1], 1e-12):.1f} times less", fontsize=10)
+        axis.set(ylabel=name)
+        axis.legend(frameon=False, fontsize=8)
+    return plain(figure)
+
+
+def _sizes(results, layers) -> dict[str, dict[str, np.ndarray]]:
+    """Return panel -> part of the model -> (dense, compact), in millions."""
+    kinds = {"parameters": "million parameters", "macs": "million MACs per image"}
+    size, panels = results.size, dict[str, dict[str, np.ndarray]]()
+    for kind, label in kinds.items():
+        parts: dict[str, np.ndarray] = {}
+        for row in layers:
+            part = row.layer.partition("/")[0].replace("_", " ")
+            pair = np.array([getattr(row, kind), getattr(row, f"{kind}_after")]) / 1e6
+            parts[part] = parts.get(part, np.zeros(2)) + pair
+        if not layers and size is not None:
+            parts = {"model": np.array([getattr(size.trained, kind), getattr(size.compact, kind)]) / 1e6}
+        if parts:
+            panels[f"{label} in convolutions" if layers and kind == "parameters" else label] = parts
+    return panels
+
+
 def latency(timing: Timing | Mapping[str, Any]) -> "Figure":
     """Plot the median latency per image against MACs, in a panel each for the backbone and the whole model.
 
@@ -200,7 +256,7 @@ def latency(timing: Timing | Mapping[str, Any]) -> "Figure":
 def _plot_latency(axis, entries: Sequence[TimingRow]):
     """Plot the timings of one part of the model."""
     batches = sorted({row.batch for row in entries})
-    for batch, color in zip(batches, itertools.cycle(_BATCHES), strict=False):
+    for batch, color in zip(batches, itertools.cycle(COLORS), strict=False):
         rows = [row for row in entries if row.batch == batch]
         macs = np.array([row.macs / 1e6 for row in rows])
         median = np.array([row.median_ms / batch for row in rows])

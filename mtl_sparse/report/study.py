@@ -280,13 +280,18 @@ def compare_gain(row: Row, base: Row) -> Difference:
 
     As `Study.gain`, with the same seed's run of `base` in place of the single-task runs.
     """
+    return _difference(gains_over(row, base))
+
+
+def gains_over(row: Row, base: Row) -> list[float]:
+    """Return the values of which `compare_gain` is the mean: one for each common seed."""
     tasks = [task for task in row.tasks if task in base.tasks]
     seeds = sorted(row.runs.keys() & base.runs.keys())
 
     def other(task: str, key: str, seed: int) -> float:
         return base.runs[seed].test[f"{task}/{key}"]
 
-    return _difference(list(_gains(row, tasks, seeds, other).values()))
+    return list(_gains(row, tasks, seeds, other).values())
 
 
 def rank_correlation(a: Mapping[str, Figure], b: Mapping[str, Figure]) -> float:

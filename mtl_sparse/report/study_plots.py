@@ -2,17 +2,19 @@
 
 import pathlib
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 
 from mtl_sparse.models import layers as layer_names
-from mtl_sparse.report import plots, records
+from mtl_sparse.report import plots, records, svg
 from mtl_sparse.report import study as study_lib
 from mtl_sparse.report.schema import Results, Timing
-from mtl_sparse.report.study_tables import setting, short
+from mtl_sparse.report.study_names import form, names
+from mtl_sparse.report.study_names import name as name_of
+from mtl_sparse.report.study_tables import mean_and_std
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,49 +23,53 @@ _Make = Callable[[study_lib.Study], "Figure | None"]
 _Of = Callable[[study_lib.Row], study_lib.Figure | None]
 
 
-def draw(study: study_lib.Study, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Draw the plots that the runs of a study allow into a folder; return their paths by title."""
-    folder.mkdir(exist_ok=True)
-    found = {}
-    makers: dict[str, _Make] = {"Metrics against lambda": metrics_over_lambda}
-    makers["Zero groups against lambda"] = sparsity_over_lambda
-    if study.is_ablation:
-        makers = {"Effect of each change": ablation}
-    makers |= {
-        "Metrics against sparsity": pareto,
-        "Sparsity over the run": sparsity_over_steps,
-        "Groups left by layer": groups_per_layer,
-        "Latency against sparsity": latency,
-        "Weightings of the tasks": weightings,
-        "Predictions": predictions,
-    }
-    for title, make in makers.items():
-        figure = make(study)
+class Plot(NamedTuple):
+    """A plot of a study.
+
+    Attributes:
+      title: of its section.
+      name: of its file, without the suffix.
+      figure: as drawn.
+      note: how to read it.
+      split: whether its panels can be stacked on a narrow page.
+    """
+
+    title: str
+    name: str
+    figure: "Figure"
+    note: str
+    split: bool
+
+
+_WHOLE = ("model", "compact")
+
+
+def figures(study: study_lib.Study) -> list[Plot]:
+    """Return the plots that the runs of a study allow, the most telling first."""
+    left_out = [metrics_over_lambda, sparsity_over_lambda] if study.is_ablation else [ablation]
+    found = []
+    for title, make, note, split in _PLOTS:
+        figure = make(study) if make not in left_out else None
         if figure is not None:
-            found[title] = plots.save(figure, folder / f"{make.__name__}.png")
+            found.append(Plot(title, make.__name__, figure, note, split))
     return found
 
 
-def label(study: study_lib.Study, row: study_lib.Row, without: Collection[str] = ()) -> str:
-    """Return the tasks of a row and its options; in an ablation, the options that differ from the first row.
+def draw(study: study_lib.Study, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Draw the plots of a study into a folder; return their paths by title."""
+    return save(figures(study), folder)
 
-    Args:
-      study: has the row.
-      row: to be named; options that have no effect in it are left out.
-      without: options to leave out.
-    """
-    options = row.changes if study.is_ablation else row.settings
-    names = sorted(name for name in options if name not in ("tasks", *without) and setting(row, name))
-    return ", ".join([setting(row, "tasks"), *(f"{short(name)} {setting(row, name)}" for name in names)])
+
+def save(drawn: Sequence[Plot], folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Save plots as PNG; return their paths by title."""
+    folder.mkdir(exist_ok=True)
+    return {plot.title: plots.save(plot.figure, folder / f"{plot.name}.png") for plot in drawn}
 
 
 def ablation(study: study_lib.Study) -> "Figure":
     """Plot each row's metrics and % zero groups beside those of the first row: mean and standard deviation."""
     rows = study.rows
-    labels = [setting(row, "changes") for row in rows]
-    if len({row.tasks for row in rows}) > 1:
-        labels = [f"{setting(row, 'tasks')}: {text}" for row, text in zip(rows, labels, strict=True)]
-    labels = [textwrap.fill(text, 46) for text in labels]
+    labels = [textwrap.fill(text, 46) for text in names(study)]
     heights = [1 + text.count("\n") for text in labels]
     places = np.cumsum(heights) - np.array(heights) / 2
     panels: dict[str, _Of] = {_zero_label(rows): lambda row: _scaled(_zero(row))}
@@ -74,10 +80,11 @@ def ablation(study: study_lib.Study) -> "Figure":
         values = [of(row) for row in rows]
         if values[0]:
             axis.axvline(values[0].mean, color="0.8", linewidth=1, zorder=0)
-        for place, row, value in zip(places, rows, values, strict=True):
+        for place, text, row, value in zip(places, names(study), rows, values, strict=True):
             if value:
-                color = "0.55" if row.is_dense else _color(0.3, 2)
-                axis.errorbar(value.mean, place, xerr=np.nan_to_num(value.std), fmt="o", capsize=2, color=color)
+                color = "#8c8c8c" if row.is_dense else plots.COLORS[0]
+                bars = axis.errorbar(value.mean, place, xerr=np.nan_to_num(value.std), fmt="o", capsize=2, color=color)
+                svg.describe(bars.lines[0], [f"{text}: {name} {_text(value)}"])
         axis.set(xlabel=name)
     axes[0].set(ylim=(sum(heights), 0))
     axes[0].set_yticks(places, labels, fontsize=8)
@@ -95,19 +102,42 @@ def _figure_of(task: str) -> _Of:
     return lambda row: row.figure(task) if task in row.tasks else None
 
 
+def _leave_out(axis, which: str, values: Sequence[tuple[str, study_lib.Figure]]) -> None:
+    """End an axis, "x" or "y", before values that are far from all others, and write these values above it."""
+    means = np.array([value.mean for _, value in values])
+    low, high = np.quantile(means, (0.25, 0.75))
+    far = 4 * (high - low)
+    inside = (means >= low - far) & (means <= high + far)
+    if inside.all() or len(means) < 6:
+        return
+    stds = np.nan_to_num([value.std for _, value in values])
+    low, high = (means - stds)[inside].min(), (means + stds)[inside].max()
+    axis.set(**{f"{which}lim": (low - 0.1 * (high - low), high + 0.1 * (high - low))})
+    beyond = [f"{name}: {value.mean:.4g}" for (name, value), near in zip(values, inside, strict=True) if not near]
+    note = f"beyond the axis: {'; '.join(beyond[:3])}{'; ...' if len(beyond) > 3 else ''}"
+    axis.set_title(textwrap.fill(note, 52), fontsize=8, loc="left")
+
+
 def _scaled(figure, factor=100):
     return study_lib.Figure(factor * figure.mean, factor * figure.std, figure.n)
 
 
 def _color(index, count):
+    if count <= len(plots.COLORS):
+        return plots.COLORS[index]
     return colormaps["viridis"](0.9 * index / max(count - 1, 1))
+
+
+def _text(figure, digits=4):
+    """Return "mean ± standard deviation (seeds)", for the hover text of a point."""
+    return f"{mean_and_std(figure, 1, digits)} ({figure.n} seed{'s' if figure.n > 1 else ''})"
 
 
 def _lambda_lines(study):
     """Return label -> rows that differ in lambda only, by rising lambda; {} if lambda never varies."""
     lines: dict[str, list[study_lib.Row]] = {}
     for row in study.rows:
-        lines.setdefault(label(study, row, ("sparsity.lambda_",)), []).append(row)
+        lines.setdefault(name_of(study, row, ("sparsity.lambda_",)), []).append(row)
     lines = {name: sorted(rows, key=_lambda) for name, rows in lines.items()}
     return lines if any(len({_lambda(row) for row in rows}) > 1 for rows in lines.values()) else {}
 
@@ -139,7 +169,9 @@ def _over_lambda(study: study_lib.Study, panels: Mapping[str, _Of]) -> "Figure |
             if shown:
                 x, y = [place for place, _ in shown], [value.mean for _, value in shown]
                 error = np.nan_to_num([value.std for _, value in shown])
-                axis.errorbar(x, y, error, marker="o", capsize=2, color=_color(i, len(lines)), label=line)
+                bars = axis.errorbar(x, y, error, marker="o", capsize=2, color=_color(i, len(lines)), label=line)
+                texts = [f"{line}, λ {_lambda(row):g}: {name} {_text(of(row))}" for row in rows if of(row)]
+                svg.describe(bars.lines[0], texts)
         axis.set(xscale="log", xlabel="lambda", ylabel=name)
         lambdas = sorted({_lambda(row) for rows in lines.values() for row in rows})
         axis.set_xticks(_places_of(lambdas, smallest), [f"{value:g}" for value in lambdas], fontsize=8)
@@ -153,9 +185,9 @@ def _legend(figure):
     entries: dict[str, Any] = {}
     for axis in figure.axes:
         entries |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.06 * max(map(len, entries), default=1))))
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.075 * max(map(len, entries), default=1))))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=7
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
 
 
@@ -195,7 +227,7 @@ def pareto(study: study_lib.Study) -> "Figure":
     tasks = study.tasks
     lines: dict[str, list[study_lib.Row]] = {}
     for row in study.rows:
-        lines.setdefault(label(study, row, ("sparsity.lambda_", "sparsity.target")), []).append(row)
+        lines.setdefault(name_of(study, row, ("sparsity.lambda_", "sparsity.target")), []).append(row)
     figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8 + 0.1 * len(lines)))
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for i, (name, rows) in enumerate(lines.items()):
@@ -206,12 +238,21 @@ def pareto(study: study_lib.Study) -> "Figure":
                 errors["xerr"] = 100 * errors["xerr"]
                 places = [100 * figure.mean for figure in x], [figure.mean for figure in y]
                 color = _color(i, len(lines))
-                axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=color, label=name)
+                bars = axis.errorbar(*places, **errors, fmt="o-", linewidth=1, color=color, label=name)
+                texts = [_metric_text(study, row, task) for row in rows]
+                svg.describe(bars.lines[0], texts)
                 dense = [place for place, row in zip(zip(*places, strict=True), rows, strict=True) if row.is_dense]
                 axis.plot(*np.reshape(dense, (-1, 2)).T, "o", markerfacecolor="white", color=color, zorder=3)
         axis.set(xlim=(-3, 103), xlabel=_zero_label(study.rows), ylabel=_metric_label(study, task, task))
+        _leave_out(axis, "y", [(name_of(study, row), row.figure(task)) for row in study.rows if task in row.tasks])
     _legend(figure)
     return plots.plain(figure)
+
+
+def _metric_text(study, row, task):
+    """Return the hover text of a row's point in a plot of a metric against sparsity."""
+    zero = f"{100 * _zero(row).mean:.1f} % zero"
+    return f"{name_of(study, row)}: {_metric_label(study, task, task)} {_text(row.figure(task))}, {zero}"
 
 
 def sparsity_over_steps(study: study_lib.Study) -> "Figure | None":
@@ -220,18 +261,18 @@ def sparsity_over_steps(study: study_lib.Study) -> "Figure | None":
     Returns:
       None if there is no sparse row with the metrics of its training.
     """
-    figure = plots.new_figure(figsize=(7, 4))
-    axis = figure.subplots()
     rows = [row for row in study.rows if not row.is_dense]
     rows = [row for row in rows if all((folder / "metrics.jsonl").exists() for folder in row.folders.values())]
     if not rows:
         return None
+    figure = plots.new_figure(figsize=(5.6, 3.4 + 0.1 * len(rows)))
+    axis = figure.subplots()
     for i, row in enumerate(rows):
         name = "sparsity/weight" if _is_l1(row) else "sparsity/group"
         series = [records.read_metrics(folder)["validation"][name] for folder in row.folders.values()]
         length = min(len(steps) for steps, _ in series)
         mean = 100 * np.mean([values[:length] for _, values in series], 0)
-        axis.plot(series[0][0][:length], mean, color=_color(i, len(rows)), label=label(study, row))
+        axis.plot(series[0][0][:length], mean, color=_color(i, len(rows)), label=name_of(study, row))
     axis.set(xlabel="step", ylabel=_zero_label(rows), ylim=(-2, 102))
     _legend(figure)
     return plots.plain(figure)
@@ -250,7 +291,7 @@ def groups_per_layer(study: study_lib.Study) -> "Figure | None":
     if not layers:
         return None
     left = np.array([np.mean([_left(run, layers) for run in row.runs.values()], 0) for row in rows])
-    labels = [label(study, row) for row in rows]
+    labels = [name_of(study, row) for row in rows]
     width = 0.24 * len(layers) + 0.06 * max(map(len, labels)) + 1.5
     figure = plots.new_figure(figsize=(max(6, width), 0.28 * len(rows) + 2.2))
     axis = figure.subplots()
@@ -273,14 +314,9 @@ def predictions(study: study_lib.Study, most: int = 2) -> "Figure | None":
     Returns:
       None if no image is in the samples of all rows, or no task has pixels.
     """
-    folders = {i: row.folders[min(row.folders)] for i, row in enumerate(study.rows)}
-    found = {i: records.read_samples(of) for i, of in folders.items() if (of / "samples.npz").exists()}
-    tasks = [task for task in study.tasks if not task.startswith("attribute:")]
-    common = [set(samples["name"].tolist()) for samples in found.values()]
-    names = sorted(set.intersection(*common))[:most] if common else []
-    if not names or not tasks:
+    found, columns = predicted(study, most)
+    if not columns:
         return None
-    columns = [(task, name) for task in tasks for name in names]
     height, width = next(iter(found.values()))["image"].shape[1:3]
     figure = plots.new_figure(figsize=(2.6 + 1.5 * len(columns), (0.1 + 1.5 * height / width) * len(found) + 0.4))
     axes = figure.subplots(len(found), len(columns), squeeze=False)
@@ -288,17 +324,37 @@ def predictions(study: study_lib.Study, most: int = 2) -> "Figure | None":
         place = samples["name"].tolist().index
         for axis, (task, name) in zip(line, columns, strict=True):
             axis.set(xticks=[], yticks=[])
-            if f"prediction/{task}" in samples:
-                pair = [samples[f"{kind}/{task}"][place(name)] for kind in ("label", "prediction")]
-                axis.imshow(plots.pictures(*pair)[1])
-            else:
+            pixels = prediction(samples, task, place(name))
+            if pixels is None:
                 axis.axis("off")
+            else:
+                axis.imshow(pixels)
         line[0].axis("on")
-        name = textwrap.fill(label(study, study.rows[i]), 34)
+        name = textwrap.fill(name_of(study, study.rows[i]), 34)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
     for axis, (task, name) in zip(axes[0], columns, strict=True):
         axis.set_title(f"{task}, image {name}", fontsize=7)
     return figure
+
+
+def predicted(study: study_lib.Study, most: int = 2) -> tuple[dict[int, dict[str, np.ndarray]], list[tuple[str, str]]]:
+    """Return ({index of a row: samples of its first run}, [(task, name of an image), ...]) for `predictions`.
+
+    There are no columns if no image is in the samples of all rows, or no task has pixels.
+    """
+    folders = {i: row.folders[min(row.folders)] for i, row in enumerate(study.rows)}
+    found = {i: records.read_samples(of) for i, of in folders.items() if (of / "samples.npz").exists()}
+    tasks = [task for task in study.tasks if not task.startswith("attribute:")]
+    common = [set(samples["name"].tolist()) for samples in found.values()]
+    shown = sorted(set.intersection(*common))[:most] if common else []
+    return found, [(task, name) for task in tasks for name in shown]
+
+
+def prediction(samples: Mapping[str, np.ndarray], task: str, index: int) -> np.ndarray | None:
+    """Return a prediction in the samples of a run as an RGB image, None for a task that the run does not have."""
+    if f"prediction/{task}" not in samples:
+        return None
+    return plots.pictures(samples[f"label/{task}"][index], samples[f"prediction/{task}"][index])[1]
 
 
 def _paths(row: study_lib.Row) -> set[str]:
@@ -313,26 +369,135 @@ def _left(run: Results, layers: Sequence[str]) -> list[float]:
 def weightings(study: study_lib.Study) -> "Figure | None":
     """Plot Delta_m of each weighting at each sparsity, mean and standard deviation; None without such runs."""
     forms = {
-        name: {method: gain for method, row in rows.items() if (gain := study.gain(row))}
-        for name, rows in study.weightings().items()
+        form(next(iter(rows.values()))): {method: gain for method, row in rows.items() if (gain := study.gain(row))}
+        for rows in study.weightings().values()
     }
     forms = {name: found for name, found in forms.items() if found}
     if not forms:
         return None
     first = next(iter(forms.values()))
     methods = sorted(first, key=lambda one: first[one].mean)
-    figure = plots.new_figure(figsize=(7, 1.2 + 0.3 * len(methods)))
+    figure = plots.new_figure(figsize=(5.6, 1.2 + 0.3 * len(methods)))
     axis = figure.subplots()
     for i, (name, found) in enumerate(forms.items()):
         shown = [method for method in methods if method in found]
         places = [methods.index(method) - 0.12 * (i - (len(forms) - 1) / 2) for method in shown]
         means, stds = ([getattr(found[method], part) for method in shown] for part in ("mean", "std"))
-        axis.errorbar(means, places, xerr=np.nan_to_num(stds), fmt="o", ms=5, color=_color(i, len(forms)), label=name)
+        color = _color(i, len(forms))
+        bars = axis.errorbar(means, places, xerr=np.nan_to_num(stds), fmt="o", ms=5, color=color, label=name)
+        svg.describe(bars.lines[0], [f"{method}, {name}: Δm {_text(found[method], 2)} %" for method in shown])
     axis.axvline(0, color="#9aa5b1", linewidth=0.8)
     axis.set_yticks(range(len(methods)), methods)
     axis.set_xlabel("Δm over dense single-task runs, % (higher is better)")
-    axis.legend(frameon=False)
+    _leave_out(axis, "x", [(f"{m}, {name}", found[m]) for name, found in forms.items() for m in found])
+    _legend(figure)
     return plots.plain(figure)
+
+
+def gains(study: study_lib.Study) -> "Figure | None":
+    """Plot Delta_m of each sparse row over the dense row with the same options, with its 95 % interval over seeds.
+
+    Returns:
+      None if fewer than two seeds of any row are in both.
+    """
+    found = []
+    for text, row in zip(names(study), study.rows, strict=True):
+        base = study.dense(row)
+        if not row.is_dense and base is not None:
+            found.append((text, study_lib.compare_gain(row, base)))
+    found = [(text, gain) for text, gain in found if np.isfinite(gain.low)]
+    if not found:
+        return None
+    figure = plots.new_figure(figsize=(5.6, 1.2 + 0.3 * len(found)))
+    axis = figure.subplots()
+    for place, (text, gain) in enumerate(reversed(found)):
+        error = [[gain.mean - gain.low], [gain.high - gain.mean]]
+        bars = axis.errorbar([gain.mean], [place], xerr=error, fmt="o", capsize=3, color=plots.COLORS[0])
+        interval = f"95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {gain.n} seeds"
+        svg.describe(bars.lines[0], [f"{text}: Δm {gain.mean:+.2f} % ({interval})"])
+    axis.axvline(0, color="#9aa5b1", linewidth=0.8)
+    most = 3 * max(*(abs(gain.mean) for _, gain in found), 1)  # an interval of two seeds would hide the others
+    low = max(-most, min(0, *(gain.low for _, gain in found)))
+    high = min(most, max(0, *(gain.high for _, gain in found)))
+    axis.set(xlim=(low - 0.04 * (high - low), high + 0.04 * (high - low)), ylim=(-0.6, len(found) - 0.4))
+    axis.set_yticks(range(len(found)), [textwrap.fill(text, 32) for text, _ in reversed(found)], fontsize=8)
+    axis.set_xlabel("Δm over the dense row, % (higher is better)")
+    return plots.plain(figure)
+
+
+def tradeoff(study: study_lib.Study) -> "Figure | None":
+    """Plot Delta_m against the MACs, and the milliseconds if they were timed, of the compact models.
+
+    Delta_m is over single-task runs if there are any, and otherwise over the dense row. A dashed line joins the rows
+    that no other row beats in both. Only rows with all tasks are shown.
+
+    Returns:
+      None for fewer than two such rows.
+    """
+    rows = [row for row in study.rows if set(row.tasks) == set(study.tasks)]
+    over, gain = _gain_of(study)
+    panels: dict[str, _Of] = {"million MACs per image, compact": lambda row: row.size("macs")}
+    panels["ms per image, compact (median)"] = _milliseconds
+    points = {name: [(row, x, y) for row in rows if (x := of(row)) and (y := gain(row))] for name, of in panels.items()}
+    points = {name: found for name, found in points.items() if len(found) > 1}
+    if not points:
+        return None
+    figure = plots.new_figure(figsize=(5.4 * len(points), 4.4))
+    for axis, (name, found) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        _plot_tradeoff(study, axis, found, "million MACs" if "MACs" in name else "ms")
+        axis.set(xlabel=name, ylabel=f"Δm over {over}, %")
+    _legend(figure)
+    return plots.plain(figure)
+
+
+def _plot_tradeoff(study, axis, found, unit):
+    """Plot (row, cost, gain) of rows, a color for each form of sparsity, and label those that no other row beats."""
+    forms = list(dict.fromkeys(map(form, study.rows)))
+    for i, one in enumerate(forms):
+        members = [(row, x, y) for row, x, y in found if form(row) == one]
+        if not members:
+            continue
+        xs, ys = [x.mean for _, x, _ in members], [y.mean for _, _, y in members]
+        errors = {"xerr": [x.std for _, x, _ in members], "yerr": [y.std for _, _, y in members]}
+        errors = {name: np.nan_to_num(values) for name, values in errors.items()}
+        color = _color(i, len(forms))
+        bars = axis.errorbar(xs, ys, **errors, fmt="o", ms=5, elinewidth=0.7, color=color, label=one)
+        texts = [f"{name_of(study, row)}: Δm {_text(y, 2)} %, {x.mean:.4g} {unit}" for row, x, y in members]
+        svg.describe(bars.lines[0], texts)
+    front: list[tuple[study_lib.Row, float, float]] = []
+    best = -np.inf
+    for row, x, y in sorted(found, key=lambda one: (one[1].mean, -one[2].mean)):
+        if y.mean > best:
+            front, best = [*front, (row, x.mean, y.mean)], y.mean
+    axis.plot([x for _, x, _ in front], [y for *_, y in front], "--", color="#9aa5b1", label="Pareto front", zorder=0)
+    axis.margins(x=0.15)
+    _leave_out(axis, "y", [(name_of(study, row), y) for row, _, y in found])
+    near = [0.06 * np.ptp(limits) for limits in (axis.get_xlim(), axis.get_ylim())]
+    labeled: list[tuple[float, float]] = []
+    for row, x, y in reversed(front):  # of several rows in one place, the best one
+        if not any(abs(x - a) < near[0] and abs(y - b) < near[1] for a, b in labeled):
+            axis.annotate(name_of(study, row), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            labeled.append((x, y))
+
+
+def _gain_of(study) -> tuple[str, _Of]:
+    """Return (what Delta_m is over, function row -> Delta_m)."""
+    if any(study.gain(row) for row in study.rows):
+        return "dense single-task runs", study.gain
+
+    def over_dense(row):
+        base = row if row.is_dense else study.dense(row)
+        return study_lib.Figure.of(found) if base and (found := study_lib.gains_over(row, base)) else None
+
+    return "the dense row", over_dense
+
+
+def _milliseconds(row: study_lib.Row) -> study_lib.Figure | None:
+    """Return the median latency per image of a row's compact model at the smallest batch size that was timed."""
+    found = [entry for timing in row.timings for entry in timing.rows if (entry.part, entry.model) == _WHOLE]
+    smallest = min((entry.batch for entry in found), default=0)
+    times = [entry.median_ms / entry.batch for entry in found if entry.batch == smallest]
+    return study_lib.Figure.of(times) if times else None
 
 
 def latency(study: study_lib.Study) -> "Figure | None":
@@ -389,3 +554,20 @@ def _setup(row: study_lib.Row, timing: Timing) -> str:
     backbone = f"ResNet-{model['depth']}, {model['width']} wide" if is_resnet else model["backbone"]
     text = f"{backbone}, {height}x{width}, {timing.device}"
     return f"{text}, up to {', '.join(sorted(set(row.attach)))}" if row.attach else text
+
+
+_STD = "Bars: standard deviation over seeds."
+# (title, function, note, whether panels can be stacked), in the order of the page.
+_PLOTS: tuple[tuple[str, _Make, str, bool], ...] = (
+    ("Gain over dense", gains, "Mean over seeds and its 95 % interval; intervals may go beyond the plot.", False),
+    ("Gain against cost", tradeoff, f"Up and to the left is better. {_STD}", True),
+    ("Weightings of the tasks", weightings, _STD, False),
+    ("Metrics of each row", ablation, f"The line is the first row; dense rows are gray. {_STD}", False),
+    ("Metrics against sparsity", pareto, f"Dense rows are hollow. {_STD}", True),
+    ("Metrics against lambda", metrics_over_lambda, _STD, True),
+    ("Zero groups against lambda", sparsity_over_lambda, _STD, True),
+    ("Latency against sparsity", latency, "A point for each timed run.", True),
+    ("Sparsity over the run", sparsity_over_steps, "Mean over seeds, at each validation.", False),
+    ("Groups left by layer", groups_per_layer, "Mean over seeds.", False),
+    ("Predictions", predictions, "The first run of each row on the same test images.", False),
+)

@@ -4,31 +4,42 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from typing import Any
 
-from mtl_sparse.report import protocols
+from mtl_sparse.report import protocols, study_names
 from mtl_sparse.report import study as study_lib
+from mtl_sparse.report.study_names import setting, settings_names, short
 from mtl_sparse.report.tables import markdown
 
 Rows = list[tuple[str, ...]]  # the first one is the head
 SIZES = ("compact M parameters", "compact M MACs")
 
 
-def summary(study: study_lib.Study) -> Rows:
-    """Return options, metrics, sparsity, size of the compact model, Delta_m and number of seeds of each row.
+def _keys(study: study_lib.Study, named: bool) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the cells of each row that tell the rows apart: its name, or its options."""
+    if named:
+        return ("row",), [(name,) for name in study_names.names(study)]
+    options = settings_names(study)
+    return tuple(map(short, options)), [tuple(setting(row, name) for name in options) for row in study.rows]
+
+
+def summary(study: study_lib.Study, *, named: bool = False) -> Rows:
+    """Return metrics, sparsity, size of the compact model, Delta_m and number of seeds of each row.
 
     Rows that the paper has are followed by the paper's figures.
+
+    Args:
+      study: any study.
+      named: whether rows begin with a name, see `study_names.names`, or with the options that tell them apart.
     """
-    names = settings_names(study)
-    head = [short(name) for name in names]
+    keys, cells_of = _keys(study, named)
+    head = [*keys]
     columns = _columns(study)
     head += [name for name, *_ in columns]
     gains = {"Δm %": False} | ({"Δm by metric %": True} if study.has_several_metrics else {})
     head += ["% groups zero", "% parameters", *SIZES, *gains, "seeds"]
     lines: Rows = [tuple(head)]
-    for row in study.rows:
-        cells = [setting(row, name) for name in names]
-        cells += _metric_cells(row, columns)
+    for row, key in zip(study.rows, cells_of, strict=True):
+        cells = [*key, *_metric_cells(row, columns)]
         cells += [mean_and_std(row.sparsity(kind), 100, 2) for kind in ("group", "parameter")]
         figures = [(row.size("parameters"), 2), (row.size("macs"), 1)]
         figures += [(study.gain(row, by_metric=by_metric), 2) for by_metric in gains.values()]
@@ -37,14 +48,14 @@ def summary(study: study_lib.Study) -> Rows:
         lines.append((*cells, str(len(row.runs))))
         if row.published:
             theirs = row.published.tasks
-            cells = ["published", *[""] * (len(names) - 1)]
+            cells = ["published", *[""] * (len(keys) - 1)]
             cells += ["{:.4f} ± {:.4f}".format(*theirs[task]) if task in theirs else "" for task in study.tasks]
             cells += [f"{100 * value:.2f}" for value in (row.published.group, row.published.parameter)]
             lines.append((*cells, *[""] * len(SIZES), "", "5"))
     return lines
 
 
-def protocol(study: study_lib.Study) -> Rows:
+def protocol(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return our rows on a data set of `protocols` with all its tasks, followed by the published figures.
 
     Gains are in percent, higher is better: Δm over single tasks, with the same weight for each metric or each task, and
@@ -70,6 +81,7 @@ def protocol(study: study_lib.Study) -> Rows:
         cells.append(f"{study_lib.compare_gain(row, base).mean:+.2f}" if base else "")
         names = [name for name in settings_names(study) if name != "tasks"]
         text = ", ".join(f"{short(name)} {setting(row, name)}" for name in names if setting(row, name)) or "ours"
+        text = study_names.name(study, row) if named else text
         lines.append(
             (
                 "ours",
@@ -105,27 +117,26 @@ def _metric_cells(row, columns):
     return [mean_and_std(row.figure(task, key)) if task in row.tasks else "" for _, task, key in columns]
 
 
-def against_dense(study: study_lib.Study) -> Rows:
+def against_dense(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return the differences of each sparse row from the dense row with the same options, paired over seeds."""
-    return _against(
-        study, {i: study.dense(row) for i, row in enumerate(study.rows) if not row.is_dense}, "sparse", "dense"
-    )
+    rows = {i: study.dense(row) for i, row in enumerate(study.rows) if not row.is_dense}
+    return _against(study, rows, ("sparse", "dense"), named)
 
 
-def against_plain(study: study_lib.Study) -> Rows:
+def against_plain(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return the differences of each row with attachment points from the row with all heads at the end."""
     rows = {i: study.plain(row) for i, row in enumerate(study.rows) if row.attach}
-    return _against(study, rows, "LOMT", "plain")
+    return _against(study, rows, ("LOMT", "plain"), named)
 
 
-def against_first(study: study_lib.Study) -> Rows:
+def against_first(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return, for an ablation, the differences of each row from the first one in the tasks of both.
 
     Leaves out the rows that `against_dense` compares with the first one.
     """
     first, *others = study.rows
     bases = {i: first for i, row in enumerate(others, 1) if study.is_ablation and study.dense(row) is not first}
-    return _against(study, bases, "row", "first")
+    return _against(study, bases, ("row", "first"), named)
 
 
 def weightings(study: study_lib.Study) -> Rows:
@@ -158,15 +169,15 @@ def weightings(study: study_lib.Study) -> Rows:
     return lines
 
 
-def speed(study: study_lib.Study) -> Rows:
+def speed(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return the speed-up of the compact models over dense ones, in the runs that --job=benchmark has timed.
 
     A line for each row and batch size: MACs of the dense backbone over those of the compact one, and the speed-up of
     backbone and model.
     """
-    names = settings_names(study)
-    lines = [(*map(short, names), "batch", "backbone MAC ratio", "backbone speed-up", "model speed-up", "runs")]
-    for row in study.rows:
+    keys, cells_of = _keys(study, named)
+    lines = [(*keys, "batch", "backbone MAC ratio", "backbone speed-up", "model speed-up", "runs")]
+    for row, key in zip(study.rows, cells_of, strict=True):
         entries = [entry for timing in row.timings for entry in timing.rows]
         for batch in sorted({entry.batch for entry in entries}):
             of = {
@@ -177,22 +188,23 @@ def speed(study: study_lib.Study) -> Rows:
             pairs = zip(of["backbone", "dense"], of["backbone", "compact"], strict=True)
             figures = [study_lib.Figure.of([dense.macs / max(compact.macs, 1) for dense, compact in pairs])]
             figures += [study_lib.Figure.of([e.speedup for e in of[part, "compact"]]) for part in ("backbone", "model")]
-            cells = [setting(row, name) for name in names] + [str(batch)]
-            lines.append((*cells, *[mean_and_std(figure, 1, 2) for figure in figures], str(figures[0].n)))
+            lines.append((*key, str(batch), *[mean_and_std(figure, 1, 2) for figure in figures], str(figures[0].n)))
     return lines
 
 
-def _against(study: study_lib.Study, bases: Mapping[int, study_lib.Row | None], ours: str, theirs: str) -> Rows:
+def _against(
+    study: study_lib.Study, bases: Mapping[int, study_lib.Row | None], sides: tuple[str, str], named: bool
+) -> Rows:
     """Return a line for each metric of each row, and one for Delta_m if there are several tasks.
 
     Args:
       study: has the rows.
       bases: index in `study.rows` -> the row to compare it with, or None.
-      ours: name of the rows in the table; "better" at p < 0.05.
-      theirs: name of the bases.
+      sides: names in the table of the rows and of the bases; one of them is "better" at p < 0.05.
+      named: as `summary`.
     """
-    names = settings_names(study)
-    lines = [(*map(short, names), "metric", f"{ours} - {theirs}", "95 % interval", "p", "seeds", "better")]
+    (keys, cells_of), (ours, theirs) = _keys(study, named), sides
+    lines = [(*keys, "metric", f"{ours} - {theirs}", "95 % interval", "p", "seeds", "better")]
     for i, base in bases.items():
         row = study.rows[i]
         if base is None:
@@ -209,7 +221,7 @@ def _against(study: study_lib.Study, bases: Mapping[int, study_lib.Row | None], 
             winner = ours if (difference.mean > 0) == higher else theirs
             lines.append(
                 (
-                    *(setting(row, key) for key in names),
+                    *cells_of[i],
                     name,
                     f"{difference.mean:+.{digits}f}",
                     f"{difference.low:+.{digits}f} to {difference.high:+.{digits}f}" if known else "",
@@ -219,37 +231,6 @@ def _against(study: study_lib.Study, bases: Mapping[int, study_lib.Row | None], 
                 )
             )
     return lines
-
-
-def settings_names(study: study_lib.Study) -> list[str]:
-    """Return "tasks" and the options that differ between rows; in an ablation, "tasks" and "changes"."""
-    if study.is_ablation:
-        return ["tasks", "changes"]
-    return ["tasks", *sorted(study.rows[0].settings.keys() - {"tasks"})]
-
-
-def setting(row: study_lib.Row, name: str) -> str:
-    """Return the text of a row's option in tables."""
-    if name == "changes":
-        changes = {key: value for key, value in row.changes.items() if key != "tasks"}
-        return ", ".join(f"{short(key)} {show(value)}" for key, value in changes.items()) or "(the first row)"
-    if row.is_dense and study_lib.is_idle(name):
-        return ""
-    return show(row.tasks if name == "tasks" else row.settings[name])
-
-
-def short(name: str) -> str:
-    """Return the last part of an option's dotted path."""
-    return name.rpartition(".")[2].rstrip("_")
-
-
-def show(value: Any) -> str:
-    """Return the text of an option's value in tables."""
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple):
-        return " + ".join(str(part).removeprefix("attribute:") for part in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def mean_and_std(figure: study_lib.Figure, scale: float = 1.0, digits: int = 4) -> str:

@@ -10,15 +10,25 @@ from mtl_sparse.report.schema import SIZE_TARGETS, CompactLayer, Results, RunSpa
 def run_table(results: Results) -> str:
     """Return each test metric beside that of the constant baseline, and a sentence on sparsity."""
     headline = {entry.metric for entry in results.headlines.values()}
-    rows = [("task", "metric", "test", "constant baseline")]
+    head, *lines = metric_rows(results)
+    shown = [(task, f"**{name}**" if f"{task}/{name}" in headline else name, *cells) for task, name, *cells in lines]
+    return f"{markdown([head, *shown])}\n\n{run_sentence(results)}"
+
+
+def metric_rows(results: Results) -> list[tuple[str, ...]]:
+    """Return a head, and each test metric beside that of the constant baseline."""
+    rows: list[tuple[str, ...]] = [("task", "metric", "test", "constant baseline")]
     for name, value in results.test.items():
         task, metric = name.split("/", 1)
-        if metric == "loss":
-            continue
-        shown = f"**{metric}**" if name in headline else metric
-        rows.append((task, shown, f"{value:.4f}", f"{results.constant[name]:.4f}"))
+        if metric != "loss":
+            rows.append((task, metric, f"{value:.4f}", f"{results.constant[name]:.4f}"))
+    return rows
+
+
+def run_sentence(results: Results) -> str:
+    """Return what is zero, what compaction leaves, and the step of the best checkpoint."""
     sentence = sparsity_sentences(results.sparsity) + _size_sentence(results)
-    return f"{markdown(rows)}\n\n{sentence}; best validation at step {results.step}"
+    return f"{sentence}; best validation at step {results.step}"
 
 
 def _size_sentence(results: Results) -> str:
@@ -61,14 +71,19 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def speed_table(rows: Iterable[TimingRow | Mapping[str, Any]]) -> str:
-    """Return timings as a Markdown table.
+    """Return timings as a Markdown table; for `rows`, see `speed_rows`."""
+    return markdown(speed_rows(rows))
+
+
+def speed_rows(rows: Iterable[TimingRow | Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a head and timings.
 
     Args:
       rows: of a `Timing`, or as `compaction.speed.compare` returns them. Speed-up and MAC ratio are relative to the
         first model of the same part and batch size.
     """
     head = ("part", "batch", "model", "median ms", "p90 ms", "speed-up", "images/s", "MACs", "MAC ratio", "GMAC/s")
-    lines = [(*head, "parameters", "memory MiB")]
+    lines: list[tuple[str, ...]] = [(*head, "parameters", "memory MiB")]
     first: dict[tuple[str, int], TimingRow] = {}
     for row in (TimingRow.from_json(row) if isinstance(row, Mapping) else row for row in rows):
         dense = first.setdefault((row.part, row.batch), row)
@@ -88,11 +103,16 @@ def speed_table(rows: Iterable[TimingRow | Mapping[str, Any]]) -> str:
                 f"{row.memory_mib:.1f}",
             )
         )
-    return markdown(lines)
+    return lines
 
 
 def compact_table(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> str:
-    """Return what compaction did to each layer as a Markdown table with a total.
+    """Return what compaction did to each layer as a Markdown table with a total; for `rows`, see `compact_rows`."""
+    return markdown(compact_rows(rows))
+
+
+def compact_rows(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a head, what compaction did to each layer, and a total.
 
     Args:
       rows: of compact.json, or as `compaction.explain.explain` returns them.
@@ -106,4 +126,4 @@ def compact_table(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> str:
         counts = (row.groups, row.zero, row.groups_after, row.zero_after, row.parameters, row.parameters_after)
         millions = (row.macs / 1e6, row.macs_after / 1e6)
         lines.append((row.layer, *(f"{n:,}" for n in counts), *(f"{macs:,.2f}" for macs in millions), row.why))
-    return markdown(lines)
+    return lines

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ from absl import logging
 from clu import parameter_overview
 
 from input_pipeline import loader
+from mtl_sparse.report import run_page
 from mtl_sparse.runtime import compile_cache, processes
 from mtl_sparse.runtime import progress as phases
 from mtl_sparse.runtime.errors import Stopped, UserError
+from mtl_sparse.sparsity.stats import Sparsity
 from mtl_sparse.tasks import Task, weighting
-from mtl_sparse.training import groups, metric_log, optimizer, pruning, state
+from mtl_sparse.training import groups, metric_log, optimizer, pruning, results, state
 from mtl_sparse.training.checkpoints import Checkpoints
 from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run
@@ -84,6 +87,7 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
     current = loader.replicate(current)
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(metric_log.reporting(run, workdir, start))
+        page = run_page.Live(workdir, results.headlines(run.tasks), run.total_steps)
         batches = loader.prefetch_to_device(run.batches.train(start))
         _log_start(run, start)
         asked_to_stop = stack.enter_context(processes.stop_requests())
@@ -99,7 +103,9 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
                 current = pruning.prune(run, current)
             if epoch_ends:
                 before = len(progress.task_stopped)
-                current = _validate(run, evaluator, report, progress, saved, step, current)
+                current, sparsity = _validate(run, evaluator, report, progress, saved, step, current)
+                record = results.sparsity(run.config, sparsity, current.opt_state)  # in all processes
+                processes.on_first(functools.partial(page.update, step, record))
                 if len(progress.task_stopped) > before and not progress.stopped:
                     step_fn = _make_step(run, progress)
             if epoch_ends or saves:
@@ -164,8 +170,12 @@ def _stop(run, saved, step, current, progress):
     raise Stopped(f"stopped at step {step} of {run.total_steps}, as asked; run the same command to resume")
 
 
-def _validate(run, evaluator, report, progress, saved, step, current) -> TrainState:
-    """End an epoch: evaluate on the validation split, log, and save the best checkpoint; returns the state."""
+def _validate(run, evaluator, report, progress, saved, step, current) -> tuple[TrainState, Sparsity]:
+    """End an epoch: evaluate on the validation split, log, and save the best checkpoint.
+
+    Returns:
+      (the state, its sparsity).
+    """
     evaluated = evaluator.with_statistics(current, frozen=tuple(progress.task_stopped))
     values = evaluator(evaluated.variables, "validation", require_labels=True)
     score = validation_score(values, run.tasks)
@@ -187,7 +197,7 @@ def _validate(run, evaluator, report, progress, saved, step, current) -> TrainSt
     _log_epoch(run, step, values, float(optimizer.lambda_(current.opt_state)), improved)
     if improved:
         _save(saved, "best", step, current.replace(batch_stats=evaluated.batch_stats), progress)
-    return current
+    return current, sparsity
 
 
 def _stop_tasks(run, progress: Progress, step: int, values, current, evaluated) -> TrainState:

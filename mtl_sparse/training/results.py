@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -15,8 +16,10 @@ from input_pipeline import loader, transforms
 from mtl_sparse.compaction import exactness, explain, speed
 from mtl_sparse.compaction.rewritten import Model
 from mtl_sparse.models import costs
-from mtl_sparse.report import plots, records, schema, tables
+from mtl_sparse.report import plots, records, run_page, schema, tables
 from mtl_sparse.runtime import processes, progress
+from mtl_sparse.sparsity.stats import Sparsity
+from mtl_sparse.tasks import Task
 from mtl_sparse.training import checkpoints, evaluation, groups, optimizer
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
@@ -113,6 +116,7 @@ def _write(run, workdir, best, test, constant):
         # Before the plots only, which can be drawn again: a folder with results.json holds a finished run.
         found.write(workdir / "results.json")
         plots.draw(workdir)
+        run_page.try_write(workdir)
     print(tables.run_table(found))
     return found.to_json()
 
@@ -124,10 +128,8 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
     return schema.Results(
         test=test,
         constant=constant,
-        headlines={
-            task.name: schema.Headline(f"{task.name}/{task.headline}", task.higher_is_better) for task in run.tasks
-        },
-        sparsity=_sparsity(config, state),
+        headlines=headlines(run.tasks),
+        sparsity=sparsity(config, groups.count(config, state.params["model"]), state.opt_state),
         size=schema.Size(
             trained=schema.ModelSize(**costs.total(run.model, state.variables, size)),
             compact=schema.ModelSize(**costs.total(*best.compact, size)),
@@ -142,13 +144,24 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
     )
 
 
-def _sparsity(config, state) -> schema.RunSparsity:
-    found = groups.count(config, state.params["model"])
+def headlines(tasks: Sequence[Task]) -> dict[str, schema.Headline]:
+    """Return the main metric of each task."""
+    return {task.name: schema.Headline(f"{task.name}/{task.headline}", task.higher_is_better) for task in tasks}
+
+
+def sparsity(config, found: Sparsity, opt_state) -> schema.RunSparsity:
+    """Return the record of a run's sparsity.
+
+    Args:
+      config: of the run.
+      found: what `groups.count` returned.
+      opt_state: of the optimizer, which has lambda.
+    """
     return schema.RunSparsity(
         group=found.group,
         parameter=found.parameter,
         weight=found.weight,
-        lambda_=optimizer.settled_lambda(config, state.opt_state),
+        lambda_=optimizer.settled_lambda(config, opt_state),
         target=config.sparsity.target,
         penalty=config.sparsity.penalty,
         dead_layers=tuple(found.dead_layers),

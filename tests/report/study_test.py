@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from configs import nyu, sweeps
-from mtl_sparse.report import page, plots, published, study, study_plots, study_tables
+from mtl_sparse.report import page, plots, published, study, study_names, study_plots, study_tables
 from mtl_sparse.training import folder as folder_lib
 from tests.conftest import raises
 
@@ -100,19 +101,18 @@ def test_rows_of_many_options_are_named_by_their_changes(tmp_path):
     assert iou[2:4] == ("segmentation IoU", "+0.0250") and mae[2:4] == ("depth MAE", "-0.0100")
     by_hand = [100 * ((0.02 + 0.01 * seed) / (0.3 + 0.01 * seed) + 0.01 / 0.13) / 2 for seed in range(2)]
     assert gain[2:4] == ("Δm %", f"{np.mean(by_hand):+.2f}") and gain[6:] == ("2", "neither")
-    assert study_plots.label(found, found.rows[1], ("sparsity.lambda_",)) == (
-        "segmentation + depth, b1 0.8, b2 0.99, l2 0.01, weight_decay 0"
-    )
+    names = ["λ 1e-05", "dense, b1 0.8, b2 0.99, l2 0.01, 1 more"]
+    assert study_names.names(found) == names
     pictures = study_plots.draw(found, tmp_path / "plots")
-    names = ["ablation.png", "pareto.png", "sparsity_over_steps.png", "groups_per_layer.png"]
-    assert [path.name for path in pictures.values()] == names
+    drawn = ["ablation.png", "pareto.png", "sparsity_over_steps.png", "groups_per_layer.png"]
+    assert [path.name for path in pictures.values()] == drawn
     lines = study_plots.pareto(found).axes[0].lines
     hollow = [
         line.get_xydata().tolist() for line in lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())
     ]
     assert hollow == [[[0, pytest.approx(0.33)]]], "the dense row"
     zero, iou, mae = study_plots.ablation(found).axes
-    assert zero.get_yticklabels()[0].get_text() == "(the first row)"
+    assert [label.get_text() for label in zero.get_yticklabels()] == names
     assert [bar.lines[0].get_xdata()[0] for bar in iou.containers] == pytest.approx([0.305, 0.33])
     sparse = write_run(tmp_path / "sparse", BOTH, 1e-5, 0, iou=0.3, mae=0.13)
     results = json.loads((made[1] / "results.json").read_text())
@@ -228,11 +228,20 @@ def test_formats_hold_the_same_cells(folders):
     assert r"\% groups zero" in latex and r"$\Delta_m$" in latex
 
 
+def svg_free(text):
+    """Return a page without its plots, whose clip paths are url(#...) of the page itself."""
+    return re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
 def test_the_page_holds_everything_and_is_readable_offline(folders, tmp_path, capsys):
     text = page.write(folders, tmp_path / "report").read_text()
     assert "0.3467 ± 0.0153" in text and "0.3345 ± 0.0073" in text
-    assert text.count("data:image/png;base64,") == 5 and "http" not in text
+    assert "http" not in text and "src=" not in text and "@import" not in text and "url(" not in svg_free(text)
     assert "10 runs" in text and "0.3467 ± 0.0153" in capsys.readouterr().out
+    titles = ["Gain over dense", "Gain against cost", "Metrics against sparsity", "Metrics against lambda"]
+    titles += ["Zero groups against lambda", "Sparsity over the run", "Groups left by layer"]
+    assert re.findall("<h3>(.*?)</h3>", text) == titles
+    assert text.index("<svg") < text.index("<table"), "plots come first"
     tables = {f"{name}.{kind}" for name in ("summary", "against_dense") for kind in ("md", "csv", "tex")}
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"index.html", "plots"} | tables
 
@@ -472,9 +481,9 @@ def test_predictions_are_shown_side_by_side_without_images_and_labels(folders):
         f"{task}, image {frame}" for task in BOTH for frame in ("b", "c")
     ], "frames that all rows have"
     assert [axis.get_ylabel().replace("\n", " ") for axis in axes[:, 0]] == [
-        "segmentation + depth, lambda 1e-05",
-        "segmentation + depth, lambda 0",
-        "depth, lambda 0",
+        "λ 1e-05",
+        "dense",
+        "depth alone, dense",
     ]
     of = {"a": 0, "b": 1, "c": 2}
     shown = axes[0, 1].images[0].get_array()
@@ -528,4 +537,4 @@ def test_options_without_effect_do_not_distinguish_dense_runs(folders):
     assert len(changes) == 5 and changes[:2] == [{}, {"sparsity.lambda_": 1e-5}] and {"tasks": ["depth"]} in changes
     other = {"sparsity.lambda_": 1e-5, "sparsity.start_step": 0, "sparsity.penalty": "group_lasso"}
     assert other in changes
-    assert [study_tables.setting(row, "sparsity.start_step") for row in found.rows] == ["", "30", "0", "", ""]
+    assert [study_names.setting(row, "sparsity.start_step") for row in found.rows] == ["", "30", "0", "", ""]
