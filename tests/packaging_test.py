@@ -68,7 +68,7 @@ def test_what_the_package_imports_is_declared():
 
 def test_what_the_tests_import_is_declared():
     modules = imported("tests", "benchmarks")
-    assert undeclared(modules, declared("") | declared("test") | declared("torch")) == {}
+    assert undeclared(modules, declared("") | declared("test") | declared("torch") | declared("browser")) == {}
     assert {"pytest", "nbformat"} <= modules.keys()
 
 
@@ -125,7 +125,7 @@ def python(*arguments, site, cwd, path=()):
 
 def test_the_wheel_has_the_code_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    code = [ROOT / "launch.py", ROOT / "mtl_sparse" / "py.typed"]
+    code = [ROOT / "launch.py", ROOT / "mtl_sparse" / "py.typed", ROOT / "mtl_sparse" / "report" / "page.html"]
     code += [path for part in ("mtl_sparse", "input_pipeline", "configs") for path in (ROOT / part).rglob("*.py")]
     metadata = [name for name in names if name.startswith(f"mtl_sparse-{mtl_sparse.__version__}.dist-info/")]
     assert sorted(set(names) - set(metadata)) == sorted(str(path.relative_to(ROOT)) for path in code)

@@ -120,7 +120,7 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
     if target:
         above.axhline(100 * target, color="#b03a2e", linestyle=":", label=f"target for {about}")
     steps, lambda_ = metrics["train"]["lambda"]
-    below.plot(steps, lambda_, color=_LEFT)
+    below.plot(steps, lambda_, color=_LEFT, label="lambda")
     if (lambda_ > 0).any():
         below.set_yscale("log")
     for axis in (above, below):

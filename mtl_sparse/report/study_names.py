@@ -17,29 +17,31 @@ _STARTS = ("start_at", "start_step")
 
 def names(study: study_lib.Study) -> list[str]:
     """Return a short name for each row, such as "dense", "target 0.7" or "published form, λ 1e-05"; all differ."""
-    found = [name(study, row) for row in study.rows]
-    for i, row in enumerate(study.rows):
-        if found.count(found[i]) > 1:
-            found[i] = ", ".join([found[i], *_others(study, row)[_MOST_PHRASES:]])
+    short_names = [name(study, row) for row in study.rows]
+    found = [
+        one if short_names.count(one) == 1 else name(study, row, most=len(row.settings))
+        for one, row in zip(short_names, study.rows, strict=True)
+    ]
     for i, one in enumerate(found):
         if found.count(one) > 1:
             found[i] = f"{one} (row {i + 1})"
     return found
 
 
-def name(study: study_lib.Study, row: study_lib.Row, without: Collection[str] = ()) -> str:
+def name(
+    study: study_lib.Study, row: study_lib.Row, without: Collection[str] = (), most: int = _MOST_PHRASES
+) -> str:
     """Return the tasks of a row unless all rows have them, its form of sparsity, and what else is unusual about it.
 
     Args:
       study: has the row.
       row: to be named; options that have no effect in it are left out.
       without: options to leave out.
+      most: number of unusual options to name; the others are counted.
     """
     parts = [text for text in (_tasks(study, row), form(row, without)) if text]
     others = _others(study, row, without)
-    parts += others[:_MOST_PHRASES]
-    if len(others) > _MOST_PHRASES:
-        parts.append(f"{len(others) - _MOST_PHRASES} more")
+    parts += [*others[:most], *([f"{len(others) - most} more"] if len(others) > most else [])]
     return ", ".join(parts) or row.config["sparsity"]["penalty"].replace("_", " ")
 
 

@@ -469,7 +469,9 @@ def _plot_tradeoff(study, axis, found, unit):
     for row, x, y in sorted(found, key=lambda one: (one[1].mean, -one[2].mean)):
         if y.mean > best:
             front, best = [*front, (row, x.mean, y.mean)], y.mean
-    axis.plot([x for _, x, _ in front], [y for *_, y in front], "--", color="#9aa5b1", label="Pareto front", zorder=0)
+    xs, ys = [x for _, x, _ in front], [y for *_, y in front]
+    (line,) = axis.plot(xs, ys, "--", color="#9aa5b1", label="Pareto front", zorder=0)
+    svg.describe(line, [])  # its points are those of the rows
     axis.margins(x=0.15)
     _leave_out(axis, "y", [(name_of(study, row), y) for row, _, y in found])
     near = [0.06 * np.ptp(limits) for limits in (axis.get_xlim(), axis.get_ylim())]

@@ -35,7 +35,7 @@ class _Target(NamedTuple):
 
 
 def describe(artist: Any, texts: Sequence[str]) -> Any:
-    """Set the text of each point of an artist, to be shown on hover; return the artist."""
+    """Set the text of each point of an artist, to be shown on hover, none for []; return the artist."""
     artist.set_gid("\n".join(text.replace("\n", " ") for text in texts))
     return artist
 
@@ -179,17 +179,19 @@ def _found(axis: "Axes") -> Iterator[_Target]:
 
 def _of_line(axis: "Axes", line, label: str) -> Iterator[_Target]:
     points, texts = np.asarray(line.get_xydata(), float), line.get_gid()
-    if label.startswith("_") and texts is None:
+    if texts == "" or (texts is None and label.startswith("_")):
         return
     given = texts.split("\n") if texts is not None else None
     chosen = np.arange(len(points))
     if given is None and len(points) > _MOST_POINTS:
         chosen = np.unique(np.linspace(0, len(points) - 1, _MOST_POINTS).round().astype(int))
     places = axis.transData.transform(points) if len(points) else points
+    shared = axis.get_shared_x_axes().get_siblings(axis)
+    name = next((one.get_xlabel() for one in (axis, *shared) if one.get_xlabel()), "x")
     for i in chosen:
         if np.isfinite(places[i]).all():
             x, y = points[i]
-            text = given[i] if given else f"{label}: {y:.4g} ({axis.get_xlabel() or 'x'} {x:.6g})"
+            text = given[i] if given else f"{label}: {y:.4g} ({name} {x:.6g})"
             (left, bottom), (right, top) = axis.bbox.min, axis.bbox.max  # a point beyond the axis is shown at its end
             yield _Target(text, min(max(places[i][0], left), right), min(max(places[i][1], bottom), top))
 
