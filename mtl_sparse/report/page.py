@@ -29,7 +29,7 @@ _NOTES = {
 }
 _TABLES = {name: getattr(study_tables, name) for name in _TITLES}
 _WIDE = 6  # inches from which a plot takes the whole width of the page
-_IMAGE_WIDTH = 128
+_IMAGE_WIDTH, _SHORT = 128, 8  # pixels; rows of images that are shown at once
 
 
 def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
@@ -125,8 +125,9 @@ def _predictions(study):
             pixels = study_plots.prediction(samples, task, place(name))
             cells.append("" if pixels is None else web.image(pixels, f"{task} of {name}", _IMAGE_WIDTH))
         lines.append(cells)
-    note = "The first run of each row on the same test images."
-    return web.paragraph(note, "note") + web.sample_table(["", *(f"{t}, image {n}" for t, n in columns)], lines)
+    grid = web.sample_table(["", *(f"{task}, image {name}" for task, name in columns)], lines)
+    summary = "The first run of each row on the same test images"
+    return f"<details{' open' if len(lines) <= _SHORT else ''}><summary>{summary}</summary>{grid}</details>"
 
 
 def _rows(study, out):

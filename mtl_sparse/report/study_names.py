@@ -28,9 +28,7 @@ def names(study: study_lib.Study) -> list[str]:
     return found
 
 
-def name(
-    study: study_lib.Study, row: study_lib.Row, without: Collection[str] = (), most: int = _MOST_PHRASES
-) -> str:
+def name(study: study_lib.Study, row: study_lib.Row, without: Collection[str] = (), most: int = _MOST_PHRASES) -> str:
     """Return the tasks of a row unless all rows have them, its form of sparsity, and what else is unusual about it.
 
     Args:

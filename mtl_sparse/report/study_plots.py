@@ -108,7 +108,7 @@ def _leave_out(axis, which: str, values: Sequence[tuple[str, study_lib.Figure]])
     low, high = np.quantile(means, (0.25, 0.75))
     far = 4 * (high - low)
     inside = (means >= low - far) & (means <= high + far)
-    if inside.all() or len(means) < 6:
+    if len(means) < 6 or np.ptp(means) <= 2.5 * np.ptp(means[inside]):
         return
     stds = np.nan_to_num([value.std for _, value in values])
     low, high = (means - stds)[inside].min(), (means + stds)[inside].max()
@@ -133,12 +133,18 @@ def _text(figure, digits=4):
     return f"{mean_and_std(figure, 1, digits)} ({figure.n} seed{'s' if figure.n > 1 else ''})"
 
 
-def _lambda_lines(study):
-    """Return label -> rows that differ in lambda only, by rising lambda; {} if lambda never varies."""
+def _lines(study: study_lib.Study, without: Sequence[str]) -> dict[str, list[study_lib.Row]]:
+    """Return label -> rows that differ in these options only; a dense row belongs to the sparse rows like it."""
     lines: dict[str, list[study_lib.Row]] = {}
     for row in study.rows:
-        lines.setdefault(name_of(study, row, ("sparsity.lambda_",)), []).append(row)
-    lines = {name: sorted(rows, key=_lambda) for name, rows in lines.items()}
+        lines.setdefault(name_of(study, row, without), []).append(row)
+    return {name if not all(row.is_dense for row in rows) else name_of(study, rows[0]): rows
+            for name, rows in lines.items()}  # fmt: skip
+
+
+def _lambda_lines(study):
+    """Return label -> rows that differ in lambda only, by rising lambda; {} if lambda never varies."""
+    lines = {name: sorted(rows, key=_lambda) for name, rows in _lines(study, ("sparsity.lambda_",)).items()}
     return lines if any(len({_lambda(row) for row in rows}) > 1 for rows in lines.values()) else {}
 
 
@@ -225,9 +231,7 @@ def pareto(study: study_lib.Study) -> "Figure":
     A line joins the rows that differ in lambda or target only. Dense rows are hollow.
     """
     tasks = study.tasks
-    lines: dict[str, list[study_lib.Row]] = {}
-    for row in study.rows:
-        lines.setdefault(name_of(study, row, ("sparsity.lambda_", "sparsity.target")), []).append(row)
+    lines = _lines(study, ("sparsity.lambda_", "sparsity.target"))
     figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8 + 0.1 * len(lines)))
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for i, (name, rows) in enumerate(lines.items()):
@@ -563,13 +567,13 @@ _STD = "Bars: standard deviation over seeds."
 _PLOTS: tuple[tuple[str, _Make, str, bool], ...] = (
     ("Gain over dense", gains, "Mean over seeds and its 95 % interval; intervals may go beyond the plot.", False),
     ("Gain against cost", tradeoff, f"Up and to the left is better. {_STD}", True),
-    ("Weightings of the tasks", weightings, _STD, False),
+    ("Weightings of the tasks", weightings, _STD, True),
     ("Metrics of each row", ablation, f"The line is the first row; dense rows are gray. {_STD}", False),
     ("Metrics against sparsity", pareto, f"Dense rows are hollow. {_STD}", True),
     ("Metrics against lambda", metrics_over_lambda, _STD, True),
     ("Zero groups against lambda", sparsity_over_lambda, _STD, True),
     ("Latency against sparsity", latency, "A point for each timed run.", True),
-    ("Sparsity over the run", sparsity_over_steps, "Mean over seeds, at each validation.", False),
+    ("Sparsity over the run", sparsity_over_steps, "Mean over seeds, at each validation.", True),
     ("Groups left by layer", groups_per_layer, "Mean over seeds.", False),
     ("Predictions", predictions, "The first run of each row on the same test images.", False),
 )

@@ -4,6 +4,7 @@ The SVG of a figure depends on the figure alone. Its colors are CSS variables, w
 bar and cell has a hover target with a <title>.
 """
 
+import html
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RADIUS = 6  # of a hover target, in points
-_SMALLEST, _PHONE = 0.8, 420  # pixels per point below which text is too small; points that fit a phone
+_SMALLEST, _PHONE = 1.0, 420  # pixels per point below which text is too small; points that fit a phone
 _MOST_POINTS = 200  # hover targets of a line whose points have no texts
 _COLOR = re.compile(r"#([0-9a-fA-F]{6})\b")
 _FIXED = {"000000": "currentColor", "ffffff": "var(--bg)"}
@@ -47,7 +48,8 @@ def inline(figure: "Figure", name: str, alt: str, *, split: bool = False) -> str
       figure: any figure; it is not changed, except for the group ids of its axes.
       name: unique in the page; ids in the SVG begin with it.
       alt: description for screen readers.
-      split: whether each column of panels becomes a separate <svg>, so that a narrow page can stack them.
+      split: whether each column of panels becomes a separate <svg>, which a narrow page can stack, and the legend
+        and the title of the figure become text.
     """
     import matplotlib
 
@@ -92,13 +94,13 @@ def dark(color: str) -> str:
     import colorsys
 
     hue, lightness, saturation = colorsys.rgb_to_hls(*(int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)))
-    inverted = 0.92 - (0.78 if lightness > 0.8 else 0.45) * lightness
+    inverted = 0.92 - (0.78 if lightness > 0.8 else 0.6) * lightness
     red, green, blue = colorsys.hls_to_rgb(hue, inverted, saturation)
     return "".join(f"{round(255 * part):02x}" for part in (red, green, blue))
 
 
 def _pieces(root: ElementTree.Element, figure: "Figure", alt: str, split: bool) -> str:
-    """Return the <svg> elements of a figure: one, or one for each column of panels and one for what is outside."""
+    """Return the elements of a figure: one <svg>, or one for each column of panels, and the legend."""
     from matplotlib.transforms import Bbox
 
     (body,) = [element for element in root if element.tag == "g"]
@@ -110,20 +112,28 @@ def _pieces(root: ElementTree.Element, figure: "Figure", alt: str, split: bool) 
         columns.setdefault(place.colspan.start if split and place else 0, []).append(i)
         groups[f"axes:{i}"].append(_targets(axis, figure.bbox.height))
         del groups[f"axes:{i}"].attrib["id"]
-    if len(columns) < 2:
+    if not split:
         return _svg([body, *defs], Bbox.from_bounds(0, 0, figure.bbox.width, figure.bbox.height), figure, alt)
     found = []
     for number, members in enumerate(columns.values()):
         boxes = [box for i in members if (box := figure.axes[i].get_tightbbox())]
         parts = [groups[f"axes:{i}"] for i in members]
         found.append(_svg([*parts, *([] if number else defs)], Bbox.union(boxes).padded(4), figure, alt))
-        for part in parts:
-            body.remove(part)
-    boxes = [artist.get_window_extent() for artist in (*figure.legends, *figure.texts)]
-    if boxes:
-        _, *others = body  # without the background
-        found.append(f'<div class="legend">{_svg(others, Bbox.union(boxes).padded(4), figure, alt)}</div>')
-    return "".join(found)
+    return "".join(found) + _legend(figure)
+
+
+def _legend(figure: "Figure") -> str:
+    """Return the legends and the title of a figure as text."""
+    from matplotlib.colors import to_hex
+
+    entries = [f"<span>{html.escape(text.get_text())}</span>" for text in figure.texts]
+    for legend in figure.legends:
+        for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+            line: Any = handle.lines[0] if isinstance(handle, tuple) and hasattr(handle, "lines") else handle
+            color = line.get_color() if hasattr(line, "get_color") else line.get_facecolor()
+            color = _COLOR.sub(_variable, to_hex(color))
+            entries.append(f'<span><i style="background:{color}"></i>{html.escape(text.get_text())}</span>')
+    return f'<p class="classes">{"".join(entries)}</p>' if entries else ""
 
 
 def _svg(elements, box, figure: "Figure", alt: str) -> str:

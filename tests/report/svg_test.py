@@ -100,9 +100,12 @@ def test_ids_are_unique_in_a_page_and_all_references_are_found():
 def test_panels_are_separate_if_they_can_be_stacked():
     whole, parts = elements(drawn()), elements(drawn(split=True))
     assert len(list(whole.iter("svg"))) == 1
-    left, right, legend = parts.iter("svg")
-    assert [len(list(panel.iter("title"))) for panel in (left, right, legend)] == [2, 3, 0]
-    assert "step" in "".join(left.itertext()) and "baseline" in "".join(legend.itertext())
+    left, right = parts.iter("svg")
+    assert [len(list(panel.iter("title"))) for panel in (left, right)] == [2, 3]
+    assert "step" in "".join(left.itertext()) and "step" not in "".join(right.itertext())
+    (legend,) = parts.iter("p")
+    assert [entry.tail for entry in legend.iter("i")] == ["loss & more", "baseline", "groups", "x"]
+    assert legend.find("span/i").get("style") == "background:var(--c20639b)", "the color of the line"
     width = [float(panel.get("viewBox").split()[2]) for panel in (left, right)]
     assert all(width_ < 8 * 72 / 2 + 20 for width_ in width)
 

@@ -10,6 +10,7 @@ import pytest
 from configs import run as run_config
 from mtl_sparse.compaction import exactness
 from mtl_sparse.jobs import evaluate, train
+from mtl_sparse.report import run_page
 from mtl_sparse.training import checkpoints, evaluation, loop
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
@@ -21,11 +22,28 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+PAGES = []  # of the run below, in the order in which they were written
+
+
 @pytest.fixture(scope="module")
 def finished(rooms, tmp_path_factory):
     """Return the folder of a finished run of 4 steps, and its results."""
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, train.train(tiny(rooms), workdir)
+    workdir, write = tmp_path_factory.mktemp("run"), run_page.write
+
+    def write_and_keep(*arguments):
+        PAGES.append(write(*arguments).read_text())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_page, "write", write_and_keep)
+        return workdir, train.train(tiny(rooms), workdir)
+
+
+def test_the_page_of_a_run_grows_while_it_trains(finished):
+    """Both the first epoch and the finished run have one."""
+    first, *_, last = PAGES
+    assert "Training: step 2 of 4" in first and "Groups per layer" in first and "Sample predictions" not in first
+    assert "Finished; best validation" in last and "Sample predictions" in last and "http-equiv" not in last
+    assert run_page.path(finished[0]).read_text() == last
 
 
 def test_a_run_writes_all_files_of_its_folder(finished):
