@@ -168,7 +168,9 @@ def _cards(results: Results, timing: Timing | None) -> list[tuple[str, str, str]
     sparsity, found = results.sparsity, []
     for task, headline in results.headlines.items():
         if headline.metric in results.test:
-            name = f"{task.removeprefix('attribute:')} {headline.metric.split('/')[1]} {_arrow(headline)}"
+            name = f"{task.removeprefix('attribute:')} {headline.metric.split('/')[1]} {_arrow(headline)}".replace(
+                "_", " "
+            )
             baseline = f"constant baseline {results.constant[headline.metric]:.4f}"
             found.append((name, f"{results.test[headline.metric]:.4f}", baseline))
     if np.isfinite(sparsity.group):

@@ -103,12 +103,12 @@ def _figure_of(task: str) -> _Of:
 
 
 def _leave_out(axis, which: str, values: Sequence[tuple[str, study_lib.Figure]]) -> None:
-    """End an axis, "x" or "y", before values that are far from all others, and write these values above it."""
+    """End an axis, "x" or "y", before few values that are far from all others, and write these values above it."""
     means = np.array([value.mean for _, value in values])
     low, high = np.quantile(means, (0.25, 0.75))
     far = 4 * (high - low)
     inside = (means >= low - far) & (means <= high + far)
-    if len(means) < 6 or np.ptp(means) <= 2.5 * np.ptp(means[inside]):
+    if inside.all() or not inside.mean() > 0.9 or np.ptp(means) <= 2.5 * np.ptp(means[inside]):
         return
     stds = np.nan_to_num([value.std for _, value in values])
     low, high = (means - stds)[inside].min(), (means + stds)[inside].max()
@@ -128,9 +128,9 @@ def _color(index, count):
     return colormaps["viridis"](0.9 * index / max(count - 1, 1))
 
 
-def _text(figure, digits=4):
+def _text(figure, digits=4, unit=""):
     """Return "mean ± standard deviation (seeds)", for the hover text of a point."""
-    return f"{mean_and_std(figure, 1, digits)} ({figure.n} seed{'s' if figure.n > 1 else ''})"
+    return f"{mean_and_std(figure, 1, digits)}{unit} ({figure.n} seed{'s' if figure.n > 1 else ''})"
 
 
 def _lines(study: study_lib.Study, without: Sequence[str]) -> dict[str, list[study_lib.Row]]:
@@ -389,7 +389,7 @@ def weightings(study: study_lib.Study) -> "Figure | None":
         means, stds = ([getattr(found[method], part) for method in shown] for part in ("mean", "std"))
         color = _color(i, len(forms))
         bars = axis.errorbar(means, places, xerr=np.nan_to_num(stds), fmt="o", ms=5, color=color, label=name)
-        svg.describe(bars.lines[0], [f"{method}, {name}: Δm {_text(found[method], 2)} %" for method in shown])
+        svg.describe(bars.lines[0], [f"{method}, {name}: Δm {_text(found[method], 2, ' %')}" for method in shown])
     axis.axvline(0, color="#9aa5b1", linewidth=0.8)
     axis.set_yticks(range(len(methods)), methods)
     axis.set_xlabel("Δm over dense single-task runs, % (higher is better)")
@@ -466,7 +466,7 @@ def _plot_tradeoff(study, axis, found, unit):
         errors = {name: np.nan_to_num(values) for name, values in errors.items()}
         color = _color(i, len(forms))
         bars = axis.errorbar(xs, ys, **errors, fmt="o", ms=5, elinewidth=0.7, color=color, label=one)
-        texts = [f"{name_of(study, row)}: Δm {_text(y, 2)} %, {x.mean:.4g} {unit}" for row, x, y in members]
+        texts = [f"{name_of(study, row)}: Δm {_text(y, 2, ' %')}, {x.mean:.4g} {unit}" for row, x, y in members]
         svg.describe(bars.lines[0], texts)
     front: list[tuple[study_lib.Row, float, float]] = []
     best = -np.inf

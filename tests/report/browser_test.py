@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from mtl_sparse.report import page as page_lib
-from mtl_sparse.report import run_page, web
+from mtl_sparse.report import plots, run_page, svg, web
 from tests.report.run_page_test import LAYERS, STEPS, TASKS, write_whole
 from tests.report.study_test import BOTH, write_run
 
@@ -173,6 +173,19 @@ def test_pointing_at_a_plot_shows_the_value(report, open_page):
         assert box["x"] >= 0 and box["x"] + box["width"] <= width
         page.locator("h1").hover()
         assert not tip.is_visible()
+
+
+def test_points_in_one_place_show_all_their_values(tmp_path, open_page):
+    figure_ = plots.new_figure(figsize=(4, 3))
+    axis = figure_.subplots()
+    for name in ("one", "two"):
+        axis.plot([0, 1], [5, 6], label=name)
+    drawn = web.plot(svg.inline(figure_, "lines", "lines"), "Lines")
+    path = tmp_path / "page.html"
+    path.write_text(web.document("Page", "", [web.Section("all", "All", drawn)]))
+    page = open_page(path)
+    page.locator(".hits circle").last.hover()
+    assert page.locator("#tip").inner_text() == "two: 6 (x 1)\none: 6 (x 1)"
 
 
 def test_without_scripts_plots_have_titles(report, open_page):
