@@ -9,7 +9,7 @@ from mtl_sparse.compaction import speed
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.models import costs, initializers, multitask, resnet
 from mtl_sparse.models.atrous import AtrousConv
-from mtl_sparse.report import schema
+from mtl_sparse.report import run_page, schema
 from tests.conftest import raises
 
 
@@ -63,6 +63,7 @@ def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
     assert schema.Timing.read(folder / "benchmark.json").to_json() == stored
     assert benchmark.is_done(config, folder)
     assert (folder / "plots" / "latency.png").stat().st_size > 5_000
+    assert "<h3>Latency</h3>" in run_page.path(folder).read_text()
     assert "| compact" in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ from mtl_sparse.compaction import exactness, explain
 from mtl_sparse.jobs import compact as compact_job
 from mtl_sparse.jobs import evaluate, export, train
 from mtl_sparse.models import costs, multitask, widths
-from mtl_sparse.report import schema, tables
+from mtl_sparse.report import run_page, schema, tables
 from mtl_sparse.sparsity import compact
 from mtl_sparse.training import checkpoints, results
 from mtl_sparse.training import config as config_lib
@@ -56,6 +56,7 @@ def test_the_compact_run_has_the_runs_test_metrics(compacted):
     assert why["head_depth/aspp3"] == "taps 1x1 of 3x3"
     assert any("gathers" in text for text in why.values()) and any("zero stay: " in text for text in why.values())
     assert (small / "plots" / "compact.png").stat().st_size > 5_000
+    assert "<h3>MACs of each layer</h3>" in run_page.path(small.parent).read_text()
     table = tables.compact_table(rows)
     assert table.splitlines()[-1].startswith("| all") and "stem_conv1" in table
 

@@ -4,7 +4,7 @@ import json
 import numpy as np
 
 from mtl_sparse.report import plots, records, tables
-from mtl_sparse.report.schema import CoupledSparsity, ModelSize, Results, Size
+from mtl_sparse.report.schema import CompactLayer, CoupledSparsity, ModelSize, Results, Size, Timing, TimingRow
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.labels import VOID
 from tests.conftest import raises
@@ -223,3 +223,39 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         plots.draw(tmp_path)
     with raises("FILE_DAMAGED", naming=str(tmp_path / "results.json")):
         files.read_json(tmp_path / "results.json")
+
+
+LAYER = {"groups": 1, "zero": 0, "groups_after": 1, "zero_after": 0, "why": ""}
+LAYERS = [
+    CompactLayer(
+        "backbone/conv1", parameters=3 * 10**6, parameters_after=10**6, macs=10**7, macs_after=10**6, **LAYER
+    ),
+    CompactLayer("backbone/conv2", parameters=10**6, parameters_after=0, macs=10**7, macs_after=0, **LAYER),
+    CompactLayer(
+        "head_depth/out", parameters=10**6, parameters_after=10**6, macs=10**6, macs_after=10**6, **LAYER
+    ),
+]  # fmt: skip
+
+
+def stacked(axis):
+    """Return label -> heights of dense and compact."""
+    return {bars.get_label(): [round(bar.get_height(), 6) for bar in bars] for bars in axis.containers}
+
+
+def test_costs_are_drawn_by_part_of_the_model():
+    other = {"parameters": 1, "p90_ms": 9.0, "speedup": 1.0, "images_per_second": 1.0, "gmacs_per_second": 1.0}
+    rows = tuple(
+        TimingRow(part=part, model=model, batch=batch, median_ms=time * batch, macs=1, memory_mib=1.0, **other)
+        for batch in (8, 2)
+        for part, model, time in (("backbone", "dense", 4 / batch), ("backbone", "compact", 1 / batch),
+                                  ("model", "dense", 7 / batch), ("model", "compact", 3 / batch))
+    )  # fmt: skip
+    timing = Timing(device="cpu", group_sparsity=0.5, rows=rows)
+    parameters, macs, time = plots.costs(results(), LAYERS, timing).axes
+    assert stacked(parameters) == {"backbone": [4, 1], "head depth": [1, 1]}
+    assert stacked(macs) == {"backbone": [20, 1], "head depth": [1, 1]}
+    assert stacked(time) == {"backbone": [2, 0.5], "heads": [1.5, 1]}, "per image at the smallest batch"
+    assert time.get_title() == "ms per image, batch 2: 2.3 times less"
+    found = dataclasses.replace(results(), size=Size(ModelSize(4 * 10**6, 2 * 10**7), ModelSize(10**6, 10**7)))
+    assert [stacked(axis) for axis in plots.costs(found).axes] == [{"model": [4, 1]}, {"model": [20, 10]}]
+    assert plots.costs(results()) is None

@@ -538,3 +538,77 @@ def test_options_without_effect_do_not_distinguish_dense_runs(folders):
     other = {"sparsity.lambda_": 1e-5, "sparsity.start_step": 0, "sparsity.penalty": "group_lasso"}
     assert other in changes
     assert [study_names.setting(row, "sparsity.start_step") for row in found.rows] == ["", "30", "0", "", ""]
+
+
+def points(axis):
+    """Return label -> points of each line with error bars in an axis."""
+    return {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in axis.containers}
+
+
+def test_gain_against_cost_by_hand(folders, tmp_path):
+    """A third row is worse and as expensive as the sparse one: no line of the front leads to it."""
+    worse = [write_run(tmp_path / f"worse{seed}", BOTH, 1e-4, seed, iou=0.2, mae=0.16) for seed in range(3)]
+    for folder in folders[1:6:2]:  # the dense row
+        results = json.loads((folder / "results.json").read_text())
+        results["size"]["compact"]["macs"] = 9 * 10**7
+        (folder / "results.json").write_text(json.dumps(results))
+    found = study.read([*folders, *worse])
+    (axis,) = study_plots.tradeoff(found).axes
+    sparse, dense, third = (found.gain(row(found, BOTH, lambda_)).mean for lambda_ in (1e-5, 0.0, 1e-4))
+    assert points(axis) == {
+        "λ 1e-05": [[30, pytest.approx(sparse)]],
+        "dense": [[90, pytest.approx(dense)]],
+        "λ 0.0001": [[30, pytest.approx(third)]],
+    }
+    (front,) = [line for line in axis.lines if line.get_label() == "Pareto front"]
+    assert sparse > dense > third and front.get_xydata().tolist() == [[30, pytest.approx(sparse)]]
+    assert [text.get_text() for text in axis.texts] == ["λ 1e-05"]
+    (axis,) = study_plots.tradeoff(study.read([*folders[:6], *worse])).axes
+    assert points(axis)["dense"] == [[90, 0]] and "the dense row" in axis.get_ylabel(), "without single-task runs"
+    assert study_plots.tradeoff(study.read(folders[:6:2])) is None, "one row"
+
+
+def test_gain_over_dense_is_drawn_with_its_interval(folders):
+    found = study.read(folders)
+    gain = study.compare_gain(row(found, BOTH, 1e-5), row(found, BOTH, 0.0))
+    (axis,) = study_plots.gains(found).axes
+    (bars,) = axis.containers
+    _, _, (interval,) = bars.lines
+    np.testing.assert_allclose(interval.get_segments()[0][:, 0], [gain.low, gain.high])
+    assert bars.lines[0].get_xydata().tolist() == [[pytest.approx(gain.mean), 0]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["λ 1e-05"]
+    assert study_plots.gains(study.read([folders[0], *folders[1:6:2]])) is None, "one seed has no interval"
+
+
+def test_milliseconds_are_those_of_the_whole_compact_model(folders):
+    other = {"parameters": 1, "p90_ms": 9.0, "images_per_second": 1.0, "gmacs_per_second": 1.0, "memory_mib": 1.0}
+    rows = [
+        {"part": part, "model": model, "batch": batch, "median_ms": time, "speedup": 2.0, "macs": 8, **other}
+        for part, model, batch, time in (
+            ("backbone", "compact", 2, 1.0),
+            ("model", "dense", 2, 8.0),
+            ("model", "compact", 2, 6.0),
+            ("model", "compact", 8, 9.0),
+        )
+    ]
+    for folder in folders[:2]:
+        (folder / "benchmark.json").write_text(json.dumps({"group_sparsity": 0.5, "rows": rows, "device": "cpu"}))
+    _, axis = study_plots.tradeoff(study.read(folders)).axes
+    assert [x for found in points(axis).values() for x, _ in found] == [3.0, 3.0], "per image of a batch of two"
+
+
+def test_few_values_far_from_the_others_are_written_above(tmp_path):
+    made = [
+        write_run(tmp_path / "seg", ("segmentation",), 0.0, 0, iou=0.4, weighting="equal"),
+        write_run(tmp_path / "depth", ("depth",), 0.0, 0, mae=0.2, weighting="equal"),
+    ]
+    names = [f"w{i:02}" for i in range(12)]
+    for i, name in enumerate(names):
+        iou = 0.04 if i == 11 else 0.4 + 0.004 * i
+        made.append(write_run(tmp_path / name, BOTH, 0.0, 0, iou=iou, mae=0.2, weighting=name))
+    (axis,) = study_plots.weightings(study.read(made)).axes
+    assert axis.get_title(loc="left") == "beyond the axis: w11, dense: -45"
+    low, high = axis.get_xlim()
+    assert -5 < low < 0 and 5 < high < 10, "the others are from 0 to 5 %"
+    (axis,) = study_plots.weightings(study.read(made[:-1])).axes
+    assert axis.get_title(loc="left") == ""
