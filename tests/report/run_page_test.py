@@ -182,6 +182,7 @@ def test_a_failure_to_draw_is_logged_once_and_ends_no_training(tmp_path, monkeyp
         raise ValueError("no such font")
 
     monkeypatch.setattr(run_page.plots, "curves", fail)
+    monkeypatch.setattr(run_page, "_SHARE", 1e9)  # however long it takes to fail
     live = run_page.Live(folder, HEADLINES, 60)
     assert [live.update(step, SPARSITY) for step in STEPS] == [False] * 3
     warnings = [record.getMessage() for record in caplog.records if "page" in record.getMessage()]
