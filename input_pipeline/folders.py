@@ -59,7 +59,7 @@ class Stored:
 
 @contextlib.contextmanager
 def damage_as_user_error(folder: pathlib.Path) -> Iterator[None]:
-    """Raise any error of a library that reads the prepared files in `folder` as UserError."""
+    """Convert any error that a library raises while it reads the prepared files in `folder` to a UserError."""
     try:
         yield
     except UserError:

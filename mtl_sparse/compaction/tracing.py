@@ -64,21 +64,21 @@ class TracedBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """What is needed of a model.
+    """The channels of a model that are needed.
 
     The residual stream before block i, or after the last block, has the index i in `points`, `head_wants`, `pinned` and
     `needs`.
 
     Attributes:
-      heads: for each head; None for a head of a kind that is not the project's.
+      heads: an entry for each head; None for a head that is not one of this project's kinds.
       stem: None if no layer reads it.
-      blocks: for each block.
+      blocks: an entry for each block.
       points: attachment points of the streams.
       streams: (start, stop) of each residual stream: its channels are the same from index start to stop - 1, except
         that it may get narrower.
-      head_wants: channels that the heads read there.
-      pinned: whether a head that is not the project's reads the stream, so that its order must stay.
-      needs: channels that any layer needs there.
+      head_wants: channels of the stream that the heads read.
+      pinned: whether a head that is not this project's reads the stream, so that the order of its channels must stay.
+      needs: channels of the stream that any layer needs.
     """
 
     heads: tuple[TracedHead | None, ...]

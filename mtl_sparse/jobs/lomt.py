@@ -198,22 +198,22 @@ def run_job(
     options: sweep.Options,
     folders: Sequence[str | pathlib.Path] = (),
 ) -> pathlib.Path:
-    """Choose attachment points, train with the heads there and, to compare, with all at the end, and report.
+    """Choose attachment points, train with the heads there and, for comparison, with all heads at the end, and report.
 
     Args:
-      config: of the multi-task model.
-      workdir: gets lomt.json, plots/attachments.png, multi_task/ (a sweep), report/ and, unless `folders` are given,
-        single_task/ (the sweep to choose from).
+      config: config of the multi-task model.
+      workdir: receives lomt.json, plots/attachments.png, multi_task/ (a sweep), report/ and, unless `folders` are
+        given, single_task/ (the sweep to choose from).
       settings: options of each trial: its seed.
       options: how the sweeps run.
-      folders: of single-task sparse runs, or of sweeps with such.
+      folders: folders of single-task sparse runs, or of sweeps with such runs.
 
     Returns:
       The path of the report.
 
     Raises:
-      UserError: options that cannot work; RUN_DIFFERS for a folder of another choice; or as `sweep.run_job` and
-        `read_choices`.
+      UserError: options that cannot work; RUN_DIFFERS if the folder holds another choice; any error of
+        `sweep.run_job` and `read_choices`.
     """
     _check(config, settings, options)
     workdir = pathlib.Path(workdir).expanduser()

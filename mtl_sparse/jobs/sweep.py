@@ -44,9 +44,9 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder.
+      name: name of the run's folder.
       settings: the options that the sweep sets, by dotted path, as JSON values.
-      config: its whole config.
+      config: the run's whole config.
     """
 
     name: str

@@ -36,16 +36,16 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def find(name: str, depth: int = 50, width: int = 64, stem: str = "deep") -> Backbone:
-    """Return the backbone of a name.
+    """Return the backbone with this name.
 
     Args:
       name: "resnet", or a key of `BACKBONES`.
-      depth: of a ResNet; other backbones have no options.
-      width: of a ResNet.
-      stem: of a ResNet.
+      depth: depth of a ResNet; other backbones have no options.
+      width: width of a ResNet.
+      stem: stem of a ResNet.
 
     Raises:
-      UserError: there is none of that name.
+      UserError: there is no backbone with this name.
     """
     if name == RESNET:
         return Backbone(functools.partial(resnet.ResNet, depth, width, stem), resnet.points(depth))

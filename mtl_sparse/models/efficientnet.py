@@ -54,11 +54,11 @@ class Place(NamedTuple):
     """Position of a block in the network, with its stride and dilation as they are computed.
 
     Attributes:
-      name: of its module.
-      stage: that it belongs to.
-      stride: of its depthwise convolution.
-      dilation: of its depthwise convolution.
-      is_residual: whether what it reads is added to what it computes.
+      name: name of the block's module.
+      stage: stage that the block belongs to.
+      stride: stride of its depthwise convolution.
+      dilation: dilation of its depthwise convolution.
+      is_residual: whether the block's input is added to its output.
     """
 
     name: str

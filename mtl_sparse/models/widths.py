@@ -31,7 +31,7 @@ class Stem:
 
     @property
     def stream(self) -> int:
-        """Width of the residual stream after it."""
+        """Width of the residual stream after the stem."""
         return self.features[-1]
 
 

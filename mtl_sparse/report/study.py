@@ -198,7 +198,7 @@ class Study:
         return None if found is row else found
 
     def weightings(self) -> dict[str, dict[str, Row]]:
-        """Return sparsity -> weighting -> row, of the rows with all tasks; {} for fewer than three weightings.
+        """Return {sparsity: {weighting: row}} for the rows with all tasks; {} for fewer than three weightings.
 
         A sparsity is named "dense" or by its options, such as "target 0.7".
         """

@@ -41,7 +41,7 @@ class Penalty(abc.ABC):
         """Return the penalized groups of a parameter tree; () for a tree without leaves.
 
         Raises:
-          ValueError: as `groups.find`; the tree lacks a parameter of `groups`.
+          ValueError: see `groups.find`; or the tree lacks a parameter of `groups`.
         """
         if not jax.tree.leaves(params):
             return ()

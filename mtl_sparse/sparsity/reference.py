@@ -25,11 +25,11 @@ def like_reference(
       adam: an optax optimizer with Adam's state, which the wrapper keeps as its own state.
       l2: strength of l2 / 2 |p|^2 in the objective: l2 * p is added to the gradient and passes through Adam's moments,
         as in PyTorch's `Adam(weight_decay=l2)`, with which the paper trains its dense baselines.
-      l2_mask: which parameters `l2` acts on; None is all.
+      l2_mask: which parameters `l2` acts on; None means all.
       penalty_in_gradient: also add lambda sqrt(number of groups) w_g / |w_g| to the gradient of this penalty's kernels,
         a group lasso's subgradient. The published penalty has the number of groups where its prox has their size.
       restart_every: steps after which Adam's moments and step count start again from zero, as by the new optimizer that
-        the reference implementation makes every epoch; None is never.
+        the reference implementation makes every epoch; None means never.
 
     Returns:
       An optax transformation that takes the extra arguments `proximal_lambda` and `proximal_step` of `proximal`.

@@ -53,14 +53,15 @@ def proximal(
       inner: any optax optimizer; its updates include the learning rate. Extra arguments of `update` are passed on to
         it, with "proximal_lambda" and "proximal_step" (steps taken before) added. To accumulate gradients, wrap
         `proximal`: `optax.MultiSteps(proximal(...), k)`.
-      learning_rate: the inner optimizer's: a number or an optax schedule. It scales the penalty as it scales the step.
+      learning_rate: learning rate of the inner optimizer: a number or an optax schedule. It scales the penalty as it
+        scales the step.
       lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
         `TargetSparsity`, which finds it while training.
       penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
-      metric: diagonal metric D; None is the Euclidean one. `metrics.AdamMetric(b1, b2, eps)` with the inner optimizer's
-        numbers for optimizers with Adam's state, or `metrics.from_state(function of the inner state)`.
+      metric: diagonal metric D; None means the Euclidean metric. `metrics.AdamMetric(b1, b2, eps)` with the inner
+        optimizer's numbers for optimizers with Adam's state, or `metrics.from_state(function of the inner state)`.
       regrowth: "annealed" takes the highest learning rate so far in the threshold of zero groups, so that the zero
-        pattern comes to rest as the learning rate falls; "free" takes the current one.
+        pattern settles as the learning rate falls; "free" takes the current one.
       projections: links after the proximal step, in order: `FreezeZeros`, `KeepStrongest`, `HoldNorm`.
 
     Returns:

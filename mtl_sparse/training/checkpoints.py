@@ -209,7 +209,7 @@ class Checkpoints:
 
         Raises:
           OSError: a save could not be written.
-          ValueError: the same, see `save`.
+          ValueError: a save could not be written, see `save`.
         """
         for manager in self._managers.values():
             manager.wait_until_finished()
