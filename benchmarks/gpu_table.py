@@ -20,17 +20,18 @@ python -m benchmarks.gpu             # continues where it stopped; --parts NAME 
 python -m benchmarks.gpu --render    # writes this page from docs/benchmarks/gpu/*.json
 ```
 
-**Does the demo train?** On 2026-11-27, with JAX 0.11.2 on an H200, it did not at first: XLA aborted when it compiled
+**Does the demo train?** On 2026-11-27, with JAX 0.11.2 on an H200, at first it did not: XLA aborted when it compiled
 the evaluation (`triton_tiling_propagation.cc: Check failed: subdim_size_accumulator == dim_size`,
 [openxla/xla issue 47381](https://github.com/openxla/xla/issues/47381)). With
 `XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` it trained: 198 of 550 steps, 61.6 % of the groups zero, validation mIoU
 0.36. The run was stopped there (log: docs/benchmarks/gpu/demo.txt). `launch.py` and these benchmarks now set this flag;
 in a notebook, call `mtl_sparse.runtime.environment.tune()` before JAX starts. The flag's cost in speed has not been
-measured; the tables below were made without it. setup.cfg excludes JAX 0.11.2, the version at hand; no other version
-was tried on a GPU.
+measured; the tables below were made without it. setup.cfg excludes JAX 0.11.2, the version that was available on that
+machine; no other version was tried on a GPU.
 
-In the table of losses, the difference grows after the first update. The likely cause, not checked in float64: Adam's
-first updates divide each gradient by its size, so rounding in small gradients changes them.
+In the table of losses, the difference grows after the first update. The likely cause, which was not checked in float64,
+is that Adam's first updates divide each gradient by its size, so that rounding in small gradients changes these
+updates.
 """
 TITLES = {
     "parity": "Are losses and outputs those of the CPU?",

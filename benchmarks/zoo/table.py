@@ -15,12 +15,13 @@ PATH = pathlib.Path(__file__).parents[2] / "docs" / "zoo.md"
 PACKAGES = "jax flax keras jax-resnet dm-haiku equinox equimo jaxnn torch torchvision torchax numpy".split()
 HEAD = """# Compaction on other packages' models
 
-`compaction.compact(fn, params, images)` on models of seven packages, without a line of code about any of them:
+`compaction.compact(fn, params, images)` on models of seven packages, without a line of code specific to any of them:
 **{equal}**.
 
-- Weights are random: kernels normal with He's variance, or up to 4.5 times as large where the images would else not
-  matter, norms' scales uniform in 0.5 .. 1.5, biases and running means normal with 0.1, running variances uniform in
-  0.5 .. 1.5. Inference mode, 10 classes, images of 32x32 to 128x128.
+- Weights are random: kernels normal with He's variance, or up to 4.5 times as large where the output would otherwise
+  not depend on the images; scales of normalization layers uniform in 0.5 .. 1.5; biases and running means normal with
+  standard deviation 0.1; running variances uniform in 0.5 .. 1.5. Inference mode, 10 classes, images of 32x32 to
+  128x128.
 - Patterns of zeros: each kernel loses a random 50 % or 70 % of its input channels, independently of the others;
   "layers": 50 %, and about 15 % of the kernels are wholly zero, fewer where the output would no longer depend on the
   image. Depthwise kernels, tables and kernels that read the image's channels are left as they are.
@@ -28,14 +29,15 @@ HEAD = """# Compaction on other packages' models
   difference between the full model's outputs for these batches. Equal means at most {f64:g} in float64 (weights, images
   and the model), or four times what moving each weight by one unit in the last place does to the full model; and in
   float32, at batches 2 and 3, at most {f32:g} or four times the difference between the full model in float32 and in
-  float64. float32 is checked at 50 % only; both are compacted anew.
+  float64. float32 is checked only at 50 %; both are compacted anew.
 - Seconds are those of `compact`, in float64, from weights as NumPy arrays.
-- Kept: the equations for which channels stay that the next weights do not read, with the number of such weights.
+- Besides failures, the last column names the equations that need channels which the next weights do not read, so that
+  these channels stay, with the number of such weights.
 
 {date}, {machine}, Python {python},
 {versions}. Hashes of the engine's files in mtl_sparse/compaction, with the number of models
 that were checked at each: {engines}. The present files have {current}; other hashes are of earlier
-states, at which these models were not checked again.
+versions; the models checked with those were not checked again.
 
 ```bash
 python3.11 -m venv .venv-zoo && .venv-zoo/bin/pip install -e '.[test]' {install}
