@@ -28,7 +28,7 @@ class Known:
 
     @classmethod
     def nothing(cls, size: int, dtype: Any) -> "Known":
-        """Return that no slice is known to be constant."""
+        """Return facts by which no slice is known to be constant."""
         return cls(np.zeros(size, bool), np.zeros(size, dtype))
 
     @property
@@ -128,7 +128,7 @@ class Facts:
 
 
 def squeezed(x: np.ndarray) -> np.ndarray:
-    """Return an array with each axis along which it is only repeated (by NumPy's broadcasting) held once."""
+    """Return an array with only one entry along each axis along which NumPy's broadcasting repeats it."""
     return x[
         tuple(slice(0, 1) if step == 0 and n > 1 else slice(None) for step, n in zip(x.strides, x.shape, strict=True))
     ]

@@ -42,14 +42,14 @@ def compact(
       fn: pure function of (params, *inputs), such as a Flax module's `apply`. What it computes must be finite.
       params: pytree of its parameters, as arrays.
       *inputs: example inputs, pytrees of arrays or of `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
-      multiple: widths are filled up to a multiple of it with channels that are not needed.
+      multiple: widths are padded to a multiple of it with channels that are not needed.
       costs: costs that decide where gathering channels pays; by default as measured on a CPU.
       unroll: whether to unroll `lax.scan`, so that channels inside it can be removed.
       also: further examples of the inputs, of other sizes. Needed where the function reads more of its parameters at
         another size than at this one; otherwise the compact function raises an error there.
       fold: whether channels that are constant are removed, and the weights after them take over their effect. Such a
-        plan serves other batch sizes, but no other function and no other size of the images. Constants are not used
-        where `also` names a size at which the function has other equations.
+        plan is valid for other batch sizes, but not for another function or another size of the images. Constants are
+        not used where `also` names a size at which the function has other equations.
 
     Returns:
       (small_fn, small_params): `small_fn(small_params, *inputs)` equals `fn(params, *inputs)` up to rounding, at other
