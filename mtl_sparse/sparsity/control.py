@@ -91,7 +91,7 @@ def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: A
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
     This limits what a start that is far too large or too small does in the first penalized steps. Once the schedule
-    has risen, the limit widens with the steps, because pruning what is left in a short run can take a larger lambda.
+    has risen, the upper limit rises with the steps, because pruning what is left in a short run can take a larger lambda.
 
     Args:
       target: as in `update`.
@@ -106,8 +106,8 @@ def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: A
     known = jnp.asarray(scale) > 0
     middle = jnp.where(known, jnp.log(jnp.where(known, scale, 1)), state.log_lambda)
     ramp_steps = target.ramp * target.total_steps
-    reach = math.log(_REACH) + target.slew * jnp.maximum(jnp.asarray(step) / ramp_steps - 1, 0)
-    log_lambda = jnp.clip(state.log_lambda, middle - reach, middle + reach)
+    risen = target.slew * jnp.maximum(jnp.asarray(step) / ramp_steps - 1, 0)
+    log_lambda = jnp.clip(state.log_lambda, middle - math.log(_REACH), middle + math.log(_REACH) + risen)
     return state._replace(log_lambda=jnp.where(_adjusts(target, step), log_lambda, state.log_lambda))
 
 

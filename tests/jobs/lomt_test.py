@@ -1,3 +1,4 @@
+import html
 import json
 import pathlib
 
@@ -122,7 +123,7 @@ def test_the_job_writes_the_choice_and_trains_with_it_and_without(singles, tmp_p
     printed = capsys.readouterr().out
     assert "--config.model.attach=layer4_2,layer3_3/conv1,layer1_0" in printed
     assert "LOMT - plain" in printed and "the backbone ends at layer4_2" in printed
-    assert "Heads at their tasks' layers" in page.read_text()
+    assert "Heads at their tasks' layers" in html.unescape(page.read_text())
 
 
 ALL = ("segmentation", "depth", "normals")

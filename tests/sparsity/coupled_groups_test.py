@@ -181,7 +181,7 @@ def test_groups_given_as_such_are_those_that_are_found_by_name():
     given = (ConvGroups("backbone/a/kernel", 2, 6, 36), ConvGroups("backbone/b/kernel", 2, 4, 5))
     target = control.TargetSparsity(0.6, 20)
     ends = [
-        run(transform.proximal_adam(1e-2, target, penalty=penalty), params, 30)
+        run(transform.proximal_adam(1e-2, target, penalty=penalty), params, 12)
         for penalty in (GroupLasso(), GroupLasso(groups=given))
     ]
     jax.tree.map(np.testing.assert_array_equal, *ends)
