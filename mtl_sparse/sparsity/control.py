@@ -90,8 +90,8 @@ def init(lambda_: float) -> ControlState:
 def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: ArrayLike) -> ControlState:
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
-    This limits what a start that is far too large or too small does in the first penalized steps. Once the schedule
-    has risen, the upper limit rises with the steps, because pruning what is left in a short run can take a larger lambda.
+    This limits what a start that is far too large or too small does in the first penalized steps. After the ramp, the
+    upper limit rises with the steps, because pruning what is left in a short run can take a larger lambda.
 
     Args:
       target: as in `update`.
