@@ -55,15 +55,17 @@ def to_file(path: pathlib.Path) -> Iterator[None]:
     if file is None or _is_stderr(path):
         yield
         return
-    with path.open("a", errors="backslashreplace") as opened:
-        file.write_to(opened)
-        try:
-            yield
-        except BaseException as error:
-            file.handle(_record(error))
-            raise
-        finally:
-            file.write_to(None)
+    opened = path.open("a", encoding="utf-8", errors="backslashreplace")
+    file.write_to(opened)
+    try:
+        yield
+    except BaseException as error:
+        file.handle(_record(error))
+        raise
+    finally:
+        file.write_to(None)
+        with contextlib.suppress(OSError):  # a full disk, again: what was not written cannot be written now
+            opened.close()
 
 
 def _record(error: BaseException) -> stdlib_logging.LogRecord:
@@ -79,20 +81,21 @@ def _record(error: BaseException) -> stdlib_logging.LogRecord:
 def _is_stderr(path: pathlib.Path) -> bool:
     try:
         return os.path.samestat(os.fstat(sys.stderr.fileno()), path.stat())
-    except (OSError, ValueError):  # no such file, or a notebook, whose stderr is no file
+    except (OSError, ValueError, AttributeError):  # no such file; a notebook, whose stderr is no file; or no stderr
         return False
 
 
 def _console() -> stdlib_logging.Handler:
     """Return the handler of stderr, and let it show the phases if it is a terminal."""
-    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+    stderr = sys.stderr  # None if it is closed
+    if stderr and stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
         from mtl_sparse.runtime.terminal import Terminal  # here, because it takes a while to import rich
 
-        terminal = Terminal(sys.stderr)
+        terminal = Terminal(stderr)
         progress.set_display(terminal)
         return terminal
     progress.set_display(None)
-    plain = stdlib_logging.StreamHandler(sys.stderr)
+    plain = stdlib_logging.StreamHandler(stderr)
     plain.setFormatter(_Lines())
     return plain
 
@@ -127,11 +130,14 @@ class _File(stdlib_logging.Handler):
         self.release()
 
     def emit(self, record: stdlib_logging.LogRecord) -> None:
-        line = f"{self.format(record)}\n"
-        if self._file:
-            self._write(self._file, line)
-        else:
-            self._kept.append(line)
+        try:
+            line = f"{self.format(record)}\n"
+            if self._file:
+                self._write(self._file, line)
+            else:
+                self._kept.append(line)
+        except Exception:  # as the handlers of the standard library do: a line of wrong arguments ends no run
+            self.handleError(record)
 
     def _write(self, file: TextIO, lines: str) -> None:
         try:

@@ -1,10 +1,11 @@
 """Log lines on a terminal, and below them a live display of what runs now."""
 
+import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -31,39 +32,55 @@ class Terminal(logging.Handler):
         self._spinner = Spinner("dots" if self.console.encoding.startswith("utf") else "line", style="cyan")
         self._phases: tuple[progress.Phase, ...] = ()
         self._live: Live | None = None
+        self._is_closed = False  # the terminal: its window was closed, and this process outlives it
         self._changing = threading.RLock()
 
     def begin(self, shown: progress.Phase) -> None:
         """Show a phase below those that are shown."""
         with self._changing:
             self._phases = (*self._phases, shown)
-            if self._live is None:
-                self._live = Live(
-                    console=self.console,
-                    get_renderable=self._drawn,
-                    refresh_per_second=_REFRESHES,
-                    transient=True,
-                    redirect_stdout=sys.stdout.isatty(),  # output that goes to a file stays as it is
-                )
-                self._live.start()
-            self._live.refresh()
+            self._draw(self._refresh)
 
     def end(self, shown: progress.Phase) -> None:
         """Remove a phase; with the last one the display disappears, and leaves the log lines."""
         with self._changing:
-            if self._live:
-                self._live.refresh()  # its last state
+            self._draw(self._refresh)  # its last state
             self._phases = tuple(phase for phase in self._phases if phase is not shown)
             if self._live and not self._phases:
-                self._live.stop()
+                self._draw(self._live.stop)
                 self._live = None
+
+    def _refresh(self) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=self.console,
+                get_renderable=self._drawn,
+                refresh_per_second=_REFRESHES,
+                transient=True,
+                redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # a file gets its output as it is
+            )
+            self._live.start()
+        self._live.refresh()
+
+    def _draw(self, draw: Callable[[], None]) -> None:
+        """Call a function that writes to the terminal; a terminal that is closed gets no more and ends no run."""
+        if self._is_closed:
+            return
+        try:
+            draw()
+        except OSError:
+            self._is_closed = True
+            if self._live:
+                with contextlib.suppress(Exception):  # it has failed already, and now restores sys.stderr
+                    self._live.stop()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a log line above the display."""
         if record.name == progress.LOG.name:
             return
         try:
-            self.console.print(_line(record, self.format(record)))
+            line = _line(record, self.format(record))
+            self._draw(lambda: self.console.print(line))
         except Exception:  # as the handlers of the standard library do
             self.handleError(record)
 

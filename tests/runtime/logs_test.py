@@ -1,5 +1,6 @@
 """Log lines and the display of phases: on a terminal, elsewhere, and in a file."""
 
+import errno
 import io
 import logging as stdlib_logging
 import re
@@ -102,6 +103,34 @@ def test_the_display_ends_with_an_error(shown):
                 and not thread.done.is_set()]  # fmt: skip
 
 
+def test_a_terminal_that_is_closed_ends_no_run(shown, monkeypatch, tmp_path):
+    """As in a shell that is left with `disown`: each write fails from then on."""
+    err = shown(True)
+    stdout = sys.stdout
+    with logs.to_file(tmp_path / "log.txt"), progress.phase("training", 10):
+        monkeypatch.setattr(err, "write", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        with progress.phase("evaluating"):
+            logging.warning("a line")
+        assert sys.stderr is err and sys.stdout is stdout, "what is printed does not pass the display any more"
+        tried = err.write.call_count
+        logging.warning("another")
+    with progress.phase("drawing"):
+        pass
+    assert err.write.call_count == tried, "nothing is tried again"
+    assert "a line" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("closed", ["stderr", "stdout"])
+def test_a_closed_stream_ends_no_run(shown, monkeypatch, tmp_path, closed):
+    """Python has None for a stream that is closed, as by `2>&-`."""
+    shown(True)
+    monkeypatch.setattr(sys, closed, None)
+    logs.show()
+    with logs.to_file(tmp_path / "log.txt"), progress.phase("training", 10):
+        logging.warning("a line")
+    assert "a line" in (tmp_path / "log.txt").read_text()
+
+
 YELLOW, RED = "\x1b[1;33m", "\x1b[1;31m"
 
 
@@ -171,6 +200,24 @@ def test_a_file_gets_the_lines_since_the_start_and_the_error(shown, tmp_path):
         "ERROR: no file [FILE_MISSING]",
         "WARNING: stopped at step 3",
     ], "appended, without tracebacks"
+
+
+def test_a_full_disk_ends_no_run_that_logs(shown, tmp_path):
+    shown(False)
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with logs.to_file(tmp_path / "log.txt"):
+        logging.warning("a line")
+        logging.warning("another")
+
+
+def test_a_line_with_wrong_arguments_ends_no_run(shown, tmp_path):
+    """A library's mistake: the standard library prints it, too, and continues."""
+    err = shown(False)
+    with logs.to_file(tmp_path / "log.txt"):
+        for handler in logs._handlers:  # pytest's own raises it
+            handler.handle(stdlib_logging.LogRecord("x", stdlib_logging.WARNING, "x.py", 1, "%d files", ("no",), None))
+        logging.warning("next")
+    assert err.getvalue().count("Logging error") == 2 and "next" in (tmp_path / "log.txt").read_text()
 
 
 def test_the_output_of_a_sweeps_run_is_not_written_twice(shown, tmp_path, monkeypatch):
