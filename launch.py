@@ -1,6 +1,7 @@
 """Run a job: python launch.py --config=configs/nyu.py --workdir=DIR [--job=train] [--config.FIELD=VALUE ...]."""
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> None:
     path, argument = cli.split_config(config_flags.get_config_filename(flags.FLAGS["config"]))
     workdir = _WORKDIR.value or cli.default_workdir(job, path, argument)
     logs.show()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale without the letters of a table ends no job
+        sys.stdout.reconfigure(errors="backslashreplace")
     with progress.phase("loading libraries"):  # here, so that --help need not wait for JAX
         from mtl_sparse.runtime import compile_cache, processes
     if _COORDINATOR.value:

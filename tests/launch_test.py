@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from mtl_sparse.runtime import environment
+from tests.report.study_test import write_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -198,6 +199,18 @@ def test_a_run_that_is_interrupted_leaves_the_terminal_as_it_was(rooms, tmp_path
     assert "WARNING: SIGINT received" in output and "stopped at step 1 of 4" in output
     assert "WARNING: stopped at step 1 of 4" in (tmp_path / "run" / "log.txt").read_text()
     assert not re.search(r"\x1b\[[\d;]*3\d", output), "no colors"
+
+
+def test_a_locale_without_unicode_gets_every_page_and_table(tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        write_run(tmp_path / name, ("depth",), 1e-5, seed, mae=0.1)
+    runs = [f"--runs={tmp_path / 'one'},{tmp_path / 'two'}", f"--workdir={tmp_path}"]
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = launch("--config=configs/nyu.py", "--job=report", *runs, env=plain)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert r"depth MAE \u2193" in done.stdout, "the arrow as ASCII"
+    for name in ("index.html", "summary.md", "summary.csv"):
+        assert "depth MAE ↓" in (tmp_path / "report" / name).read_text(encoding="utf-8")
 
 
 def test_attributes_are_named_with_commas_between(faces, tmp_path):

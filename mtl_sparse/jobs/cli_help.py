@@ -92,7 +92,7 @@ def config_help(part: str = "", values: Mapping[str, Any] | None = None) -> str:
     Raises:
       UserError: OPTION_UNKNOWN, if no option matches.
     """
-    found = options((cli.CONFIGS / "nyu.py").read_text())
+    found = options((cli.CONFIGS / "nyu.py").read_text(encoding="utf-8"))
     wanted = part.lower().removeprefix("config.")
     chosen = [option for option in found if wanted in option.path.lower()]
     chosen = chosen or [option for option in found if wanted in option.meaning.lower()]
@@ -176,7 +176,7 @@ def _configs() -> Iterator[tuple[str, str]]:
     """Yield each file of configs/ with the first sentence of its docstring."""
     for path in sorted(cli.CONFIGS.glob("*.py")):
         if path.stem != "__init__":
-            sentence = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0]
+            sentence = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
             yield f"configs/{path.name}", " ".join(sentence.split())
 
 

@@ -56,7 +56,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     formats = {"md": study_tables.to_markdown, "csv": study_tables.to_csv, "tex": study_tables.to_latex}
     for name, rows in tables.items():
         for suffix, write_as in formats.items():
-            (out / f"{name}.{suffix}").write_text(write_as(rows) + ("\n" if suffix == "md" else ""))
+            files.write_text(out / f"{name}.{suffix}", write_as(rows) + ("\n" if suffix == "md" else ""))
     drawn = study_plots.figures(study)
     study_plots.save(drawn, out / "plots")
     page = out / "index.html"

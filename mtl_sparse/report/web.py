@@ -45,7 +45,7 @@ def document(heading: str, lead: str, sections: Iterable[Section], *, refresh: i
     shown = [one for one in sections if one.body]
     body = "\n".join(f'<h2 id="{one.name}">{text(one.title)}</h2>\n{one.body}' for one in shown)
     colors = sorted(set(_VARIABLE.findall(body)))
-    return string.Template(_TEMPLATE.read_text()).substitute(
+    return string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         refresh=f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else "",
         title=f"{text(heading)} · mtl-sparse",
         heading=text(heading),
