@@ -22,9 +22,10 @@ def show() -> None:
 
     If stderr is a terminal, a live display below the lines shows the phases of `progress`. If it is not, or with
     TERM=dumb, there are lines of a time and a message only, without control codes. NO_COLOR leaves out the colors.
+    Replaces the handler of `logging.basicConfig`, if there is one; handlers of files stay.
     """
     root = stdlib_logging.getLogger()
-    for handler in (*_handlers, logging.get_absl_handler()):
+    for handler in (*_handlers, logging.get_absl_handler(), *filter(_is_basic, root.handlers)):
         root.removeHandler(handler)
     _handlers[:] = [_console(), _File()]
     for handler in _handlers:
@@ -33,6 +34,11 @@ def show() -> None:
     root.setLevel(stdlib_logging.INFO)
     logging.set_verbosity(logging.INFO)
     stdlib_logging.captureWarnings(True)
+
+
+def _is_basic(handler: stdlib_logging.Handler) -> bool:
+    """Return whether a handler is that of `logging.basicConfig`, which Orbax calls when a notebook imports it."""
+    return type(handler) is stdlib_logging.StreamHandler and handler.stream in (sys.stderr, sys.__stderr__)
 
 
 def show_warnings_only() -> None:

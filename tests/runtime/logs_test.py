@@ -176,6 +176,18 @@ def test_other_libraries_are_quiet_unless_they_warn(shown):
     assert [LINE.fullmatch(line)[1] for line in err.getvalue().splitlines()] == ["WARNING: too old"]
 
 
+def test_lines_are_shown_once_where_logging_was_set_up_before(shown, tmp_path):
+    """In a notebook, Orbax calls `logging.basicConfig` when it is imported, before `logs.show`."""
+    err = shown(False)
+    root, own = stdlib_logging.getLogger(), stdlib_logging.FileHandler(tmp_path / "own.txt")
+    root.handlers[:] = [stdlib_logging.StreamHandler(), own]  # as basicConfig makes it
+    logs.show()
+    info("once")
+    own.close()
+    assert err.getvalue().count("once") == 1 and LINE.fullmatch(err.getvalue().strip())
+    assert (tmp_path / "own.txt").read_text() == "once\n", "a handler of the user's own stays"
+
+
 def test_a_file_gets_the_lines_since_the_start_and_the_error(shown, tmp_path):
     err = shown(True)
     path = tmp_path / "log.txt"
