@@ -1,5 +1,6 @@
 """The page of one run, `report/index.html` in its folder: it grows while the run trains."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -116,31 +117,18 @@ def write(
 
 def _so_far(config: dict[str, Any], headlines: Mapping[str, Headline], sparsity: RunSparsity | None) -> Results:
     """Return what is known of a run that has not finished: no test metrics, and step 0."""
-    options = config["sparsity"]
-    unknown = RunSparsity(
-        group=float("nan"),
-        parameter=float("nan"),
-        weight=None,
-        lambda_=options["lambda_"],
-        target=options["target"],
-        penalty=options["penalty"],
-        dead_layers=(),
-        dead_blocks=(),
-        layers=(),
+    unknown = {"group": float("nan"), "parameter": float("nan"), "layers": []}
+    found = Results.from_json(  # of version 0, whose sparsity follows from the options, also from those of earlier runs
+        {
+            **dict.fromkeys(("test", "constant", "headlines", "frames", "versions"), {}),
+            "sparsity": unknown,
+            "config": config,
+            "step": 0,
+            "seed": config["seed"],
+            "device": "",
+        }
     )
-    return Results(
-        test={},
-        constant={},
-        headlines=dict(headlines),
-        sparsity=sparsity or unknown,
-        size=None,
-        step=0,
-        seed=config["seed"],
-        frames={},
-        config=config,
-        versions={},
-        device="",
-    )
+    return dataclasses.replace(found, headlines=dict(headlines), sparsity=sparsity or found.sparsity)
 
 
 def _measured(workdir: pathlib.Path) -> tuple[list[CompactLayer], Timing | None]:
@@ -225,7 +213,7 @@ def _training(results: Results, metrics: Mapping[str, records.Series]) -> str:
         more = (
             "" if len(shown) == len(results.headlines) else f" The first {len(shown)} tasks; plots/curves.png has all."
         )
-        limited = Results(**{**vars(results), "headlines": shown})
+        limited = dataclasses.replace(results, headlines=shown)
         drawn = svg.inline(plots.curves(metrics, limited), "curves", "Losses and metrics over the steps", split=True)
         parts.append(
             web.plot(drawn, "Losses and metrics", f"Below each loss, the task's main metric.{more}", wide=True)

@@ -233,6 +233,14 @@ def test_the_report_of_an_unfinished_run_is_its_page(tmp_path, capsys):
     assert "Not finished." in run_page.path(folder).read_text()
 
 
+def test_an_unfinished_run_from_before_targets_and_penalties_has_a_page(tmp_path):
+    folder = write_start(tmp_path / "demo")
+    values = files.read_json(folder / "config.json")
+    del values["sparsity"]["target"], values["sparsity"]["penalty"], values["model"]["backbone"]
+    files.write_json(folder / "config.json", values)
+    assert "Not finished." in run_page.write(folder, HEADLINES).read_text()
+
+
 def test_attributes_are_marked_where_they_are_wrong(tmp_path):
     folder = write_whole(tmp_path / "demo")
     records.write_samples(
