@@ -120,7 +120,7 @@ def _so_far(config: dict[str, Any], headlines: Mapping[str, Headline], sparsity:
     unknown = {"group": float("nan"), "parameter": float("nan"), "layers": []}
     found = Results.from_json(  # of version 0, whose sparsity follows from the options, also from those of earlier runs
         {
-            **dict.fromkeys(("test", "constant", "headlines", "frames", "versions"), {}),
+            **{name: {} for name in ("test", "constant", "headlines", "frames", "versions")},
             "sparsity": unknown,
             "config": config,
             "step": 0,
@@ -188,15 +188,17 @@ def _arrow(headline: Headline) -> str:
 
 def _results(results: Results, metrics: Mapping[str, records.Series]) -> str:
     """Return the table of each task's main metric, and that of all metrics."""
-    lines: list[tuple[str, ...]] = [
-        ("task", "metric", "test", "constant baseline", "best validation", "last validation")
-    ]
+    chosen = "validation of the best checkpoint" if results.step else "best validation"
+    lines: list[tuple[str, ...]] = [("task", "metric", "test", "constant baseline", chosen, "last validation")]
     for task, headline in results.headlines.items():
-        name, (_, values) = headline.metric, metrics.get("validation", {}).get(headline.metric, ([], np.array([])))
-        finite = np.asarray(values)[np.isfinite(values)]
+        name, empty = headline.metric, (np.array([]), np.array([]))
+        steps, values = metrics.get("validation", {}).get(name, empty)
+        rising = np.sort(values[np.isfinite(values)])
+        best = rising[-1:] if headline.higher_is_better else rising[:1]
+        if results.step:  # the metric may have been better before the sparsity was settled, or at another step
+            best = values[steps == results.step]
         cells = [f"{found[name]:.4f}" if name in found else "" for found in (results.test, results.constant)]
-        best = [finite.max() if headline.higher_is_better else finite.min(), values[-1]] if len(finite) else []
-        cells += [f"{value:.4f}" for value in best] or ["", ""]
+        cells += [f"{found[0]:.4f}" if len(found) else "" for found in (best, values[-1:])]
         lines.append((task, f"{name.split('/')[1]} {_arrow(headline)}", *cells))
     if not results.step:
         return web.table([(*line[:2], *line[4:]) for line in lines])
