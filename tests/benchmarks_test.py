@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import time
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox, targets
 from benchmarks import weighting as weighting_benchmark
+from benchmarks.zoo import table as zoo_table
 from mtl_sparse.runtime.timing import timed
 
 
@@ -233,6 +235,16 @@ def test_a_target_is_compared_with_what_was_reached(tmp_path, capsys):
         ["ResNet-18", "input", "zero groups", "70 %", "50.0 %", "-20.0"],
     ]
     assert [row["reached"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == [0.26, 0.2, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("difference", "rounding", "equal"),
+    [(1e-11, 0.0, True), (1e-9, 1e-12, False), (1e-9, 1e-9, True), (1e-3, 1.0, False), (math.inf, math.inf, False)],
+)
+def test_the_zoo_compares_with_the_models_own_rounding(difference, rounding, equal):
+    """Without a limit, a model without a signal, or one that is chaos, would be equal to anything."""
+    part = {"against signal": difference, "own rounding": rounding, "output": "float64"}
+    assert (zoo_table.problem({"patterns": {"70 %": {"float64": part}}}, "70 %") == "") == equal
 
 
 def test_a_sweep_without_a_dense_run_is_refused(tmp_path):

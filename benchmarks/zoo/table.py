@@ -12,6 +12,7 @@ import platform
 import re
 
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
+LOOSEST = 1e-4  # in float64: a model whose own rounding is larger, or not finite, cannot be compared
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "zoo.md"
 PACKAGES = "jax flax keras jax-resnet dm-haiku equinox equimo jaxnn torch torchvision torchax numpy".split()
 HEAD = """# Compaction on other packages' models
@@ -28,9 +29,9 @@ HEAD = """# Compaction on other packages' models
   image. Depthwise kernels, tables and kernels that read the image's channels are left as they are.
 - A difference is the largest of |compact - full| over two batches of 2 images, divided by the signal: the largest
   difference between the full model's outputs for these batches. Equal means at most {f64:g} in float64 (weights, images
-  and the model), or four times what moving each weight by one unit in the last place does to the full model; and in
-  float32, at batches 2 and 3, at most {f32:g} or four times the difference between the full model in float32 and in
-  float64. float32 is checked only at 50 %; both are compacted anew.
+  and the model), or four times what moving each weight by one unit in the last place does to the full model, but at
+  most {loosest:g}; and in float32, at batches 2 and 3, at most {f32:g} or four times the difference between the full
+  model in float32 and in float64. float32 is checked only at 50 %; both are compacted anew.
 - Seconds are those of `compact`, in float64, from weights as NumPy arrays.
 - Besides failures, the last column names the equations that need channels which the next weights do not read, so that
   these channels stay, with the number of such weights.
@@ -95,7 +96,7 @@ def problem(record, pattern):
         if dtype == "float32":  # as near as the full model is to itself in float64
             tolerance = max(tolerance, 4 * entry.get("float64", {}).get("rounding", 0))
         else:  # as near as it is to itself with weights that differ in the last place
-            tolerance = max(tolerance, 4 * part.get("own rounding", 0))
+            tolerance = max(tolerance, min(4 * part.get("own rounding", 0), LOOSEST))
         worst = max(part["against signal"], part.get("batch 3", 0))
         if not worst <= tolerance:
             rounding = record["patterns"].get("50 %", {}).get("float64", {}).get("rounding", 0)
@@ -188,6 +189,7 @@ def write(cases, paths):
         engines=", ".join(f"{name} ({count})" for name, count in engines.most_common()),
         f32=TOLERANCES["float32"],
         f64=TOLERANCES["float64"],
+        loosest=LOOSEST,
         date=datetime.date.today().isoformat(),
         machine=machine(),
         python=platform.python_version(),
