@@ -99,11 +99,11 @@ def write(
         results = _so_far(files.read_json(workdir / "config.json"), headlines, sparsity)
     trained = (workdir / "metrics.jsonl").exists()
     metrics = records.read_metrics(workdir) if trained else {}
-    layers, timing = _measured(workdir) if results.step else ([], None)
+    layers, timing = _measured(workdir) if _is_finished(results) else ([], None)
     sections = [
         web.Section("results", "Results", _results(results, metrics)),
         web.Section("training", "Training", _training(results, metrics)),
-        web.Section("samples", "Sample predictions", _samples(workdir) if results.step else ""),
+        web.Section("samples", "Sample predictions", _samples(workdir) if _is_finished(results) else ""),
         web.Section("costs", "Where parameters and milliseconds went", _costs(results, layers, timing)),
         web.Section("settings", "Settings", _settings(results.config)),
         web.Section("continue", "How to continue", _commands(workdir, results, progress)),
@@ -131,6 +131,11 @@ def _so_far(config: dict[str, Any], headlines: Mapping[str, Headline], sparsity:
     return dataclasses.replace(found, headlines=dict(headlines), sparsity=sparsity or found.sparsity)
 
 
+def _is_finished(results: Results) -> bool:
+    """Return whether a run has test metrics; the step of an imported run is 0, as that of an unfinished one."""
+    return bool(results.test)
+
+
 def _measured(workdir: pathlib.Path) -> tuple[list[CompactLayer], Timing | None]:
     """Return what --job=compact and --job=benchmark have written, as far as they were run."""
     compact, timed = workdir / "compact" / "compact.json", workdir / "benchmark.json"
@@ -143,7 +148,9 @@ def _lead(results: Results, progress: str) -> str:
     height, width = data["size"]
     of = f", {embedded} embedded images" if embedded else ""
     tasks = ", ".join(task.removeprefix("attribute:") for task in results.headlines)
-    status = "Not finished." if not results.step else f"Finished; best validation at step {results.step}."
+    status = "Not finished."
+    if _is_finished(results):
+        status = f"Finished; best validation at step {results.step}." if results.step else "Imported, not trained here."
     if progress:
         status = f"Training: {progress}."
     device = f" Trained on {results.device}." if results.device else ""
@@ -188,19 +195,19 @@ def _arrow(headline: Headline) -> str:
 
 def _results(results: Results, metrics: Mapping[str, records.Series]) -> str:
     """Return the table of each task's main metric, and that of all metrics."""
-    chosen = "validation of the best checkpoint" if results.step else "best validation"
+    chosen = "validation of the best checkpoint" if _is_finished(results) else "best validation"
     lines: list[tuple[str, ...]] = [("task", "metric", "test", "constant baseline", chosen, "last validation")]
     for task, headline in results.headlines.items():
         name, empty = headline.metric, (np.array([]), np.array([]))
         steps, values = metrics.get("validation", {}).get(name, empty)
         rising = np.sort(values[np.isfinite(values)])
         best = rising[-1:] if headline.higher_is_better else rising[:1]
-        if results.step:  # the metric may have been better before the sparsity was settled, or at another step
+        if _is_finished(results):  # the metric may have been better before the sparsity was settled, or at another step
             best = values[steps == results.step]
         cells = [f"{found[name]:.4f}" if name in found else "" for found in (results.test, results.constant)]
         cells += [f"{found[0]:.4f}" if len(found) else "" for found in (best, values[-1:])]
         lines.append((task, f"{name.split('/')[1]} {_arrow(headline)}", *cells))
-    if not results.step:
+    if not _is_finished(results):
         return web.table([(*line[:2], *line[4:]) for line in lines])
     every = web.table(tables.metric_rows(results))
     sentence = web.paragraph(f"{tables.run_sentence(results)}.", "note")
@@ -313,7 +320,7 @@ def _commands(workdir: pathlib.Path, results: Results, progress: str) -> str:
     """Return the commands that continue from the run, to be run where launch.py is."""
     run = f"python launch.py {shlex.quote(f'--config=configs/run.py:{workdir}')}"
     resume = ("Resume training from the last checkpoint, after an interruption.", run)
-    if not results.step:
+    if not _is_finished(results):
         note = "" if progress else web.paragraph("This run has not finished.")
         return note + web.commands([resume])
     entries = [

@@ -114,6 +114,19 @@ def test_a_finished_run_has_every_section(tmp_path):
     assert text.count("<img ") == 2 * (1 + 2 * len(TASKS)) and "http:" not in text and "https:" not in text
 
 
+def test_an_imported_run_has_every_section_but_the_training(tmp_path):
+    """Its checkpoint is of step 0."""
+    folder = write_whole(tmp_path / "demo")
+    (folder / "metrics.jsonl").unlink()
+    values = files.read_json(folder / "results.json")
+    files.write_json(folder / "results.json", {**values, "step": 0})
+    text = run_page.write(folder).read_text()
+    assert headings(text) == ["Results", "Training", "Sample predictions", "Where parameters and milliseconds went",
+                              "Settings", "How to continue"]  # fmt: skip
+    assert titles(text)[0] == "Groups per layer" and "Imported, not trained here." in text
+    assert "--job=compact" in text and "All test metrics" in text and "has not finished" not in text
+
+
 def test_the_validation_of_a_finished_run_is_that_of_its_best_checkpoint(tmp_path):
     """A metric may be better at another step, as before the sparsity was settled."""
     folder = write_whole(tmp_path / "demo")
