@@ -237,13 +237,16 @@ def _alike(a, b, free, kept=()):
 
 
 def _gains(row, tasks, seeds, base, by_metric=False):
-    """Return {seed: percent of gain}; `base` is a function (task, key of a metric, seed) -> value to compare with."""
+    """Return {seed: percent of gain}; `base` is a function (task, key of a metric, seed) -> value to compare with.
+
+    The gain over a metric that is 0, such as the IoU of a model that failed, is NaN.
+    """
     found = {}
     for seed in seeds:
         run, parts = row.runs[seed], []
         for task in tasks:
             pairs = [(run.test[f"{task}/{key}"], base(task, key, seed), up) for key, _, up in metrics(task, run)]
-            parts.append([100 * (1 if up else -1) * (value - other) / other for value, other, up in pairs])
+            parts.append([100 * (1 if up else -1) * (value - other) / (other or np.nan) for value, other, up in pairs])
         means = [value for part in parts for value in part] if by_metric else [np.mean(part) for part in parts]
         found[seed] = float(np.mean(means))
     return found

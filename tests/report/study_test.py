@@ -187,6 +187,18 @@ def test_a_sparse_row_has_a_dense_row_whatever_its_penalty_is(folders, tmp_path)
     assert found.dense(l2) is None and found.gain(l2) is None
 
 
+def test_a_metric_of_zero_leaves_the_gain_open_and_the_report_whole(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / f"{lambda_} {seed}", BOTH, lambda_, seed, iou=0.1 * bool(lambda_), mae=0.1 + seed / 100)
+        for seed in range(2)
+        for lambda_ in (0.0, 1e-5)
+    ]
+    found = study.read(runs)
+    assert np.isnan(study.compare_gain(row(found, BOTH, 1e-5), row(found, BOTH, 0.0)).mean)
+    page.write(runs, tmp_path / "out")
+    assert re.search(r"\| Δm % +\| \+nan +\| +\|", capsys.readouterr().out), "no difference and no interval"
+
+
 def test_only_common_seeds_are_paired(folders):
     fewer = study.read([folder for folder in folders if folder.name not in ("dense1", "dense2")])
     difference = study.compare(row(fewer, BOTH, 1e-5), row(fewer, BOTH, 0.0), "depth")
