@@ -35,7 +35,8 @@ class Live:
     """Writer of the page of a run that trains.
 
     A page that took longer than 2 % of the time since the one before it ended makes the next ones rarer; a failure is
-    logged once, and ends them.
+    logged once, and ends them. As a context manager: if the block raises, the last page says that the run has not
+    finished.
     """
 
     def __init__(self, workdir: pathlib.Path, headlines: Mapping[str, Headline], total_steps: int) -> None:
@@ -48,6 +49,16 @@ class Live:
         """
         self._workdir, self._headlines, self._total = workdir, dict(headlines), total_steps
         self._took, self._ended, self._failed = 0.0, time.monotonic(), False
+        self._shown: RunSparsity | None = None  # in the last page
+
+    def __enter__(self) -> "Live":
+        """Return the writer."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write the page of a run that has stopped or failed."""
+        if kind and self._shown:
+            try_write(self._workdir, self._headlines, self._shown)
 
     def update(self, step: int, sparsity: RunSparsity) -> bool:
         """Write the page after a validation, unless that takes too long; return whether it was written."""
@@ -57,6 +68,7 @@ class Live:
         text = f"step {step} of {self._total} when this page was written; it reloads by itself"
         written = try_write(self._workdir, self._headlines, sparsity, text)
         self._failed = not written
+        self._shown = sparsity if written else None
         self._ended = time.monotonic()
         self._took = self._ended - start
         return written

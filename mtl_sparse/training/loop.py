@@ -87,7 +87,7 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
     current = loader.replicate(current)
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(metric_log.reporting(run, workdir, start))
-        page = run_page.Live(workdir, results.headlines(run.tasks), run.total_steps)
+        page = stack.enter_context(run_page.Live(workdir, results.headlines(run.tasks), run.total_steps))
         batches = loader.prefetch_to_device(run.batches.train(start))
         _log_start(run, start)
         asked_to_stop = stack.enter_context(processes.stop_requests())

@@ -176,6 +176,23 @@ def test_a_run_that_trains_shows_what_is_known_and_reloads(tmp_path):
                                                  "0.15", "0.075", "0.05", "0.2", "0.1", "0.06667"]  # fmt: skip
 
 
+def test_a_run_that_stops_trains_no_more_on_its_page(tmp_path):
+    folder = write_start(tmp_path / "demo")
+    with run_page.Live(folder, HEADLINES, 60) as live:
+        live.update(30, SPARSITY)
+    assert "Training: step 30 of 60" in run_page.path(folder).read_text(), "the page of the results follows"
+    with pytest.raises(KeyboardInterrupt), run_page.Live(folder, HEADLINES, 60) as live:
+        live.update(30, SPARSITY)
+        raise KeyboardInterrupt
+    text = run_page.path(folder).read_text()
+    assert "Not finished." in text and "Training:" not in text and "http-equiv" not in text
+    assert "Groups per layer" in titles(text)
+    other = write_start(tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt), run_page.Live(other, HEADLINES, 60):
+        raise KeyboardInterrupt
+    assert not run_page.path(other).exists(), "another process than the first, or before the first validation"
+
+
 def test_pages_become_rarer_if_they_take_long(tmp_path, monkeypatch):
     """A page takes at most 2 % of the time between two of them."""
     now, written = [0.0], []

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from mtl_sparse.jobs import evaluate, train
-from mtl_sparse.report import records
+from mtl_sparse.report import records, run_page
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import Stopped, as_os_error
 from mtl_sparse.training import checkpoints, evaluation, loop, metric_log, results
@@ -138,6 +138,7 @@ def test_a_signal_saves_the_step_and_the_run_resumes(whole, rooms, tmp_path, fau
     with raises("RUN_NOT_FINISHED", naming=f"{tmp_path} is at step 5 of 6"):
         evaluate.run_job(config, tmp_path)
     assert not (tmp_path / "results.json").exists(), "which would make it count as finished"
+    assert "Not finished." in run_page.path(tmp_path).read_text(), "and no longer: training"
     train.train(config, tmp_path)
     if every == 1:
         assert_ends_as(whole, tmp_path)
