@@ -1,5 +1,6 @@
 """Plots of a study: metrics and sparsity against lambda, sparsity over the run, layers, Pareto plot, latency."""
 
+import math
 import pathlib
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ class Plot(NamedTuple):
 
 
 _WHOLE = ("model", "compact")
+_LEGEND_LINE = 0.18  # inches
 
 
 def figures(study: study_lib.Study) -> list[Plot]:
@@ -167,7 +169,7 @@ def _over_lambda(study: study_lib.Study, panels: Mapping[str, _Of]) -> "Figure |
     if not lines:
         return None
     smallest = min(_lambda(row) for rows in lines.values() for row in rows if _lambda(row) > 0)
-    figure = plots.new_figure(figsize=(4.2 * len(panels), 3.6 + 0.1 * len(lines)))
+    figure = plots.new_figure(figsize=(4.2 * len(panels), 3.5))
     for axis, (name, of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (line, rows) in enumerate(lines.items()):
             values = [(place, of(row)) for place, row in zip(_places(rows, smallest), rows, strict=True)]
@@ -187,11 +189,12 @@ def _over_lambda(study: study_lib.Study, panels: Mapping[str, _Of]) -> "Figure |
 
 
 def _legend(figure):
-    """Add one legend below all panels, with as many entries side by side as their length allows."""
+    """Add one legend below all panels, as many entries side by side as their length allows; make room for it."""
     entries: dict[str, Any] = {}
     for axis in figure.axes:
         entries |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     columns = max(1, int(figure.get_figwidth() / (0.6 + 0.075 * max(map(len, entries), default=1))))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * math.ceil(len(entries) / columns))
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
@@ -232,7 +235,7 @@ def pareto(study: study_lib.Study) -> "Figure":
     """
     tasks = study.tasks
     lines = _lines(study, ("sparsity.lambda_", "sparsity.target"))
-    figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.8 + 0.1 * len(lines)))
+    figure = plots.new_figure(figsize=(4.2 * len(tasks), 3.7))
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for i, (name, rows) in enumerate(lines.items()):
             rows = sorted((row for row in rows if task in row.tasks), key=lambda row: _zero(row).mean)
@@ -269,7 +272,7 @@ def sparsity_over_steps(study: study_lib.Study) -> "Figure | None":
     rows = [row for row in rows if all((folder / "metrics.jsonl").exists() for folder in row.folders.values())]
     if not rows:
         return None
-    figure = plots.new_figure(figsize=(5.6, 3.4 + 0.1 * len(rows)))
+    figure = plots.new_figure(figsize=(5.6, 3.3))
     axis = figure.subplots()
     for i, row in enumerate(rows):
         name = "sparsity/weight" if _is_l1(row) else "sparsity/group"

@@ -11,6 +11,7 @@ from scipy import stats
 
 from configs import nyu, sweeps
 from mtl_sparse.report import page, plots, published, study, study_names, study_plots, study_tables
+from mtl_sparse.runtime import files
 from mtl_sparse.training import folder as folder_lib
 from tests.conftest import raises
 
@@ -578,6 +579,20 @@ def test_gain_against_cost_by_hand(folders, tmp_path):
     (axis,) = study_plots.tradeoff(study.read([*folders[:6], *worse])).axes
     assert points(axis)["dense"] == [[90, 0]] and "the dense row" in axis.get_ylabel(), "without single-task runs"
     assert study_plots.tradeoff(study.read(folders[:6:2])) is None, "one row"
+
+
+def test_a_long_legend_leaves_room_for_the_plot(tmp_path):
+    """A grid over several options: one line of the legend for each row of the study."""
+    runs = []
+    for i in range(30):
+        runs.append(write_run(tmp_path / str(i), ("depth",), 1e-5, 0, group=0.5, mae=0.1))
+        values = files.read_json(runs[-1] / "results.json")
+        values["config"]["optimizer"] |= {"learning_rate": 1e-4 * (1 + i), "b1": 0.9 - 0.01 * (i % 7)}
+        values["config"]["train"]["batch_size"] = 8 + i % 5
+        files.write_json(runs[-1] / "results.json", values)
+    figure = study_plots.sparsity_over_steps(study.read(runs))
+    plots.save(figure, tmp_path / "plot.png")
+    assert figure.axes[0].get_position().height * figure.get_figheight() > 2.5, "inches"
 
 
 def test_gain_over_dense_is_drawn_with_its_interval(folders):
