@@ -108,6 +108,7 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
     shown = [("sparsity/group", "groups", _LEFT), ("sparsity/parameter", "parameters in them", "#7fb3d5")]
     if results.sparsity.penalty == "l1":
         shown.insert(0, ("sparsity/weight", "weights", "#2c3e50"))
+    shown = [one for one in shown if one[0] in metrics["validation"]]  # the first runs did not count zero weights
     for name, label, color in shown:
         steps, values = metrics["validation"][name]
         above.plot(steps, 100 * values, color=color, label=label, marker="." if len(steps) < 3 else None)

@@ -270,17 +270,21 @@ def sparsity_over_steps(study: study_lib.Study) -> "Figure | None":
     """
     rows = [row for row in study.rows if not row.is_dense]
     rows = [row for row in rows if all((folder / "metrics.jsonl").exists() for folder in row.folders.values())]
-    if not rows:
+    found = []
+    for row in rows:
+        name = "sparsity/weight" if _is_l1(row) else "sparsity/group"
+        validations = [records.read_metrics(folder)["validation"] for folder in row.folders.values()]
+        if all(name in validation for validation in validations):  # the first runs did not count zero weights
+            found.append((row, [validation[name] for validation in validations]))
+    if not found:
         return None
     figure = plots.new_figure(figsize=(5.6, 3.3))
     axis = figure.subplots()
-    for i, row in enumerate(rows):
-        name = "sparsity/weight" if _is_l1(row) else "sparsity/group"
-        series = [records.read_metrics(folder)["validation"][name] for folder in row.folders.values()]
+    for i, (row, series) in enumerate(found):
         length = min(len(steps) for steps, _ in series)
         mean = 100 * np.mean([values[:length] for _, values in series], 0)
-        axis.plot(series[0][0][:length], mean, color=_color(i, len(rows)), label=name_of(study, row))
-    axis.set(xlabel="step", ylabel=_zero_label(rows), ylim=(-2, 102))
+        axis.plot(series[0][0][:length], mean, color=_color(i, len(found)), label=name_of(study, row))
+    axis.set(xlabel="step", ylabel=_zero_label([row for row, _ in found]), ylim=(-2, 102))
     _legend(figure)
     return plots.plain(figure)
 

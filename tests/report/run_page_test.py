@@ -10,7 +10,7 @@ import pytest
 
 from configs import nyu
 from mtl_sparse.jobs import report
-from mtl_sparse.report import records, run_page, web
+from mtl_sparse.report import records, run_page, study, study_plots, web
 from mtl_sparse.report.schema import Headline, LayerSparsity, Results, RunSparsity
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.labels import VOID
@@ -112,6 +112,16 @@ def test_a_finished_run_has_every_section(tmp_path):
     assert "<td>segmentation</td><td>miou ↑</td>" in text and ">0.3100<" in text, "the table of the headlines"
     assert "<small>2.00 M of 8.00 M</small>" in text and "<dd>25.0 %" in text, "what compaction leaves"
     assert text.count("<img ") == 2 * (1 + 2 * len(TASKS)) and "http:" not in text and "https:" not in text
+
+
+def test_an_l1_run_from_before_zero_weights_were_counted_has_a_page_and_a_report(tmp_path):
+    folder = write_whole(tmp_path / "demo")
+    values = files.read_json(folder / "results.json")
+    values["sparsity"]["penalty"] = values["config"]["sparsity"]["penalty"] = "l1"
+    files.write_json(folder / "results.json", values)
+    assert "Sparsity over the run" in titles(run_page.write(folder).read_text())
+    found = study.read([folder])
+    assert study_plots.sparsity_over_steps(found) is None, "what it would show is not known"
 
 
 def test_an_imported_run_has_every_section_but_the_training(tmp_path):
