@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from mtl_sparse.compaction import speed
-from mtl_sparse.report import plots, run_page, tables
+from mtl_sparse.report import plots, records, run_page, tables
 from mtl_sparse.report.schema import Timing, TimingRow
 from mtl_sparse.runtime import environment, progress
 from mtl_sparse.runtime.errors import UserError
@@ -81,5 +81,6 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
     print(tables.speed_table(rows))
     (workdir / "plots").mkdir(exist_ok=True)
     print(plots.save(plots.latency(timing), workdir / "plots" / "latency.png"))
-    run_page.try_write(workdir)
+    if records.is_finished(workdir):
+        run_page.try_write(workdir)
     return [row.to_json() for row in rows]

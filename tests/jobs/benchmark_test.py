@@ -67,6 +67,16 @@ def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
     assert "| compact" in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_finished_is_timed_without_its_page(sparse_run, tmp_path, caplog):
+    config, original = sparse_run
+    folder = shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("results.json", "report"))
+    config = config.copy_and_resolve_references()
+    config.benchmark.update(batch_sizes=(1,), rounds=1)
+    benchmark.run_job(config, folder)
+    assert (folder / "benchmark.json").exists() and not run_page.path(folder).exists()
+    assert "could not be written" not in caplog.text
+
+
 def test_bad_input(sparse_run, tmp_path):
     config = sparse_run[0].copy_and_resolve_references()
     with raises("CHECKPOINT_MISSING", naming=str(tmp_path)):
