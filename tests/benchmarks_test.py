@@ -192,7 +192,7 @@ def finished_run(folder, seed, miou, mae, macs, **sparsity):
             "depth": {"metric": "depth/mae", "higher_is_better": False},
         },
         "sparsity": {
-            "group": 0.5, "parameter": 0.5, "weight": 0.5, "lambda": 1e-4, "target": 0.0, "penalty": "group_lasso",
+            "group": 0.5, "parameter": 0.6, "weight": 0.7, "lambda": 1e-4, "target": 0.0, "penalty": "group_lasso",
             "dead_layers": [], "dead_blocks": [], "layers": [],
         },
         "size": {"trained": {"parameters": 100, "macs": 1000}, "compact": {"parameters": 20, "macs": macs}},
