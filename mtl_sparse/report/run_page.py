@@ -65,7 +65,7 @@ class Live:
         start = time.monotonic()
         if self._failed or self._took > _SHARE * (start - self._ended):
             return False
-        text = f"step {step} of {self._total} when this page was written; it reloads by itself"
+        text = f"step {step} of {self._total} when this page was written; it reloads automatically"
         written = try_write(self._workdir, self._headlines, sparsity, text)
         self._failed = not written
         self._shown = sparsity if written else None
@@ -310,7 +310,7 @@ def _costs(results: Results, layers: list[CompactLayer], timing: Timing | None) 
 
 def _settings(config: Mapping[str, Any]) -> str:
     """Return the table of the options that differ from the defaults."""
-    # By its path: a script that trains may have a package `configs` of its own.
+    # By its path: the script that trains may have another package named `configs`.
     default = records.flat(json.loads(runpy.run_path(str(_DEFAULTS))["get_config"]().to_json()))
     ours = records.flat(config)
     names = [name for name in ours | default if ours.get(name, "") != default.get(name, "")]
