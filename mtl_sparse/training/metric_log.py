@@ -1,6 +1,8 @@
 """Metrics of a run during training: metrics.jsonl, TensorBoard events, and the progress."""
 
+import collections
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -8,6 +10,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any, Protocol
 
 from mtl_sparse.runtime import files, processes, progress
@@ -20,7 +23,8 @@ class MetricLog:
     """Writer of `metrics.jsonl`, one object a line: {"step", "split", name: value, ...}.
 
     The same scalars are written to event files for TensorBoard: by clu if TensorFlow is installed, which clu's writer
-    needs, and otherwise by `_EventFile`.
+    needs, and otherwise by `_EventFile`. Another thread writes them, as importing TensorFlow takes seconds in which
+    the first steps can run.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
@@ -39,7 +43,9 @@ class MetricLog:
         if kept != lines:
             files.write_text(self._path, "".join(kept))
         self._file = self._path.open("a")
-        self._events = _event_writer(workdir)
+        self._thread = futures.ThreadPoolExecutor(1, "events")
+        self._events = functools.cache(lambda: _event_writer(workdir))
+        self._pending: collections.deque[futures.Future[None]] = collections.deque()
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Append a line, and wait until it is on the disk.
@@ -52,12 +58,18 @@ class MetricLog:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # before the checkpoint that marks this step as done
-        self._events.write_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+        scalars = {f"{split}/{name}": value for name, value in values.items()}
+        self._pending.append(self._thread.submit(lambda: self._events().write_scalars(step, scalars)))
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()  # raises the error of a write
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, after all is written."""
         self._file.close()
-        self._events.close()
+        self._pending.append(self._thread.submit(lambda: self._events().close()))
+        self._thread.shutdown()
+        while self._pending:
+            self._pending.popleft().result()
 
 
 class _Events(Protocol):

@@ -1,6 +1,7 @@
 """The event files of a run are TensorBoard's, with TensorFlow and without."""
 
 import importlib.util
+import time
 
 import pytest
 from tensorboard.backend.event_processing import event_file_loader
@@ -31,11 +32,27 @@ def test_scalars_are_read_back_from_event_files(tmp_path, monkeypatch, tensorflo
     log = metric_log.MetricLog(tmp_path, start_step=0)
     log.write(1, "train", {"loss": 2.5, "depth/loss": 0.5})
     log.write(2, "train", {"loss": float("inf")})
-    if not tensorflow:
-        assert len(read(tmp_path)) == 3, "TensorBoard sees each line of a running run"
+    for _ in range(0 if tensorflow else 100):
+        if len(read(tmp_path)) == 3:
+            break
+        time.sleep(0.05)
+    else:
+        assert tensorflow, "TensorBoard sees each line of a running run"
     log.close()
     again = metric_log.MetricLog(tmp_path, start_step=2)
     again.write(2**40, "validation", {"score": -1})
     again.close()
     expected = {(1, "train/loss"): 2.5, (1, "train/depth/loss"): 0.5, (2, "train/loss"): float("inf")}
     assert read(tmp_path) == {**expected, (2**40, "validation/score"): -1}
+
+
+def test_an_error_of_the_event_file_is_raised(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metric_log, "_event_writer", full)
+    log = metric_log.MetricLog(tmp_path, start_step=0)
+    with pytest.raises(OSError, match="No space left"):
+        log.write(1, "train", {"loss": 2.5})
+        log.close()
+    assert '"loss": 2.5' in (tmp_path / "metrics.jsonl").read_text()
