@@ -5,7 +5,7 @@
 
 `NAME:demo` is the same list at a size for two cores: embedded data, small models, two or three seeds, and penalties
 that act in short runs. `evidence:cpu`, `groups:cpu` and `baselines:cpu` are on NYU-v2 at a size for two cores
-(configs/nyu_cpu.py).
+(configs/nyu_cpu.py), and so is `pretrained` (configs/nyu_lite.py).
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import celebamask_hq, demo, demo_faces, nyu, nyu_cpu
+from configs import celebamask_hq, demo, demo_faces, nyu, nyu_cpu, nyu_lite
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.tasks.weighting import NAMES as WEIGHTINGS
 
@@ -188,6 +188,31 @@ def baselines(small: bool) -> list[Options]:
     return [row | {"seed": seed} for seed in range(3) for row in rows]
 
 
+def pretrained(small: bool) -> list[Options]:
+    """Return ways to leave a quarter of the multiply-accumulates of a backbone that starts from ImageNet weights.
+
+    First the dense model, group lasso weighted by size and by MACs, and pruning at once by norm and by Taylor
+    importance, each with input and with coupled groups; then the dense model with fixed norms, half and a tenth of the
+    MACs, and dense single-task runs. Three seeds, which vary slowest in each part.
+    """
+    del small
+    base: Options = {"sparsity.target": 0.0}
+    dense = base | {"sparsity.lambda_": 0.0}
+    by_macs: Options = {"sparsity.group_weights": "macs"}
+    ways: list[Options] = [{}, by_macs, {"sparsity.prune": "norm"}, {"sparsity.prune": "taylor"}]
+    quarter = [
+        base | {"sparsity.target_macs": 0.25, "sparsity.groups": kind} | way
+        for kind in ("input", "coupled")
+        for way in ways
+    ]
+    more: list[Options] = [
+        base | {"sparsity.lambda_": NORMS_HELD},
+        *[base | {"sparsity.target_macs": macs} | by_macs for macs in (0.5, 0.1)],
+        *[dense | {"tasks": tasks} for tasks in TABLE1[:3]],
+    ]
+    return [row | {"seed": seed} for rows in ([dense, *quarter], more) for seed in range(3) for row in rows]
+
+
 def targets(small: bool) -> list[Options]:
     """Return each kind of target on three backbones, with input and with coupled groups: is it reached?
 
@@ -238,6 +263,21 @@ def short_demo() -> ml_collections.ConfigDict:
     return config
 
 
+def lite() -> ml_collections.ConfigDict:
+    """Return the base config of `pretrained`: NYU-v2 at 96x128 in six epochs; give it `model.init_from`."""
+    config = nyu_lite.get_config()
+    config.train.epochs = 6
+    config.benchmark.batch_sizes = (1, 8)
+    return config
+
+
+def small_lite() -> ml_collections.ConfigDict:
+    """Return the base config of the demo of `pretrained`, which starts from random weights."""
+    config = short_demo()
+    config.model.backbone = "efficientnet_lite0"
+    return config
+
+
 def four_tasks() -> ml_collections.ConfigDict:
     """Return the base config of `lomt`, with edges as the fourth task."""
     config = nyu.get_config()
@@ -269,6 +309,7 @@ SWEEPS = {
     "groups": (groups, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
     "weighting": (weighting, NYU),
     "baselines": (baselines, {"": nyu.get_config, ":demo": short_demo, ":cpu": nyu_cpu.get_config}),
+    "pretrained": (pretrained, {"": lite, ":demo": small_lite}),
     "targets": (targets, {"": nyu.get_config, ":demo": short_demo}),
     "evidence": (evidence, NYU | {":cpu": nyu_cpu.get_config}),
 }

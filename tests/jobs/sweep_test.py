@@ -419,6 +419,7 @@ COUNTS = {
     "groups": 5,
     "weighting": 2 * 19 + 3,
     "baselines": 8 + 3,
+    "pretrained": 9 + 6,
     "targets": 3 * 3 * 2,
 }
 
@@ -433,6 +434,7 @@ def test_named_sweeps_hold_valid_runs(name):
             "weighting": {"": 3},
             "baselines": {"": 3, ":demo": 3, ":cpu": 3},
             "groups": {"": 3, ":demo": 3, ":cpu": 3},
+            "pretrained": {"": 3, ":demo": 3},
             "targets": {"": 1, ":demo": 1},
         }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
