@@ -31,7 +31,7 @@ def start(**settings) -> list[float]:
 
 def table(**settings) -> str:
     """Time a start with an empty cache, then a second start, and return a Markdown table."""
-    lines = [("start", "state s", "first step s", "second step s", "the first waits s")]
+    lines = [("start", "state s", "first step s", "second step s", "wait s")]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder

@@ -31,10 +31,10 @@ HEAD = """# Compaction on other packages' models
   difference between the full model's outputs for these batches. Equal means at most {f64:g} in float64 (weights, images
   and the model), or four times what moving each weight by one unit in the last place does to the full model, but at
   most {loosest:g}; and in float32, at batches 2 and 3, at most {f32:g} or four times the difference between the full
-  model in float32 and in float64. float32 is checked only at 50 %; both are compacted anew.
+  model in float32 and in float64. float32 is checked only at 50 %; each precision has its own compaction.
 - Seconds are those of `compact`, in float64, from weights as NumPy arrays.
-- Besides failures, the last column names the equations that need channels which the next weights do not read, so that
-  these channels stay, with the number of such weights.
+- Besides failures, the last column names the equations that keep channels which the next weights do not read, with
+  the number of such weights.
 
 {date}, {machine}, Python {python},
 {versions}. Hashes of the engine's files in mtl_sparse/compaction, with the number of models
