@@ -43,7 +43,7 @@ def compare(fraction: float, size: int, batches: tuple[int, ...], rounds: int):
     """Compact by both and time the backbones.
 
     Args:
-      fraction: of groups that are zero.
+      fraction: fraction of groups that are zero.
       size: side of the images in pixels.
       batches: images in a call, each timed.
       rounds: timed calls of each.

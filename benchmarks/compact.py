@@ -30,9 +30,9 @@ def with_zeros(variables, fraction: float, seed: int = 0):
     """Return the variables with random zero groups in every backbone kernel except the one that reads the image.
 
     Args:
-      variables: of a `MultiTaskModel`.
+      variables: variables of a `MultiTaskModel`.
       fraction: probability that a group is set to zero.
-      seed: of the random choice.
+      seed: seed of the random choice.
     """
     rng = np.random.default_rng(seed)
     params = traverse_util.flatten_dict(variables["params"], sep="/")
@@ -47,7 +47,7 @@ def zero_model(fraction: float, **options):
 
     Args:
       fraction: probability that a group is set to zero.
-      **options: of `MultiTaskModel`, such as depth=50.
+      **options: options of `MultiTaskModel`, such as depth=50.
     """
     model = multitask.MultiTaskModel((("depth", "deeplab", 1),), **{"head_features": 16, **options})
     init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
@@ -62,7 +62,7 @@ def patterns(size: int, batch: int, rounds: int, fractions=_FRACTIONS, depth: in
       batch: images in a call.
       rounds: timed calls of each model.
       fractions: fractions of groups to set to zero.
-      depth: of the ResNet.
+      depth: depth of the ResNet.
       width: channels of its first stage.
 
     Returns:

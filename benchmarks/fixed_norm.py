@@ -44,7 +44,7 @@ def make_probe(run):
     """Return a function (state, initial norms or None) -> {name: value} that computes the plotted quantities.
 
     Args:
-      run: of `setup.setup`.
+      run: the result of `setup.setup`.
     """
     kernels = groups.find(state_lib.shapes(run).params["model"], run.config.sparsity.scope)
 
@@ -79,7 +79,7 @@ def measure(config) -> dict:
     """Train a run and record the plotted quantities.
 
     Args:
-      config: of the run.
+      config: the run's config.
 
     Returns:
       {"rows": records over the steps, "score": final validation score, "finite": whether it is finite, "config"}.

@@ -316,7 +316,7 @@ def run(names: list[str], sizes: Sizes, folder: pathlib.Path, seconds: float) ->
     Args:
       names: keys of `PARTS`. Those with a record in the folder are skipped.
       sizes: what they run at.
-      folder: of the records.
+      folder: folder of the records.
       seconds: start no part whose usual time does not fit.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def training_step(
       size: side of the images in pixels.
       batch: images in a step.
       penalty: whether the optimizer applies the penalty.
-      names: of the tasks.
+      names: the tasks' names.
       plain: use XLA's convolutions, no products and no sums over taps.
       loss: options of config.loss.
       **model: options of config.model.
@@ -79,7 +79,7 @@ def inference(*, size: int, batch: int, names=TASKS, plain: bool = False, **mode
     Args:
       size: side of the images in pixels.
       batch: images in a call.
-      names: of the tasks.
+      names: the tasks' names.
       plain: use XLA's convolutions, no products and no sums over taps.
       **model: options of config.model.
     """

@@ -47,7 +47,7 @@ def operators(shapes: list[tuple[int, ...]]) -> dict:
     """Return the functions to time: the copy, the pass and each operator.
 
     Args:
-      shapes: of the kernels, each [H, W, I, O]. The thresholds are such that about half of the groups become zero.
+      shapes: shapes of the kernels, each [H, W, I, O]. With the thresholds, about half of the groups become zero.
 
     Returns:
       name -> function () -> list of arrays.

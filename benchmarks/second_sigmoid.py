@@ -42,7 +42,7 @@ def accuracy(form: str, task: str, dropout, seed: int, folder: pathlib.Path) -> 
       form: a key of `FORMS`.
       task: name of the attribute task.
       dropout: rates of the head's two dropout layers.
-      seed: of the run.
+      seed: the run's seed.
       folder: the run's folder is created in it.
     """
     tasks.TASKS["attribute:"] = FORMS[form]

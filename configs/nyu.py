@@ -177,7 +177,7 @@ def get_config() -> ml_collections.ConfigDict:
         # --job=compact, and the compact models of --job=benchmark and --job=export.
         compact=create(
             # Tasks whose heads stay, such as "depth" or "depth,normals"; everything that only the other heads read is
-            # removed with them. "": all. The report at the end of a training is of all tasks.
+            # removed with them. "": all. The report at the end of a training run is of all tasks.
             tasks="",
             multiple=4,  # widths are padded to a multiple of it; on a CPU, 4 was faster than 1, the smallest model
             drop_taps=True,  # also remove kernel taps of atrous convolutions that only meet padding at data.size
@@ -201,7 +201,7 @@ def get_config() -> ml_collections.ConfigDict:
             # ends the run with an error. 0: the first such step ends it.
             skip_not_finite=0,
             sample_frames=6,  # test images on the sample grid
-            summary_rounds=10,  # timings of the dense and the compact model after a training; 0: none
+            summary_rounds=10,  # timings of the dense and the compact model after training; 0: none
         ),
     )
     return config.lock()  # an unknown option raises

@@ -43,7 +43,7 @@ class Layout:
 
     Attributes:
       name: its name in config.data.name.
-      class_names: of the segmentation.
+      class_names: names of the segmentation classes.
       files: key of a sample -> names that its folder may have.
     """
 

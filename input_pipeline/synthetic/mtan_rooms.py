@@ -1,7 +1,7 @@
 """Rendered rooms in MTAN's layouts, see `mtan`: stand-ins of NYU-v2 with 13 classes and of Cityscapes with 7.
 
-The second shows the same rooms, with the classes and the disparity of the layout: it tries a pipeline, and looks like
-no street.
+The second shows the same rooms, with the classes and the disparity of the layout: it tests a pipeline, and does not
+look like a street.
 """
 
 import pathlib

@@ -32,14 +32,14 @@ class Kernel:
     """A parameter that activations are multiplied with: a kernel of a convolution, a dense layer or an attention.
 
     Attributes:
-      path: of the parameter.
-      shape: of the parameter.
+      path: the parameter's path.
+      shape: the parameter's shape.
       inputs: channel that each entry reads, int32, of a shape that broadcasts against the parameter's.
       outputs: channel that each entry contributes to, likewise.
       macs: multiply-accumulates of one entry, for the example inputs.
       read: fraction of the entries that the function reads; less than 1 where taps of an atrous convolution meet only
         padding.
-      slots: of a grouped convolution, for each entry (its group, its input and its output among those of the group),
+      slots: for each entry of a grouped convolution (its group, its input and its output among those of the group),
         likewise; compaction removes whole groups, and the same inputs and outputs of all groups. Otherwise ().
       makers: events that make what it reads.
       readers: events that read what it makes.

@@ -20,14 +20,15 @@ class Cost:
 
     It follows the zeros of the kernels through the function: a channel is needed if a weight that is not zero leads
     from it to a needed output, and it is alive if such a weight leads to it from the inputs. A grouped convolution
-    keeps whole groups, and the same inputs and outputs of all groups. MACs are those of products with parameters; of
-    those whose weights are computed from parameters in a way that is not followed, all are left. Not included are
-    weights that compaction keeps because gathering channels costs more than computing with zeros, and what it keeps for
-    channels that became constant but not zero: an input of a kernel for their effect, or, where a padded convolution
-    reads them, that convolution. The first are few; the second is much only where whole layers are zero.
+    keeps whole groups, and the same inputs and outputs of all groups. MACs are those of products with parameters;
+    products whose weights are computed from parameters in a way that is not followed count as left whole. What
+    compaction keeps for two other reasons is not counted: weights that it keeps because gathering channels costs more
+    than computing with zeros, which are few; and what it keeps for channels that became constant but not zero (an input
+    of a kernel for their effect, or a padded convolution that reads them), which is much only where whole layers are
+    zero.
 
     Attributes:
-      channels: of the function.
+      channels: the channels of the function.
     """
 
     channels: Channels
@@ -166,7 +167,7 @@ def _kept(kernel: Kernel, weights: jax.Array, alive: jax.Array, needed: jax.Arra
 
     Args:
       kernel: the kernel.
-      weights: where it has weights that are not zero.
+      weights: mask of its weights that are not zero.
       alive: channels that depend on the inputs where it reads them.
       needed: channels that are needed where it makes them.
 

@@ -18,7 +18,7 @@ def largest_difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -
 
     Args:
       expected: {task: raw prediction} of one model.
-      actual: of the other model.
+      actual: outputs of the other model.
 
     Returns:
       The relative difference; NaN if an output has a NaN.

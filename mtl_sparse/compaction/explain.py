@@ -145,9 +145,9 @@ def compare_sentence(
     """Return a sentence with the parameters and MACs before and after compaction.
 
     Args:
-      rows: from `explain`.
-      variables: of the model before compaction.
-      small_variables: of the compact model.
+      rows: the result of `explain`.
+      variables: the model's variables before compaction.
+      small_variables: the compact model's variables.
 
     Returns:
       The sentence.

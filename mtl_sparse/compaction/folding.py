@@ -19,7 +19,7 @@ class Folds:
     """Constants that parameters can take over."""
 
     def __init__(self, graph: Graph, facts: Facts) -> None:
-        """Find the parameters that can, and mark them in the facts."""
+        """Find the parameters that can take over constants, and mark them in the facts."""
         self._graph, self._facts = graph, facts
         self._made_by = {variable: node for node in graph.nodes for variable in node.outputs}
         self._uses: dict[int, int] = {}

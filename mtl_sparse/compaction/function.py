@@ -125,7 +125,7 @@ def rewrite(fn: Function, plan: Plan, *, unroll: bool = False) -> Function:
         mode. An output that has entries of removed channels, such as new BatchNorm statistics, loses them, and has the
         order of the compact parameters.
       plan: the plan.
-      unroll: as when the plan was made.
+      unroll: the value with which the plan was made.
 
     Returns:
       Function of (what `apply_plan` returns, *inputs). It traces `fn` once for each shape of the inputs. It raises

@@ -1,4 +1,4 @@
-"""Groups of weights of any function, found in its equations."""
+"""Groups of weights of any function, found in its jaxpr."""
 
 import difflib
 import re

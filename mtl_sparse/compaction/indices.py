@@ -150,7 +150,7 @@ def embed(x: Any, have: Indices, want: Indices, shape: Sequence[int], *, total: 
       x: the derivative.
       have: what it holds.
       want: what it shall hold.
-      shape: of the dense derivative.
+      shape: the dense derivative's shape.
       total: whether an axis that shall be held once is summed over, as for a cotangent.
     """
     for axis, (mine, target, size) in enumerate(zip(have, want, shape, strict=True)):

@@ -19,9 +19,9 @@ class Costs:
     """Costs that decide whether a layer gathers its channels, in ns per pixel; docs/benchmarks.md has the measurement.
 
     Attributes:
-      mac: of a multiply-accumulate.
-      copy: of copying one channel.
-      split: of one more range.
+      mac: cost of a multiply-accumulate.
+      copy: cost of copying one channel.
+      split: cost of one more range.
     """
 
     mac: float = 0.01

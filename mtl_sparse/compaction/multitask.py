@@ -120,7 +120,7 @@ def with_tasks(
     """Return the model without the heads of other tasks and without the blocks after its last attachment point.
 
     Args:
-      model: with any backbone; compact only with a ResNet.
+      model: a model with any backbone; a compact one only with a ResNet.
       variables: {"params", "batch_stats"} of the model.
       tasks: names of the tasks whose heads remain.
 

@@ -38,7 +38,7 @@ def find(facts: Facts, extra: Extra | None = None) -> Needs:
     """Find what the outputs need.
 
     Args:
-      facts: of the graph.
+      facts: the facts of the graph.
       extra: entries that are needed in addition; all entries of the other axes where nothing else needs the variable.
 
     Returns:

@@ -30,7 +30,7 @@ def order_streams(traced: Traced, multiple: int) -> tuple[Kept, ...]:
 
     Args:
       traced: what is needed of the model.
-      multiple: widths are filled up to a multiple of it.
+      multiple: widths are padded to a multiple of it.
 
     Returns:
       For each index of the streams in `traced`, the channels that remain there.

@@ -48,7 +48,7 @@ class Origins:
         return " ".join([node.name, *(self.digest(i) for i in node.inputs)])
 
     def partial(self, node: Node, step: Step | None) -> str:
-        """Return what a sum that leaves out entries is of; "" for any other equation."""
+        """Return the terms of a sum that leaves out entries, as text; "" for any other equation."""
         if step is None or (node.name not in PRODUCTS and node.name != "reduce_sum"):
             return ""
         shapes = [self._graph.shape(i) for i in node.inputs]

@@ -298,7 +298,7 @@ def _product(graph: Graph, facts: Facts, needs: Needs, carried: Carried, reader:
 
 
 def _constant(graph: Graph, carried: Carried) -> tuple[str, ...]:
-    """Return the paths of the outputs that do not depend on the inputs any more."""
+    """Return the paths of the outputs that no longer depend on the inputs."""
     reached = [False] * len(graph.avals)
     for variable in graph.inputs:
         reached[variable] = True

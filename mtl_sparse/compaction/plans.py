@@ -22,7 +22,7 @@ class Leaf:
     """What remains of one parameter.
 
     Attributes:
-      shape: of the dense parameter.
+      shape: the dense parameter's shape.
       dtype: its name.
       keep: axis -> the entries that remain, in their new order; an axis that is absent remains whole. The entry after
         the last one is that of weights which read a constant 1.
@@ -103,12 +103,12 @@ class Plan:
     """Which entries of each parameter remain.
 
     Attributes:
-      leaves: by the parameter's path.
+      leaves: parameter path -> what remains of it.
       products: what was removed in front of each weight; () in a plan that was read from JSON.
       barriers: primitives without a rule, which keep everything that they read.
-      constant: paths of outputs that depend on no input any more.
+      constant: paths of outputs that no longer depend on any input.
       partial: the sums that leave out entries, see `origins`.
-      fingerprint: of the function, if constants are used, see `origins`; else "".
+      fingerprint: the function's fingerprint, if constants are used, see `origins`; else "".
     """
 
     leaves: Mapping[str, Leaf]
@@ -254,8 +254,8 @@ def check_fits(plan: Plan, paths: Sequence[str], shapes: Sequence[tuple[int, ...
 
     Args:
       plan: the plan.
-      paths: of the leaves.
-      shapes: of the leaves.
+      paths: the leaves' paths.
+      shapes: the leaves' shapes.
 
     Raises:
       UserError: a leaf is missing, unknown or of another shape.

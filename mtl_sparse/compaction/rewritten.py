@@ -65,7 +65,7 @@ class Rewritten:
         Args:
           variables: {"params", "batch_stats"}.
           images: normalized images, of the size that the plan was made for.
-          train: has to be False.
+          train: must be False.
           **options: further options of a `multitask.MultiTaskModel`, all of which are for training.
 
         Returns:

@@ -26,9 +26,9 @@ class Link:
 
     Attributes:
       operand: index of the operand.
-      axis: of the operand.
+      axis: the operand's axis.
       output: index of the result.
-      out_axis: of the result.
+      out_axis: the result's axis.
       to: entry i of the operand is entry to[i] of the result, -1 if it is none of them; None if it is entry i.
     """
 

@@ -96,7 +96,7 @@ def trace(model: multitask.MultiTaskModel, weights: Weights) -> Traced:
 
     Args:
       model: dense or compact already.
-      weights: of the model.
+      weights: the model's weights.
 
     Returns:
       What each part needs of the one before it.
@@ -248,7 +248,7 @@ def _trace_block(
     """Trace a residual block.
 
     Args:
-      weights: of the model.
+      weights: the model's weights.
       prefix: path of the block.
       block: its widths.
       whole: convolutions of a whole branch.

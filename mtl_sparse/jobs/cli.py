@@ -21,13 +21,13 @@ class Request:
     """What the command line asks for.
 
     Attributes:
-      config: of --config, with its overrides.
+      config: the config of --config, with its overrides.
       config_path: the config file.
       config_argument: what follows the colon in --config=FILE:ARGUMENT.
       workdir: the run's folder.
       runs: folders of --runs.
-      grid: of --grid.
-      checkpoint: of --checkpoint.
+      grid: the value of --grid.
+      checkpoint: the value of --checkpoint.
       register: Python file of --register.
       sweep: options of `sweep.Options` as given: max_parallel, shard, retry_failed, cluster, cluster_settings.
     """

@@ -86,7 +86,7 @@ def config_help(part: str = "", values: Mapping[str, Any] | None = None) -> str:
     """Return the text of --config_help: options, defaults and meanings.
 
     Args:
-      part: shows the options whose paths contain it, or, if there are none, those whose meanings do; "" is all.
+      part: part of the paths of the options to show or, if there are none, of their meanings; "" is all.
       values: path -> value in the config file of the command line.
 
     Raises:

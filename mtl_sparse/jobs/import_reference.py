@@ -17,7 +17,7 @@ from mtl_sparse.training.state import TrainState
 
 
 def run_job(config, workdir: str | pathlib.Path, checkpoint: str | pathlib.Path) -> pathlib.Path:
-    """Make a run of a reference checkpoint, which can be evaluated, compacted, timed and exported.
+    """Make a run from a reference checkpoint, which can be evaluated, compacted, timed and exported.
 
     Args:
       config: all that the checkpoint does not contain, such as the data; its one task is that of a single-task

@@ -78,8 +78,8 @@ def read_choices(config, folders: Sequence[str | pathlib.Path]) -> dict[str, Cho
     of config.sparsity are used.
 
     Args:
-      config: of the multi-task model.
-      folders: of runs and sweeps.
+      config: the multi-task model's config.
+      folders: folders of runs and sweeps.
 
     Raises:
       UserError: RUN_NOT_FINISHED; LOMT_RUNS for a task without such runs, with several rows of them, or with runs of

@@ -9,7 +9,7 @@ def run_job(config, workdir: str | pathlib.Path) -> None:
     """Prepare the data of config.data for training, also on machines that cannot prepare data.
 
     Args:
-      config: as from configs/nyu.py.
+      config: a config with the options of configs/nyu.py.
       workdir: not used.
 
     Raises:

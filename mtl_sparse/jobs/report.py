@@ -10,14 +10,14 @@ from mtl_sparse.training import results
 
 
 def run_job(config, workdir: str | pathlib.Path, folders: Sequence[str | pathlib.Path] = ()) -> None:
-    """Write the report of a run, of a sweep, or of several of both.
+    """Write the report of a run, of a sweep, or of several runs and sweeps.
 
-    Of a run that has not finished, only the page is written.
+    For a run that has not finished, only the page is written.
 
     Args:
-      config: of the run; its tasks are used if the run has not finished.
-      workdir: of the run or the sweep; gets the report.
-      folders: of runs and sweeps to report instead of `workdir`.
+      config: the run's config; its tasks are used if the run has not finished.
+      workdir: folder of the run or the sweep, where the report is written.
+      folders: folders of runs and sweeps to report instead of `workdir`.
 
     Raises:
       UserError: there is no finished run.

@@ -132,7 +132,7 @@ def parse_settings(text: str) -> dict[str, Any]:
 
 
 def make_trials(config, settings: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """Return the base config with each of the options.
+    """Return a trial for each set of options, with a copy of the base config.
 
     Args:
       config: the base.
@@ -168,7 +168,7 @@ def _key(settings: Mapping[str, Any]) -> str:
 
 
 def _name(settings: Mapping[str, Any]) -> str:
-    """Return the folder's name of a trial: "lambda_=1e-05__seed=0".
+    """Return the name of a trial's folder: "lambda_=1e-05__seed=0".
 
     File systems limit its length: the end of a long name is replaced by a hash of the whole name.
     """
@@ -357,9 +357,9 @@ def _finished(name, finished, runs) -> bool:
     """Return whether a run has finished.
 
     Args:
-      name: of the trial.
+      name: the trial's name.
       finished: the value that `run_trial` returned.
-      runs: to count it in.
+      runs: progress in which the run is counted.
 
     Raises:
       Stopped: the run was asked to stop, which does not count as a failure.
@@ -376,7 +376,7 @@ def run_trial(folder: str | pathlib.Path, register: str = "") -> bool | None:
     such as one that outlived a killed sweep, wait for it.
 
     Args:
-      folder: of the run.
+      folder: the run's folder.
       register: Python file that the process loads first.
 
     Returns:

@@ -20,11 +20,11 @@ from mtl_sparse.training.setup import Run, setup
 def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Train, evaluate the best checkpoint on the test split, and write the report.
 
-    Resumes from the latest checkpoint in `workdir` if there is one; the result is that of an uninterrupted run. Of
-    several processes, which all call it, the first one writes; `workdir` need not exist for the others, the data must.
+    Resumes from the latest checkpoint in `workdir` if there is one; the result is that of an uninterrupted run. All
+    processes of a run call it, and the first one writes; `workdir` need not exist for the others, but the data must.
 
     Args:
-      config: as from configs/nyu.py.
+      config: a config with the options of configs/nyu.py.
       workdir: the run's folder.
 
     Returns:
@@ -61,7 +61,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """Train: `train` by the name that every job has."""
+    """Train; this is `train` under the name that every job has."""
     return train(config, workdir)
 
 

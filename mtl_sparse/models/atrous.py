@@ -62,7 +62,7 @@ def conv(
     Args:
       x: features, NHWC.
       kernel: HWIO.
-      strides: of the rows and the columns.
+      strides: strides of the rows and the columns.
       padding: as `nn.Conv` passes it.
       rhs_dilation: dilation of the rows and the columns.
       **options: further arguments that `nn.Conv` passes.
@@ -112,7 +112,7 @@ def _to_kernel(x: Float[Array, "... I"], dy: Float[Array, "... O"]) -> Float[Arr
 def max_pool(x: Maps) -> Maps:
     """Return the maximum of each 3x3 window at stride 2, padding 1, of a map that is not negative.
 
-    It is a maximum over rows and one over columns. Its gradient needs no indices, which that of `nn.max_pool` writes.
+    It is a maximum over rows, then one over columns. Unlike that of `nn.max_pool`, its gradient writes no indices.
     """
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros serve as well as -inf here, and ONNX supports them
     for axis in (1, 2):

@@ -15,13 +15,13 @@ RESNET = "resnet"
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A backbone: a row of `BACKBONES`.
+    """A backbone: an entry of `BACKBONES`.
 
     Attributes:
-      module: makes the Flax module from the keywords `points` (those that the heads read, a tuple with repetitions),
-        `dtype`, `axis_name` and `bn_momentum` (for BatchNorm) and `name`. The module maps (images [B, H, W, 3], train)
-        to a tuple of features, one for each point. They have the size H/8, W/8, or a multiple of it, from which they
-        are averaged down. It builds no layers after the last of its points.
+      module: function that makes the Flax module from the keywords `points` (those that the heads read, a tuple with
+        repetitions), `dtype`, `axis_name` and `bn_momentum` (for BatchNorm) and `name`. The module maps (images [B, H,
+        W, 3], train) to a tuple of features, one for each point. They have the size H/8, W/8, or a multiple of it, and
+        are then average-pooled to that size. It builds no layers after the last of its points.
       points: names of all points where a head can read features, in the order of the network; the last is the default.
         A point that has the name of a layer, or of the module around it, is the one where LOMT attaches a head for it.
     """

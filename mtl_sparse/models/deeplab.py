@@ -26,7 +26,7 @@ class DeepLabHead(nn.Module):
       dropout: dropout rate after the ASPP projection and after the first branch.
       dtype: dtype of the computation.
       axis_name: pmap axis of the training step, which BatchNorm and dropout need.
-      bn_momentum: of every BatchNorm, see `resnet.ResNet`.
+      bn_momentum: momentum of every BatchNorm, see `resnet.ResNet`.
       widths: widths of every layer; None is dense, from `features`.
     """
 

@@ -25,7 +25,7 @@ def conv(
     Args:
       x: features, NHWC.
       kernel: HWIO.
-      strides: of the rows and the columns.
+      strides: strides of the rows and the columns.
       padding: as `nn.Conv` passes it.
       rhs_dilation: dilation of the rows and the columns.
       **options: further arguments that `nn.Conv` passes.

@@ -25,9 +25,9 @@ class Stage(NamedTuple):
     """Blocks of one width.
 
     Attributes:
-      blocks: how many; the first has the stride.
+      blocks: number of blocks; the first has the stride.
       size: height and width of the depthwise kernels.
-      stride: of the published network.
+      stride: stride in the published network.
       expansion: channels inside a block, relative to those before it.
       features: channels after each block.
     """
@@ -72,7 +72,7 @@ def places(stages: tuple[Stage, ...] = LITE0, output_stride: int = resnet.OUTPUT
     """Return the positions of a network's blocks, in order.
 
     Args:
-      stages: of the network.
+      stages: the network's stages.
       output_stride: strides beyond it become dilations of the layers after them.
     """
     found, reached, dilation = [], 2, 1  # the stem's stride
@@ -102,11 +102,11 @@ class Block(nn.Module):
     """Inverted residual: 1x1 expansion, depthwise convolution, 1x1 projection, and the sum with what it reads.
 
     Attributes:
-      place: of the block.
+      place: the block's position.
       last: the layer after which it ends, "expand" or "depthwise", where only heads read that layer; else "project".
       dtype: dtype of the computation.
       axis_name: pmap axis over which BatchNorm is synchronized while training.
-      bn_momentum: of every BatchNorm, see `EfficientNetLite`.
+      bn_momentum: momentum of every BatchNorm, see `EfficientNetLite`.
     """
 
     place: Place

@@ -43,16 +43,16 @@ class MultiTaskModel(nn.Module):
     Attributes:
       heads: (task name, head kind, outputs) of each task.
       backbone: its name, see `backbones.find`.
-      depth: of a ResNet, see `resnet.ResNet`.
-      width: of a ResNet.
-      stem: of a ResNet.
+      depth: depth of a ResNet, see `resnet.ResNet`.
+      width: width of a ResNet.
+      stem: stem of a ResNet.
       head_features: features of the pixel-level heads, see `deeplab.DeepLabHead`.
       dropout: dropout rate of the pixel-level heads.
       classifier_features: features of the classification heads, see `classifier.Classifier`.
       classifier_dropout: dropout rates of the classification heads.
       dtype: dtype of the computation; parameters, BatchNorm statistics and predictions are float32.
       axis_name: pmap axis of the training step; None outside of one.
-      bn_momentum: of every BatchNorm, see `resnet.ResNet`.
+      bn_momentum: momentum of every BatchNorm, see `resnet.ResNet`.
       attach: attachment point of each head, of the backbone's points; () attaches all to the end of the backbone.
       widths: widths of every layer of a compact model with a ResNet; None is dense, from width and head_features.
     """
@@ -122,7 +122,7 @@ class MultiTaskModel(nn.Module):
         return self.row().module(points=self.points(), **shared, name="backbone")
 
     def _fitted(self, x: Float[Array, "B h w C"], size: tuple[int, ...]) -> Float[Array, "B h w C"]:
-        """Return features averaged down to the size that the heads read."""
+        """Return features average-pooled to the size that the heads read."""
         if x.ndim != 4 or any(have < wanted for have, wanted in zip(x.shape[1:3], size, strict=True)):
             raise UserError(
                 "BACKBONE_SIZE",
@@ -132,7 +132,7 @@ class MultiTaskModel(nn.Module):
         return resnet.averaged(x, size)
 
     def row(self) -> backbones.Backbone:
-        """Return the backbone's row."""
+        """Return the backbone's entry of `BACKBONES`."""
         return backbones.find(self.backbone, self.depth, self.width, self.stem)
 
     def points(self) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def batch_norm(module: Any, train: bool, name: str, epsilon: float = BN_EPSILON)
 
 
 def averaged(x: Maps, size: tuple[int, ...]) -> Maps:
-    """Return x averaged down to the height and width `size`."""
+    """Return x average-pooled to the height and width `size`."""
     strides = tuple(round(side / wanted) for side, wanted in zip(x.shape[1:3], size, strict=True))
     if strides == (1, 1):
         return x
@@ -103,13 +103,13 @@ class Block(nn.Module):
 
     Attributes:
       widths: widths of its layers.
-      stride: of the first 3x3 convolution and the shortcut.
-      dilation: of the 3x3 convolutions.
+      stride: stride of the first 3x3 convolution and the shortcut.
+      dilation: dilation of the 3x3 convolutions.
       bottleneck: whether it is a bottleneck.
       averages: whether the shortcut's convolution reads means over 2x2 pixels instead of using a stride.
       dtype: dtype of the computation.
       axis_name: pmap axis over which BatchNorm is synchronized while training.
-      bn_momentum: of every BatchNorm, see `ResNet`.
+      bn_momentum: momentum of every BatchNorm, see `ResNet`.
     """
 
     widths: widths_lib.Block
@@ -210,7 +210,7 @@ class ResNet(nn.Module):
 
         Returns:
           Features [B, H/8, W/8, C], 32 * width channels when dense (8 * width for depths 10 and 18). With `points`, a
-          tuple of the features at each point; those before the last stride are averaged down to H/8, W/8. A compact
+          tuple of the features at each point; those before the last stride are average-pooled to H/8, W/8. A compact
           model that reads nothing of x returns [1, H/8, W/8, C].
         """
         stem, blocks = self.layers or dense(self.depth, self.width, self.points, self.stem)
@@ -260,10 +260,10 @@ class Place:
     """Position of a block in the network.
 
     Attributes:
-      name: of its module.
+      name: name of the block's module.
       stage: index of its stage.
-      stride: of its first 3x3 convolution and its shortcut.
-      dilation: of its 3x3 convolutions.
+      stride: stride of its first 3x3 convolution and its shortcut.
+      dilation: dilation of its 3x3 convolutions.
     """
 
     name: str

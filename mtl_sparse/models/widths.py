@@ -106,8 +106,8 @@ class Widths:
     """Widths of a whole model.
 
     Attributes:
-      stem: of the backbone.
-      blocks: of the backbone, up to the last that a head reads.
+      stem: the backbone's stem.
+      blocks: the backbone's blocks, up to the last that a head reads.
       heads: one for each task; None for a head of a kind that is not the project's.
       attach: attachment points of the heads, see `multitask.MultiTaskModel`.
     """

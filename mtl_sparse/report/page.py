@@ -36,7 +36,7 @@ def write(folders: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pat
     """Write the report of some runs and sweeps: index.html, summary.*, other tables and plots/.
 
     Args:
-      folders: of runs and sweeps.
+      folders: folders of runs and sweeps.
       out: folder of the report.
 
     Returns:

@@ -66,7 +66,7 @@ def curves(metrics: Mapping[str, records.Series], results: Results) -> "Figure":
 
     Args:
       metrics: split -> metric -> (steps, values), see `records.read_metrics`.
-      results: of the run; while it trains, without test metrics and with step 0.
+      results: the run's results; while it trains, without test metrics and with step 0.
     """
     tasks = results.headlines
     figure = new_figure(figsize=(4.2 * len(tasks), 6))
@@ -101,7 +101,7 @@ def sparsity_over_steps(metrics: Mapping[str, records.Series], results: Results)
 
     Args:
       metrics: split -> metric -> (steps, values), see `records.read_metrics`.
-      results: of the run; with step 0 while it trains.
+      results: the run's results; with step 0 while it trains.
     """
     figure = new_figure(figsize=(6, 4.8))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
@@ -165,7 +165,7 @@ def compact_layers(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> "Figure"
     """Plot the MACs of each conv layer before and after compaction.
 
     Args:
-      rows: of compact.json, or as `compaction.explain.explain` returns them.
+      rows: rows of compact.json, or as `compaction.explain.explain` returns them.
     """
     layers = [CompactLayer.from_json(row) if isinstance(row, Mapping) else row for row in rows]
     layers.sort(key=lambda row: layer_names.network_order(row.layer))
@@ -187,9 +187,9 @@ def costs(results: Results, layers: Sequence[CompactLayer] = (), timing: Timing 
     """Plot the parameters, the MACs and the milliseconds of the dense and the compact model, in a panel each.
 
     Args:
-      results: of the run; its sizes are shown where there are no layers.
-      layers: of compact.json, to show the parts of the model: the backbone, and each head.
-      timing: of benchmark.json; its smallest batch size is shown.
+      results: the run's results; its sizes are shown where there are no layers.
+      layers: layers of compact.json, to show the parts of the model: the backbone, and each head.
+      timing: contents of benchmark.json; its smallest batch size is shown.
 
     Returns:
       None if there are neither sizes nor timings.
@@ -373,7 +373,7 @@ def pictures(label: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.
 
     Args:
       label: classes int [H, W], vectors [H, W, 3] or positive scalars [H, W]; missing values are black.
-      prediction: of the same shape.
+      prediction: an array of the same shape.
     """
     if np.issubdtype(label.dtype, np.integer):
         return _class_images(label, prediction)

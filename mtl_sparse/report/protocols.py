@@ -46,7 +46,7 @@ class Published(NamedTuple):
       protocol: "A" or "B".
       method: the weighting, or "single tasks".
       source: where the figures are from.
-      values: of the metrics in the order of `METRICS`, in their units here; () if only a gain was taken down.
+      values: values of the metrics in the order of `METRICS`, in their units here; () if only a gain was recorded.
       gain: percent over single tasks, each metric with the same weight; None if there is none.
       over_equal: percent over equal weights, the mean over tasks of the mean over their metrics; None if there is none.
     """

@@ -93,7 +93,7 @@ def write_samples(
     Args:
       workdir: the run's folder.
       images: uint8 [N, H, W, 3].
-      names: of the images.
+      names: the images' names.
       labels: task -> labels, [N, ...].
       predictions: task -> predictions, [N, ..., channels] or, with one value per image, [N].
       classes: names of the classes, as far as they have one.

@@ -34,18 +34,18 @@ def path(workdir: pathlib.Path) -> pathlib.Path:
 class Live:
     """Writer of the page of a run that trains.
 
-    A page that took longer than 2 % of the time since the one before it ended makes the next ones rarer; a failure is
-    logged once, and ends them. As a context manager: if the block raises, the last page says that the run has not
-    finished.
+    A page is written only if writing the last one took at most 2 % of the time since then. After a failure, which is
+    logged, no more pages are written. As a context manager: if the block raises, the last page says that the run has
+    not finished.
     """
 
     def __init__(self, workdir: pathlib.Path, headlines: Mapping[str, Headline], total_steps: int) -> None:
-        """Note what the records of a run that trains do not have.
+        """Store what the records of a run that is still training do not have.
 
         Args:
           workdir: the run's folder, with its config.json.
           headlines: task -> its main metric.
-          total_steps: of the run.
+          total_steps: number of steps of the run.
         """
         self._workdir, self._headlines, self._total = workdir, dict(headlines), total_steps
         self._took, self._ended, self._failed = 0.0, time.monotonic(), False
@@ -95,8 +95,8 @@ def write(
     Args:
       workdir: the run's folder.
       headlines: task -> its main metric, for a run that has not finished.
-      sparsity: of such a run, if it is known.
-      progress: how far it is; it is then still training.
+      sparsity: sparsity of such a run, if it is known.
+      progress: text on the progress of a run that is still training; "" otherwise.
 
     Returns:
       The path of the page, which is readable offline.

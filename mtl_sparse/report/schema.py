@@ -194,8 +194,8 @@ class Results(Schema):
       test: test metrics by name, "<task>/<metric>".
       constant: the same metrics of the constant baseline.
       headlines: task -> its main metric.
-      sparsity: of the best checkpoint.
-      size: of the model; None in files of early runs.
+      sparsity: sparsity of the best checkpoint.
+      size: size of the model; None in files of early runs.
       step: step of the best checkpoint.
       stopped: task -> step after which it was no longer trained, of the tasks that had stopped by then; None if none.
       seed: seed of the run.
@@ -294,7 +294,7 @@ class Choice(Schema):
         the output of the block.
       kept: the conv layers that the task keeps, in the order of the network.
       active: conv layer -> fraction of its groups that are non-zero, for each run.
-      folders: of the runs.
+      folders: the runs' folders.
     """
 
     layer: str
@@ -309,7 +309,7 @@ class Choices(Schema):
     """lomt.json: where LOMT attaches the heads.
 
     Attributes:
-      depth: of the ResNet; of no meaning with another backbone.
+      depth: depth of the ResNet; without meaning for another backbone.
       active: a layer is active in a run if more than this fraction of its groups is non-zero.
       vote: a layer is kept if it is active in at least this fraction of the runs.
       tasks: task -> choice.

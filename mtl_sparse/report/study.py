@@ -56,7 +56,7 @@ class Row:
 
     Attributes:
       settings: options that distinguish this row from the others: dotted path -> value.
-      tasks: of its runs.
+      tasks: tasks of its runs.
       runs: seed -> results.
       folders: seed -> the run's folder.
       changes: those of `settings` that differ from the study's first row.
@@ -170,8 +170,9 @@ class Study:
     def gain(self, row: Row, *, by_metric: bool = False) -> Figure | None:
         """Return Delta_m in percent over the row's seeds: the mean relative gain over the single-task runs.
 
-        The mean over tasks of the mean over a task's metrics of s (M - S) / S, S the mean of the dense single-task runs
-        and s = -1 if lower is better (Maninis et al. 2019, arXiv 1904.08918, with one metric a task; LibMTL with all).
+        It is the mean over tasks of the mean over a task's metrics of s (M - S) / S, where S is the mean of the dense
+        single-task runs and s = -1 if lower is better (Maninis et al. 2019, arXiv 1904.08918, with one metric a task;
+        LibMTL with all).
 
         Args:
           row: the row.
@@ -255,7 +256,7 @@ def _gains(row, tasks, seeds, base, by_metric=False):
 def metrics(task: str, run: Results) -> tuple[tuple[str, str, bool], ...]:
     """Return the metrics that tables show of a task: (name in results.json, name in tables, higher is better).
 
-    Those of the data set's protocol if the run has them, and else the paper's or the task's headline.
+    They are those of the data set's protocol if the run has them, otherwise the paper's or the task's headline.
     """
     named = protocols.METRICS.get(run.config["data"]["name"], {}).get(task, ())
     if named and all(f"{task}/{metric.key}" in run.test for metric in named):
@@ -281,7 +282,7 @@ def compare(row: Row, base: Row, task: str, key: str = "") -> Difference:
 def compare_gain(row: Row, base: Row) -> Difference:
     """Return Delta_m of `row` over `base` in percent, paired over their common seeds, in the tasks of both.
 
-    As `Study.gain`, with the same seed's run of `base` in place of the single-task runs.
+    Like `Study.gain`, but with the same seed's run of `base` in place of the single-task runs.
     """
     return _difference(gains_over(row, base))
 
@@ -321,7 +322,7 @@ def read(folders: Sequence[str | pathlib.Path]) -> Study:
     """Return the study of some runs and sweeps.
 
     Args:
-      folders: of runs, or of sweeps, whose unfinished runs are left out and listed in `Study.unfinished`.
+      folders: folders of runs, or of sweeps, whose unfinished runs are left out and listed in `Study.unfinished`.
 
     Raises:
       UserError: FOLDER_NOT_A_RUN for a folder that is neither; RUN_NOT_FINISHED for an unfinished run, or if no run

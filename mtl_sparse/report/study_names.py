@@ -32,8 +32,8 @@ def name(study: study_lib.Study, row: study_lib.Row, without: Collection[str] = 
     """Return the tasks of a row unless all rows have them, its form of sparsity, and what else is unusual about it.
 
     Args:
-      study: has the row.
-      row: to be named; options that have no effect in it are left out.
+      study: the study that has the row.
+      row: the row to name; options that have no effect in it are left out.
       without: options to leave out.
       most: number of unusual options to name; the others are counted.
     """

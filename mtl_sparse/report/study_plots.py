@@ -28,9 +28,9 @@ class Plot(NamedTuple):
     """A plot of a study.
 
     Attributes:
-      title: of its section.
-      name: of its file, without the suffix.
-      figure: as drawn.
+      title: title of its section.
+      name: name of its file, without the suffix.
+      figure: the drawn figure.
       note: how to read it.
       split: whether its panels can be stacked on a narrow page.
     """
@@ -316,10 +316,10 @@ def groups_per_layer(study: study_lib.Study) -> "Figure | None":
 def predictions(study: study_lib.Study, most: int = 2) -> "Figure | None":
     """Plot the predictions of each row's first run on the same test images.
 
-    Images and labels are left out because their license may forbid to publish them; a run's sample grid has them.
+    Images and labels are left out because their license may forbid publishing them; a run's sample grid has them.
 
     Args:
-      study: of any tasks.
+      study: a study of any tasks.
       most: largest number of images.
 
     Returns:

@@ -59,7 +59,7 @@ def protocol(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return our rows on a data set of `protocols` with all its tasks, followed by the published figures.
 
     Gains are in percent, higher is better: Δm over single tasks, with the same weight for each metric or each task, and
-    the gain over the dense row with equal loss weights. The head alone for any other data set.
+    the gain over the dense row with equal loss weights. For any other data set, only the head is returned.
     """
     known = protocols.METRICS.get(study.name, {})
     columns = _columns(study)
@@ -142,8 +142,8 @@ def against_first(study: study_lib.Study, *, named: bool = False) -> Rows:
 def weightings(study: study_lib.Study) -> Rows:
     """Return Delta_m of each weighting and its rank, at each sparsity; the best of the first sparsity comes first.
 
-    The last line has Spearman's rank correlation of each sparsity with the first. The head alone without gains over
-    single-task runs, or for fewer than three weightings.
+    The last line has Spearman's rank correlation of each sparsity with the first. Without gains over single-task runs,
+    or for fewer than three weightings, only the head is returned.
     """
     gains = {
         name: {method: gain for method, row in rows.items() if (gain := study.gain(row))}
@@ -172,8 +172,8 @@ def weightings(study: study_lib.Study) -> Rows:
 def speed(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return the speed-up of the compact models over dense ones, in the runs that --job=benchmark has timed.
 
-    A line for each row and batch size: MACs of the dense backbone over those of the compact one, and the speed-up of
-    backbone and model.
+    Each line is a row at one batch size: the MACs of the dense backbone divided by those of the compact one, and the
+    speed-up of backbone and model.
     """
     keys, cells_of = _keys(study, named)
     lines = [(*keys, "batch", "backbone MAC ratio", "backbone speed-up", "model speed-up", "runs")]
@@ -198,7 +198,7 @@ def _against(
     """Return a line for each metric of each row, and one for Delta_m if there are several tasks.
 
     Args:
-      study: has the rows.
+      study: the study that has the rows.
       bases: index in `study.rows` -> the row to compare it with, or None.
       sides: names in the table of the rows and of the bases; one of them is "better" at p < 0.05.
       named: as `summary`.

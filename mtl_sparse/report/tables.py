@@ -79,8 +79,8 @@ def speed_rows(rows: Iterable[TimingRow | Mapping[str, Any]]) -> list[tuple[str,
     """Return a head and timings.
 
     Args:
-      rows: of a `Timing`, or as `compaction.speed.compare` returns them. Speed-up and MAC ratio are relative to the
-        first model of the same part and batch size.
+      rows: rows of a `Timing`, or as `compaction.speed.compare` returns them. Speed-up and MAC ratio are relative to
+        the first model of the same part and batch size.
     """
     head = ("part", "batch", "model", "median ms", "p90 ms", "speed-up", "images/s", "MACs", "MAC ratio", "GMAC/s")
     lines: list[tuple[str, ...]] = [(*head, "parameters", "memory MiB")]
@@ -115,7 +115,7 @@ def compact_rows(rows: Iterable[CompactLayer | Mapping[str, Any]]) -> list[tuple
     """Return a head, what compaction did to each layer, and a total.
 
     Args:
-      rows: of compact.json, or as `compaction.explain.explain` returns them.
+      rows: rows of compact.json, or as `compaction.explain.explain` returns them.
     """
     layers = [CompactLayer.from_json(row) if isinstance(row, Mapping) else row for row in rows]
     names = ("groups", "zero", "groups_after", "zero_after", "parameters", "parameters_after", "macs", "macs_after")

@@ -39,7 +39,7 @@ def document(heading: str, lead: str, sections: Iterable[Section], *, refresh: i
     Args:
       heading: text.
       lead: HTML below the heading.
-      sections: in their order; those without a body are left out.
+      sections: sections in their order; those without a body are left out.
       refresh: seconds after which a browser loads the page again; 0 for never.
     """
     shown = [one for one in sections if one.body]

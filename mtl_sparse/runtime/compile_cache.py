@@ -44,8 +44,8 @@ def announced(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return a compiled function that logs how long its first call took, and whether it compiled or used the cache.
 
     Args:
-      function: from `jax.jit` or `jax.pmap`.
-      name: of the function, for the log: "training step".
+      function: a result of `jax.jit` or `jax.pmap`.
+      name: name of the function in the log, such as "training step".
     """
     called = False
 

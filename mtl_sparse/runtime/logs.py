@@ -21,7 +21,7 @@ def show() -> None:
     """Show this project's log lines and all warnings; for launch.py and notebooks.
 
     If stderr is a terminal, a live display below the lines shows the phases of `progress`. If it is not, or with
-    TERM=dumb, there are lines of a time and a message only, without control codes. NO_COLOR leaves out the colors.
+    TERM=dumb, lines have only a time and a message, without control codes. NO_COLOR leaves out the colors.
     Replaces the handler of `logging.basicConfig`, if there is one; handlers of files stay.
     """
     root = stdlib_logging.getLogger()
@@ -55,7 +55,7 @@ def to_file(path: pathlib.Path) -> Iterator[None]:
     Does nothing if `show` was not called, or if stderr is that file, as in the runs of a sweep.
 
     Args:
-      path: of the file, in a folder that exists.
+      path: the file's path, in a folder that exists.
     """
     file = next((handler for handler in _handlers if isinstance(handler, _File)), None)
     if file is None or _is_stderr(path):
@@ -127,7 +127,7 @@ class _File(stdlib_logging.Handler):
         self._file: TextIO | None = None
 
     def write_to(self, file: TextIO | None) -> None:
-        """Write to an open file from now on, first the lines that were kept; None keeps them again."""
+        """Write the kept lines, then all later ones, to an open file; with None, keep later lines again."""
         self.acquire()
         self._file = file
         if file:

@@ -73,7 +73,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def in_turn(function: Callable[[], Any]) -> Any:
-    """Call `function` in one process after the other; return each process its own result.
+    """Call `function` in one process after the other; return each process's own result.
 
     Raises:
       UserError: `function` raised it in one process; it is raised with the same code in all processes.

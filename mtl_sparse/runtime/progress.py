@@ -1,4 +1,4 @@
-"""What runs now, and how far it is: shown live in a terminal, see `logs.show`."""
+"""The current activity and its progress, shown live in a terminal, see `logs.show`."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ class Phase:
       unit: name of a unit: "step".
       done: units that are done.
       rows: texts below it, by name; empty ones are left out.
-      start: when it began, by `time.monotonic`.
+      start: time when it began, by `time.monotonic`.
     """
 
     def __init__(self, name: str, total: int = 0, unit: str = "") -> None:
@@ -66,7 +66,7 @@ class Phase:
         return ", ".join(filter(None, (done, self.rate, left)))
 
     def log(self) -> None:
-        """Log how far it is, for files and where there is no terminal."""
+        """Log the progress, for files and where there is no terminal."""
         LOG.info("%s", self.numbers)
 
 
@@ -84,13 +84,13 @@ _displays: list[Display] = []  # one, or none where the output is no terminal
 
 
 def set_display(display: Display | None) -> None:
-    """Show the phases that begin from now on, or none."""
+    """Set the display of the phases that begin from now on; None shows none."""
     _displays[:] = [display] if display else []
 
 
 @contextlib.contextmanager
 def phase(name: str, total: int = 0, unit: str = "") -> Iterator[Phase]:
-    """Show in a terminal, while the block runs, what it does; nothing is shown elsewhere.
+    """Show in a terminal what the block does while it runs; nothing is shown elsewhere.
 
     Args:
       name: what the block does: "evaluating the test split".
@@ -114,7 +114,7 @@ def track(items: Collection[_Item], name: str) -> Iterator[_Item]:
     """Yield the items, and show in a terminal how many are done.
 
     Args:
-      items: to iterate over.
+      items: items to iterate over.
       name: what is done with them: "rendering rooms".
     """
     with phase(name, len(items)) as shown:

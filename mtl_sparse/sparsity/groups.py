@@ -20,7 +20,7 @@ class Groups(abc.ABC):
     """Groups of weights, in one or several parameters. Each weight of these parameters is in one group.
 
     Attributes:
-      name: for reports.
+      name: name in reports.
       paths: "/"-joined paths of the parameters.
       count: number of groups.
       sizes: number of weights in each group: one number for all, or float [count].
@@ -111,7 +111,7 @@ class CoupledGroups(Groups):
     """Groups given by their numbers, in one or several parameters: a channel's input slices over all its readers.
 
     Attributes:
-      name: for reports.
+      name: name in reports.
       paths: "/"-joined paths of the parameters.
       numbers: for each parameter, the group of each entry, int32, of a shape that broadcasts against the parameter's.
       count: number of groups.

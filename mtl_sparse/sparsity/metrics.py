@@ -80,7 +80,7 @@ class AdamMetric:
         """Return the metric of a step.
 
         Args:
-          state: of the inner optimizer, after its update.
+          state: the inner optimizer's state after its update.
           updates: unused; weight decay in them does not belong to Adam's step.
           learning_rate: unused.
 

@@ -85,7 +85,7 @@ class GroupLasso(Penalty):
       weights: c_g, "sqrt_size" (square root of the group's size n_g, as in "Less is More"), "none" (1), or "macs":
         sqrt(n_g) (q_g / q)^exponent with the cost of a weight q_g = costs_g / n_g and its mean q over all weights. It
         needs `groups` with costs.
-      exponent: of "macs": at 0 it is "sqrt_size", at 0.5 c_g is proportional to sqrt(costs_g).
+      exponent: exponent of "macs": at 0 it is "sqrt_size", at 0.5 c_g is proportional to sqrt(costs_g).
     """
 
     weights: str = "sqrt_size"
@@ -181,7 +181,7 @@ class L1(Penalty):
         return parts
 
     def factors(self, groups: Groups) -> float | np.ndarray:
-        """Return sqrt(n), which the sum of n weights of about one size has over their norm."""
+        """Return sqrt(n), the ratio of the sum of n weights of similar size to their norm."""
         return groups.sizes**0.5
 
 

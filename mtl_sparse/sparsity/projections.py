@@ -132,7 +132,7 @@ class HoldNorm:
             raise ValueError(f"unknown norm {self.norm!r}; expected one of {', '.join(NORMS)}")
 
     def paths(self, groups: Sequence[Groups], params: Any) -> list[str]:
-        """Return the paths of the kernels whose norm is held.
+        """Return the paths of the kernels whose norm is fixed.
 
         Raises:
           ValueError: with `kernels=True`, a tree of kernels alone: their biases may have been left out.
@@ -157,7 +157,7 @@ class HoldNorm:
         return [path for path in found if path.rpartition("/")[0] not in modules]
 
     def __call__(self, x: list[jax.Array], step: Step) -> list[jax.Array]:
-        """Return x at its norms; a kernel that is not held as it is."""
+        """Return x at its fixed norms; a kernel without one is returned as it is."""
         return [self._scaled(*arguments) for arguments in zip(x, step.z, step.norms, strict=True)]
 
     def _scaled(self, x: jax.Array, z: jax.Array, norm: jax.Array | None) -> jax.Array:
@@ -184,7 +184,7 @@ class ProjectionState(NamedTuple):
 
 
 def held_paths(projections: Sequence[Projection], groups: Sequence[Groups], params: Any) -> list[str]:
-    """Return the paths of the kernels that a `HoldNorm` among the projections holds."""
+    """Return the paths of the kernels whose norm a `HoldNorm` among the projections fixes."""
     holds = [projection for projection in projections if isinstance(projection, HoldNorm)]
     return holds[0].paths(groups, params) if holds else []
 
@@ -206,10 +206,10 @@ def apply(
 
     Args:
       sets: the sets of groups.
-      updates: of the optimizer.
+      updates: the optimizer's updates.
       params: the parameters before the step.
-      change: function of (groups, parameters before the step, parameters after it), both in float32 or float64 where
-        they are computed with, that returns the new parameters.
+      change: function of (groups, parameters before the step, parameters after it) that returns the new parameters;
+        those after the step are in float32, or in float64 for float64 parameters.
 
     Returns:
       The updates that bring the parameters there. Where a new parameter is 0, `param + update` is exactly 0; where it

@@ -38,7 +38,7 @@ class CoupledSparsity:
     """Groups that may span kernels.
 
     Attributes:
-      name: of the set, such as the path of the first kernel that reads the channels.
+      name: name of the set, such as the path of the first kernel that reads the channels.
       groups: number of groups (channels).
       zero_groups: how many of them are exactly zero, in all kernels.
     """

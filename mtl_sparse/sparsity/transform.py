@@ -39,7 +39,7 @@ def proximal(
     regrowth: str = "annealed",
     projections: Sequence[Projection] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """Follow each step of an optimizer by the proximal step of lambda times a sparsity penalty.
+    """Follow each step of an optimizer with the proximal step of lambda times a sparsity penalty.
 
     With z the parameters after the inner optimizer's step, the new parameters are argmin_x 1/2 |x - z|^2_D +
     learning_rate * lambda * penalty(x). After `optax.apply_updates` a pruned group is exactly zero; at `lambda_=0` the
@@ -267,12 +267,13 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
       lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
         `TargetSparsity`. With a target, the number that the search starts from; 0 takes the target's `initial`.
       penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
-      target: finds lambda while training, see `TargetSparsity`. Each kernel then keeps its strongest group. With
-        `optax.inject_hyperparams`, put "lambda_", "debias_step" and "weight_decay_mask" into its `static_args`.
+      target: target for which lambda is found while training, see `TargetSparsity`. Each kernel then keeps its
+        strongest group. With `optax.inject_hyperparams`, put "lambda_", "debias_step" and "weight_decay_mask" into its
+        `static_args`.
       metric: "adaptive" takes the proximal step in Adam's metric, "plain" the closed-form Euclidean one (eq. 5 of "Less
         is More"); "uncorrected", see `metrics.AdamMetric`.
       fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none.
-      debias_step: from this step on the zero pattern stays and the rest trains without the penalty, which removes the
+      debias_step: step from which the zero pattern stays and the rest trains without the penalty, which removes the
         shrinkage that it leaves; None is never.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.

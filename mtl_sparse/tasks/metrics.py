@@ -84,7 +84,7 @@ def normalized_depth_values(sums: Totals) -> dict[str, float]:
 
 
 def depth_scale(label: Float[Array, "H W"]) -> tuple[Scalar, Scalar]:
-    """Return what the paper's normalization takes from an image's depth.
+    """Return the two values of an image's depth that the paper's normalization uses.
 
     Args:
       label: depth in meters.

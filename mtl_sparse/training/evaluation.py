@@ -113,7 +113,7 @@ class Evaluator:
         """Prepare the evaluation; it is compiled in the first call.
 
         Args:
-          run: from `setup`.
+          run: the result of `setup`.
         """
         self._run = run
         sums = functools.partial(eval_sums, model=run.model, tasks=run.tasks)
@@ -248,7 +248,7 @@ def constant_predictions(tasks: Sequence[Task], batches: Iterable[loader.Batch])
 
     Args:
       tasks: the tasks.
-      batches: of the training split, once, with a "mask".
+      batches: batches of the training split, once, with a "mask".
 
     Returns:
       task -> prediction for every image and pixel: [C], or a scalar.
@@ -275,7 +275,7 @@ def evaluate_constant(
 
     Args:
       tasks: the tasks.
-      constants: from `constant_predictions`.
+      constants: the result of `constant_predictions`.
       batches: host arrays, with a "mask".
 
     Returns:

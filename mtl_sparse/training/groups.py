@@ -134,8 +134,8 @@ def count(config, params: Any) -> stats.Sparsity:
     """Count the zero groups of a run's model, see `stats.sparsity`.
 
     Args:
-      config: the run's.
-      params: of the model.
+      config: the run's config.
+      params: the model's parameters.
     """
     return stats.sparsity(params, config.sparsity.scope, _rules(config, params), groups=of_model(config))
 

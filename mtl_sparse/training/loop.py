@@ -77,7 +77,7 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
 
     Raises:
       UserError: a step is not finite.
-      Stopped: SIGTERM or Ctrl-C asked for it; the step is saved.
+      Stopped: after SIGTERM or Ctrl-C; the step is saved.
     """
     current, progress = _first_state(run, workdir, saved)
     start = int(current.step)

@@ -129,14 +129,14 @@ def tensorflow_available() -> bool:
 
 
 class Report:
-    """What a training reports: lines of `metrics.jsonl`, the live display of a terminal, and lines on the progress."""
+    """What a training run reports: lines of `metrics.jsonl`, the live display of a terminal, and progress lines."""
 
     def __init__(self, run: Run, log: MetricLog | None, phase: progress.Phase) -> None:
         """Report a run's training.
 
         Args:
-          run: from `setup`.
-          log: to write metrics to, None in other processes than the first.
+          run: the result of `setup`.
+          log: where metrics are written; None in processes other than the first.
           phase: the training; its total is the number of steps.
         """
         self._run, self._log, self._phase = run, log, phase
@@ -172,10 +172,10 @@ class Report:
 
 @contextlib.contextmanager
 def reporting(run: Run, workdir: pathlib.Path, start_step: int) -> Iterator[Report]:
-    """Report a training in the block; of several processes the first one writes.
+    """Report a training run while the block executes; of several processes, the first one writes.
 
     Args:
-      run: from `setup`.
+      run: the result of `setup`.
       workdir: the run's folder.
       start_step: see `MetricLog`.
 

@@ -1,4 +1,4 @@
-"""Pruning at once by importance, a baseline: dense training, then the least important groups are zeroed for good."""
+"""One-shot pruning by importance, a baseline: dense training, then the least important groups are zeroed for good."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,15 +24,15 @@ _BATCHES = 16  # of Taylor importance
 def prune(run: Run, state: TrainState) -> TrainState:
     """Zero the least important groups until the run's target is reached.
 
-    The groups of all kernels are ranked together. Importance "norm" is the Euclidean norm of a group over the mean norm
-    in its set of groups, as in DepGraph (Fang et al. 2023, arXiv 2301.12900). "taylor" is the square of the sum of
-    weight times gradient, the first-order change of the loss without the group, averaged over batches (Molchanov et al.
-    2019, arXiv 1906.10771). The limits of config.sparsity hold, and a target leaves no layer without a group that all
-    paths to a head pass.
+    The groups of all kernels are ranked together. Importance "norm" is the Euclidean norm of a group, divided by the
+    mean norm in its set of groups, as in DepGraph (Fang et al. 2023, arXiv 2301.12900). "taylor" is the square of the
+    sum of weight times gradient, the first-order change of the loss without the group, averaged over batches (Molchanov
+    et al. 2019, arXiv 1906.10771). The limits of config.sparsity hold, and a target leaves no layer without a group
+    that all paths to a head pass.
 
     Args:
-      run: with a target and sparsity.prune.
-      state: on the host or on the devices.
+      run: a run with a target and sparsity.prune.
+      state: the training state, on the host or on the devices.
 
     Returns:
       The state on the devices, with zeros.
@@ -81,7 +81,7 @@ def _gradients(run: Run, state: TrainState) -> list[Any]:
 
 
 def _scores(sets: Sequence[Groups], params: Any, gradients: Sequence[Any]) -> list[np.ndarray]:
-    """Return the importance of each group of each set: by the gradients if there are any, and else by norm."""
+    """Return the importance of each group of each set: by the gradients if there are any, otherwise by norm."""
     leaves = sparsity_groups.by_path(params)
     slopes = [sparsity_groups.by_path(one) for one in gradients]
     found = []

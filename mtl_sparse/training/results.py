@@ -54,7 +54,7 @@ class Best:
 
     @functools.cached_property
     def compact(self) -> tuple[Model, dict[str, Any]]:
-        """(model, variables) without its zero channels."""
+        """The model and its variables without the zero channels."""
         tasks = self.run.config.tasks if self.tasks is None else self.tasks
         return setup_lib.compact(self.run.config, self.run.model, self.state.variables, tasks=tasks)
 
@@ -153,9 +153,9 @@ def sparsity(config, found: Sparsity, opt_state) -> schema.RunSparsity:
     """Return the record of a run's sparsity.
 
     Args:
-      config: of the run.
+      config: the run's config.
       found: what `groups.count` returned.
-      opt_state: of the optimizer, which has lambda.
+      opt_state: the optimizer's state, which has lambda.
     """
     return schema.RunSparsity(
         group=found.group,

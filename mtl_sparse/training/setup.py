@@ -83,16 +83,16 @@ class Run:
     """Everything a training run needs, built from its config.
 
     Attributes:
-      config: as from configs/nyu.py.
+      config: a config with the options of configs/nyu.py.
       tasks: specs of config.tasks.
       data: sources of stored samples.
       batches: the same data in batches.
-      model: with BatchNorm and dropout over the training step's axis, if there are several devices.
+      model: the model; with several devices, BatchNorm and dropout act over the training step's axis.
       tx: the optimizer.
       steps_per_epoch: steps of an epoch.
       total_steps: steps of the run.
       prune_step: step after which the model is pruned at once, None for most runs, see `pruning`.
-      settled_step: from this step on a checkpoint may be the best one, see `optimizer.settled_step`.
+      settled_step: first step whose checkpoint may be the best one, see `optimizer.settled_step`.
     """
 
     config: Any
@@ -154,11 +154,11 @@ def load_model(workdir: str | pathlib.Path, config: Any) -> tuple[Model, dict[st
 def compact(
     config: Any, model: Model, variables: Any, *, tasks: Sequence[str] | None = None
 ) -> tuple[Model, dict[str, Any]]:
-    """Return the (model, variables) without its zero channels, by config.compact and for images of config.data.size.
+    """Return a model and its variables without the zero channels, for images of config.data.size and by config.compact.
 
     Args:
-      config: the run's.
-      model: its model.
+      config: the run's config.
+      model: the run's model.
       variables: {"params", "batch_stats"} of the model.
       tasks: tasks whose heads remain; None is those of config.compact.tasks.
 

@@ -159,10 +159,10 @@ class _Found(NamedTuple):
       labeled: [K], whether the batch has a label of the task.
       weights: [K], derivative of the objective by each loss, or the weights of the gradients.
       batch_stats: new statistics of BatchNorm.
-      grads: like the parameters.
+      grads: gradients, a tree like the parameters.
       update: new parameters -> new state of the weighting.
       skipped: new state of the weighting if the step is skipped.
-      step: that they are of.
+      step: the step that these values belong to.
     """
 
     loss: jax.Array
@@ -295,7 +295,7 @@ def make_train_step(
     The state and the scalars have no axis of devices: with one, XLA copies the whole state in every step.
 
     Args:
-      run: from `setup`.
+      run: the result of `setup`.
       tasks: those of its tasks that are trained; None is all.
 
     Returns:

@@ -66,7 +66,7 @@ def test_a_convolution_of_several_groups_is_left_to_xla():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_heads_read_the_points_they_name(name):
-    """Features before the last stride are averaged down, and no layer is built after the last point."""
+    """Features before the last stride are average-pooled, and no layer is built after the last point."""
     points = ROWS[name].points
     model = multitask.MultiTaskModel(HEADS, backbone=name, head_features=4, attach=points[:2])
     images = jnp.ones((2, 32, 48, 3))

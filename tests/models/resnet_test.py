@@ -81,7 +81,7 @@ def test_dilation_and_strides_of_the_stages():
 
 
 def test_a_head_reads_where_it_is_attached_and_nothing_is_built_after():
-    """Inside a block after a ReLU, on the stream after a block, after the stem; averaged down to the head's stride."""
+    """Inside a block after a ReLU, on the stream after a block, after the stem; average-pooled to the head's stride."""
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
     whole = resnet.ResNet(50, 4)
     variables = jax.jit(whole.init)(jax.random.key(1), images)

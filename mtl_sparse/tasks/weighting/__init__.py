@@ -57,7 +57,7 @@ def gramian(gradients: Any) -> Float[Array, "K K"]:
 
 
 def needs_gradients(name: str, tasks: Sequence[Any]) -> bool:
-    """Return whether a method weighs gradients; not with one task, where each such method is "equal"."""
+    """Return whether a method weighs gradients; False for one task, where each such method is "equal"."""
     return name in BY_GRADIENTS and len(tasks) > 1
 
 

@@ -34,7 +34,7 @@ def gradient_weights(
 ) -> Weights:
     """Return the weights of the tasks' gradients by a method for multi-task optimization.
 
-    The methods, with the sum or mean over tasks as it was published:
+    The methods, each with the sum or mean over tasks that was published:
 
     - "pcgrad": each gradient loses its component along each other one that it conflicts with, in random order; the
       results are added (Yu et al. 2020, arXiv 2001.06782).
@@ -57,8 +57,8 @@ def gradient_weights(
       name: one of `GRADIENT_NAMES`.
       gramian: [K, K], inner products of the tasks' gradients; float32 or float64.
       key: random key of PCGrad's orders. None averages over all orders, for at most six tasks.
-      cagrad_c: of "cagrad", at least 0 and below 1.
-      fairgrad_alpha: of "fairgrad", above 0.
+      cagrad_c: option of "cagrad", at least 0 and below 1.
+      fairgrad_alpha: option of "fairgrad", above 0.
 
     Returns:
       w, [K], of the Gramian's dtype. NaN if the Gramian is not finite.
@@ -255,7 +255,7 @@ def gradnorm_update(
     stay positive; the paper divides them by their sum after each step.
 
     Args:
-      state: from `gradnorm_start`.
+      state: the state before the step; the first one is from `gradnorm_start`.
       tasks: the K tasks.
       losses: [K], losses of the step.
       labeled: [K], whether the batch has a label of the task.

@@ -21,7 +21,7 @@ class Step(NamedTuple):
     Attributes:
       labeled: [K], whether the batch has a label of the task. A task without any adds nothing.
       learned: [K], the parameters that the optimizer learns; see `LEARNED`.
-      state: from `start` and `update`.
+      state: the result of `start` or `update`.
       epoch: int32 [], epochs that have ended.
       key: random key of the step.
       tasks: names of the K tasks.
@@ -145,9 +145,9 @@ def update(name: str, losses: Vector, step: Step, after: Vector | None, epoch_en
     """Return the state of a method after a step.
 
     Args:
-      name: of the method.
+      name: the method's name.
       losses: [K], of the step.
-      step: of the step.
+      step: the inputs of the step besides the losses.
       after: [K], losses of the same batch with the new parameters, for "famo".
       epoch_ends: whether the step is the last of its epoch.
     """
