@@ -68,10 +68,17 @@ def layers(model: Any, size: tuple[int, int]) -> dict[str, LayerCost]:
 
 def total(model: Any, variables: Mapping[str, Any], size: tuple[int, int]) -> dict[str, int]:
     """Return {"parameters", "macs"} of a whole model on an image [*size, 3]."""
-    return {
-        "parameters": parameter_count(variables),
-        "macs": sum(layer.macs for layer in layers(model, size).values()),
-    }
+    parts = by_part(model, variables, size).values()
+    return {kind: sum(part[kind] for part in parts) for kind in ("parameters", "macs")}
+
+
+def by_part(model: Any, variables: Mapping[str, Any], size: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """Return {"parameters", "macs"} of each part of a model, "backbone" or "head_depth", on an image [*size, 3]."""
+    params = variables.get("params", {})
+    found = {name: {"parameters": parameter_count({"params": tree}), "macs": 0} for name, tree in params.items()}
+    for path, layer in layers(model, size).items():
+        found[path.partition("/")[0]]["macs"] += layer.macs
+    return found
 
 
 def parameter_count(variables: Mapping[str, Any]) -> int:

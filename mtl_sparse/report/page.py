@@ -17,6 +17,7 @@ _TITLES = {
     "against_first": "Rows minus the first one",
     "against_plain": "Heads at their tasks' layers minus all at the end",
     "weightings": "Weightings",
+    "parts": "What compaction removes of each part",
     "speed": "Speed-up",
 }
 _NOTES = {
@@ -25,6 +26,7 @@ _NOTES = {
     "against_first": "Paired over seeds, with the 95 % interval and p of the t test; better: at p < 0.05.",
     "against_plain": "Paired over seeds, with the 95 % interval and p of the t test; better: at p < 0.05.",
     "weightings": "Mean gain over dense single-task runs, and rank, at each sparsity.",
+    "parts": "Percent of parameters and MACs of the backbone, of each head, and of the whole model.",
     "speed": "Of the compact models over dense ones, in the runs that --job=benchmark has timed.",
 }
 _TABLES = {name: getattr(study_tables, name) for name in _TITLES}

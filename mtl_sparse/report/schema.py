@@ -171,11 +171,26 @@ class RunSparsity(Schema):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSize(Schema):
-    """Parameters of a model, and its multiply-accumulate operations per image."""
+class PartSize(Schema):
+    """Parameters of the backbone or of a head, and its multiply-accumulate operations per image."""
 
     parameters: int
     macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize(Schema):
+    """Parameters of a model, and its multiply-accumulate operations per image.
+
+    Attributes:
+      parameters: number of trainable parameters.
+      macs: multiply-accumulate operations per image.
+      parts: size of each part, "backbone" or "head_depth"; None in files of earlier versions.
+    """
+
+    parameters: int
+    macs: int
+    parts: dict[str, PartSize] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

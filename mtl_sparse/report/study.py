@@ -120,6 +120,22 @@ class Row:
             return None
         return Figure.of([getattr(size, kind) / 1e6 for size in compact])
 
+    def removed(self) -> dict[tuple[str, str], Figure]:
+        """Return the percentage that compaction removes, by (part, "parameters" or "macs"); {} if a run lacks it.
+
+        The parts are "backbone" and the heads, such as "head_depth", and "model" is the whole.
+        """
+        found: dict[tuple[str, str], list[float]] = {}
+        for run in self.runs.values():
+            if run.size is None or run.size.trained.parts is None or run.size.compact.parts is None:
+                return {}
+            after = {"model": run.size.compact, **run.size.compact.parts}
+            for part, before in {**run.size.trained.parts, "model": run.size.trained}.items():
+                for kind in ("parameters", "macs"):
+                    left = getattr(after[part], kind) / getattr(before, kind) if part in after else 0.0
+                    found.setdefault((part, kind), []).append(100 - 100 * left)
+        return {name: Figure.of(values) for name, values in found.items()}
+
     @property
     def timings(self) -> list[Timing]:
         """The timings of those runs that --job=benchmark has timed."""
@@ -170,7 +186,7 @@ class Study:
     def gain(self, row: Row, *, by_metric: bool = False) -> Figure | None:
         """Return Delta_m in percent over the row's seeds: the mean relative gain over the single-task runs.
 
-        It is the mean over tasks of the mean over a task's metrics of s (M - S) / S, where S is the mean of the dense
+        It is the mean over tasks of the mean over a task's metrics of s (M - S) / |S|, where S is the mean of the dense
         single-task runs and s = -1 if lower is better (Maninis et al. 2019, arXiv 1904.08918, with one metric a task;
         LibMTL with all).
 
@@ -240,14 +256,17 @@ def _alike(a, b, free, kept=()):
 def _gains(row, tasks, seeds, base, by_metric=False):
     """Return {seed: percent of gain}; `base` is a function (task, key of a metric, seed) -> value to compare with.
 
-    The gain over a metric that is 0, such as the IoU of a model that failed, is NaN.
+    The gain is relative to the magnitude of that value. It is NaN for a value of 0, such as the IoU of a model that
+    failed.
     """
     found = {}
     for seed in seeds:
         run, parts = row.runs[seed], []
         for task in tasks:
             pairs = [(run.test[f"{task}/{key}"], base(task, key, seed), up) for key, _, up in metrics(task, run)]
-            parts.append([100 * (1 if up else -1) * (value - other) / (other or np.nan) for value, other, up in pairs])
+            parts.append(
+                [100 * (1 if up else -1) * (value - other) / (abs(other) or np.nan) for value, other, up in pairs]
+            )
         means = [value for part in parts for value in part] if by_metric else [np.mean(part) for part in parts]
         found[seed] = float(np.mean(means))
     return found

@@ -117,6 +117,23 @@ def _metric_cells(row, columns):
     return [mean_and_std(row.figure(task, key)) if task in row.tasks else "" for _, task, key in columns]
 
 
+def parts(study: study_lib.Study, *, named: bool = False) -> Rows:
+    """Return the percentage of parameters and MACs that compaction removes from the backbone and from each head.
+
+    Rows of which it removes nothing, and rows without the sizes of the parts, are left out.
+    """
+    keys, cells_of = _keys(study, named)
+    all_rows = {i: row.removed() for i, row in enumerate(study.rows)}
+    removed = {i: found for i, found in all_rows.items() if any(figure.mean for figure in found.values())}
+    names = list(dict.fromkeys(part for found in removed.values() for part, _ in found))
+    columns = [(part, kind) for kind in ("parameters", "macs") for part in names]
+    lines = [(*keys, *[f"{part} % {'MACs' if kind == 'macs' else kind}" for part, kind in columns], "seeds")]
+    for i, found in removed.items():
+        cells = [mean_and_std(found[column], 1, 1) if column in found else "" for column in columns]
+        lines.append((*cells_of[i], *cells, str(len(study.rows[i].runs))))
+    return lines
+
+
 def against_dense(study: study_lib.Study, *, named: bool = False) -> Rows:
     """Return the differences of each sparse row from the dense row with the same options, paired over seeds."""
     rows = {i: study.dense(row) for i, row in enumerate(study.rows) if not row.is_dense}

@@ -131,8 +131,8 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
         headlines=headlines(run.tasks),
         sparsity=sparsity(config, groups.count(config, state.params["model"]), state.opt_state),
         size=schema.Size(
-            trained=schema.ModelSize(**costs.total(run.model, state.variables, size)),
-            compact=schema.ModelSize(**costs.total(*best.compact, size)),
+            trained=_model_size(run.model, state.variables, size),
+            compact=_model_size(*best.compact, size),
         ),
         step=int(state.step),
         seed=config.seed,
@@ -142,6 +142,11 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         stopped={task.name: stopped[task.name] for task in run.tasks if task.name in stopped} or None,
     )
+
+
+def _model_size(model, variables, size):
+    parts = {name: schema.PartSize(**part) for name, part in costs.by_part(model, variables, size).items()}
+    return schema.ModelSize(**costs.total(model, variables, size), parts=parts)
 
 
 def headlines(tasks: Sequence[Task]) -> dict[str, schema.Headline]:

@@ -150,6 +150,50 @@ def test_gain_over_single_tasks_by_hand(folders):
     assert study.read(folders[:6]).gain(study.read(folders[:6]).rows[0]) is None, "no single-task runs"
 
 
+def test_a_gain_over_a_negative_metric_has_the_sign_of_the_improvement(tmp_path):
+    tasks = ("segmentation", "normals")
+    made = [
+        write_run(tmp_path / "dense", tasks, 0.0, 0, iou=0.5, cs=-0.2),
+        write_run(tmp_path / "sparse", tasks, 1e-5, 0, iou=0.5, cs=-0.1),
+    ]
+    found = study.read(made)
+    difference = study.compare_gain(row(found, tasks, 1e-5), row(found, tasks, 0.0))
+    np.testing.assert_allclose(difference.mean, (0 + 50) / 2)
+
+
+def test_what_compaction_removes_of_each_part_by_hand(tmp_path):
+    made, left = [], {"backbone": (10, 50), "head_depth": (20, 30)}
+    for seed, backbone in enumerate((10, 20)):
+        folder = write_run(tmp_path / f"sparse{seed}", BOTH, 1e-5, seed, iou=0.5, mae=0.1)
+        results = json.loads((folder / "results.json").read_text())
+        for size, parts in (
+            ("trained", {"backbone": (40, 200), "head_depth": (20, 60), "head_segmentation": (20, 40)}),
+            ("compact", {**left, "backbone": (backbone, 50)}),
+        ):
+            sums = [sum(part[i] for part in parts.values()) for i in (0, 1)]
+            named = {name: {"parameters": one[0], "macs": one[1]} for name, one in parts.items()}
+            results["size"][size] = {"parameters": sums[0], "macs": sums[1], "parts": named}
+        (folder / "results.json").write_text(json.dumps(results))
+        made.append(folder)
+    head, line = study_tables.parts(study.read(made))
+    assert dict(zip(head, line, strict=True)) | {"tasks": ""} == {
+        "tasks": "",
+        "backbone % parameters": "62.5 ± 17.7",
+        "head_depth % parameters": "0.0 ± 0.0",
+        "head_segmentation % parameters": "100.0 ± 0.0",  # all of this head is removed
+        "model % parameters": "56.2 ± 8.8",
+        "backbone % MACs": "75.0 ± 0.0",
+        "head_depth % MACs": "50.0 ± 0.0",
+        "head_segmentation % MACs": "100.0 ± 0.0",
+        "model % MACs": "73.3 ± 0.0",
+        "seeds": "2",
+    }
+
+
+def test_runs_without_the_sizes_of_parts_have_no_table_of_them(folders):
+    assert len(study_tables.parts(study.read(folders))) == 1
+
+
 def test_sparse_is_paired_with_dense_by_seed(folders):
     found = study.read(folders)
     sparse, dense = row(found, BOTH, 1e-5), row(found, BOTH, 0.0)

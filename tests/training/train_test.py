@@ -63,6 +63,10 @@ def test_a_run_writes_all_files_of_its_folder(finished):
     assert len(results["sparsity"]["layers"]) == 15
     assert results["test"].keys() - results["constant"].keys() == {"segmentation/loss", "depth/loss", "normals/loss"}
     assert results["frames"] == {"train": 18, "validation": 2, "test": 9}
+    for size in results["size"].values():
+        assert size["parts"].keys() == {"backbone", "head_segmentation", "head_depth", "head_normals"}
+        for kind in ("parameters", "macs"):
+            assert sum(part[kind] for part in size["parts"].values()) == size[kind] > 0
     assert results["seed"] == 0 and results["versions"]["jax"] == jax.__version__
 
 
