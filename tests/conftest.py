@@ -34,6 +34,7 @@ from configs import demo, demo_faces
 from input_pipeline import datasets
 from input_pipeline.synthetic import faces as faces_lib
 from input_pipeline.synthetic import rooms as rooms_lib
+from mtl_sparse.report import plots, run_page
 from mtl_sparse.runtime.errors import UserError
 
 # Tracing makes many objects that live: searching them for garbage took a quarter of the suite's time.
@@ -137,6 +138,15 @@ def _tiny(config, folder, size):
 @pytest.fixture
 def config(rooms):
     return tiny(rooms)
+
+
+@pytest.fixture
+def undrawn():
+    """Leave out the plots and the page of runs, which take a third of the time of a short one."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "draw", lambda workdir: [])
+        patched.setattr(run_page, "try_write", lambda *_: True)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """A backbone of a user's own, as docs/backbones.md shows it, and a narrow EfficientNet-Lite, for tests."""
 
+import contextlib
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import pytest
 
 from mtl_sparse.models import backbones, depthwise, efficientnet
 
@@ -44,3 +46,12 @@ ROWS = {
         functools.partial(efficientnet.EfficientNetLite, stages=NARROW, stem=8), efficientnet.points(NARROW)
     ),
 }
+
+
+@contextlib.contextmanager
+def registered():
+    """Register these backbones, whose steps compile in a third of the time of a ResNet's."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, row in ROWS.items():
+            patched.setitem(backbones.BACKBONES, name, row)
+        yield

@@ -27,9 +27,11 @@ from mtl_sparse.training import checkpoints, evaluation, loop, metric_log, resul
 from mtl_sparse.training import folder as folder_lib
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import step as step_lib
+from tests import own_backbone
 from tests.conftest import raises, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = [sys.executable, str(ROOT / "launch.py"), f"--register={ROOT}/tests/register_backbones.py"]
 
 
 def lines(workdir):
@@ -89,13 +91,19 @@ def faults():
 
 
 def depth(rooms):
-    """Return the config of six steps in three epochs of one task, on the first layers only, which compile sooner."""
+    """Return the config of six steps in three epochs of one task, on a backbone of one convolution."""
     config = tiny(rooms)
     config.tasks = ("depth",)
-    config.model.attach = ("layer1_0",)
+    config.model.update(backbone="own", attach=("stem",))
     config.train.epochs = 3
     config.run.log_every_steps = 3
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with own_backbone.registered():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,13 @@ def whole(rooms, tmp_path_factory):
     loop.fit(run, evaluation.Evaluator(run), workdir, saved)
     saved.close()
     return workdir
+
+
+@pytest.fixture(autouse=True)
+def undrawn_unless_read(request):
+    """Leave out plots and pages, but for the test that reads a page."""
+    if "every" not in request.fixturenames:
+        request.getfixturevalue("undrawn")
 
 
 def assert_ends_as(whole, workdir):
@@ -377,7 +392,7 @@ def start(config, workdir, **options):
     """Start launch.py on a run of this config, in a new process."""
     workdir.mkdir(exist_ok=True)
     files.write_json(workdir / "config.json", json.loads(config.to_json()))
-    command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT}/configs/run.py:{workdir}"]
+    command = [*LAUNCH, f"--config={ROOT}/configs/run.py:{workdir}"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -500,8 +515,8 @@ def test_on_a_real_disk_that_is_full_or_read_only(whole, rooms, tmp_path):
         assert_ends_as(whole, workdir)
         mount("remount,ro")
         process = subprocess.run(
-            [sys.executable, "launch.py", f"--config=configs/run.py:{workdir}", f"--workdir={disk / 'other'}"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+            [*LAUNCH, f"--config={ROOT}/configs/run.py:{workdir}", f"--workdir={disk / 'other'}"],
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert process.returncode == 2 and "error: Read-only file system: " in process.stderr
     finally:

@@ -10,7 +10,6 @@ from absl import logging
 
 from input_pipeline import loader
 from mtl_sparse.jobs import train
-from mtl_sparse.models import backbones
 from mtl_sparse.report import records
 from mtl_sparse.tasks import weighting
 from mtl_sparse.training import checkpoints, evaluation, loop
@@ -23,10 +22,7 @@ from tests.conftest import raises, tiny
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    """Register a backbone of three convolutions: a step of it compiles in a third of the time of a ResNet's."""
-    with pytest.MonkeyPatch.context() as patched:
-        for name, row in own_backbone.ROWS.items():
-            patched.setitem(backbones.BACKBONES, name, row)
+    with own_backbone.registered():
         yield
 
 
