@@ -15,7 +15,8 @@ from mtl_sparse.training import setup as setup_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
-    "--config.model.depth=10 --config.model.width=4 --config.model.head_features=4 --config.train.epochs=1 "
+    f"--register={ROOT}/tests/register_backbones.py --config.model.backbone=own "
+    "--config.model.head_features=4 --config.train.epochs=1 "
     "--config.train.batch_size=8 --config.train.eval_batch_size=8 --config.run.num_workers=0 "
     "--config.run.summary_rounds=0 --config.run.sample_frames=2 --config.sparsity.warmup_steps=0"
 ).split()

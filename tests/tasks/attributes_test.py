@@ -19,12 +19,16 @@ from mtl_sparse.training import evaluation
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
+from tests import own_backbone
 from tests.conftest import raises, tiny_faces
 
 
 @pytest.fixture(scope="module")
 def run(faces):
-    return setup_lib.setup(tiny_faces(faces))
+    config = tiny_faces(faces)
+    config.model.backbone = "own"
+    with own_backbone.registered():
+        yield setup_lib.setup(config)
 
 
 @pytest.fixture(scope="module")
