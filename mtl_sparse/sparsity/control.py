@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from mtl_sparse.sparsity.schedules import Phases
 
-# While the schedule rises, lambda stays within this factor of the median over groups of the lambda that keeps a group
+# In the first penalized step, lambda is within this factor of the median over groups of the lambda that keeps a group
 # zero in the step: beyond it a start that is far off only takes longer to correct.
 _REACH = 30.0
 
@@ -90,8 +90,8 @@ def init(lambda_: float) -> ControlState:
 def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: ArrayLike) -> ControlState:
     """Bring lambda within reach of this step's gradients, before step number `step` with a penalty uses it.
 
-    This limits what a start that is far too large or too small does in the first penalized steps. After the ramp, the
-    upper limit rises with the steps, because pruning what is left in a short run can take a larger lambda.
+    This limits what a start that is far too large or too small does in the first penalized steps. The upper limit
+    rises with the steps, because pruning the last groups that a target needs can take a much larger lambda.
 
     Args:
       target: as in `update`.
@@ -106,7 +106,7 @@ def clamp(target: TargetSparsity, state: ControlState, scale: ArrayLike, step: A
     known = jnp.asarray(scale) > 0
     middle = jnp.where(known, jnp.log(jnp.where(known, scale, 1)), state.log_lambda)
     ramp_steps = target.ramp * target.total_steps
-    risen = target.slew * jnp.maximum(jnp.asarray(step) / ramp_steps - 1, 0)
+    risen = target.slew * (jnp.asarray(step) - 1) / ramp_steps
     log_lambda = jnp.clip(state.log_lambda, middle - math.log(_REACH), middle + math.log(_REACH) + risen)
     return state._replace(log_lambda=jnp.where(_adjusts(target, step), log_lambda, state.log_lambda))
 
