@@ -103,6 +103,7 @@ def tiny_run(rooms, workdir):
         "--config.data.size=(32, 48)",
         f"--register={ROOT}/tests/register_backbones.py",
         "--config.model.backbone=own",
+        "--config.sparsity.target=0",
         "--config.model.head_features=4",
         "--config.train.batch_size=8",
         "--config.train.epochs=1",
