@@ -26,7 +26,7 @@ from mtl_sparse.compaction import rewritten
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.report import records
 from mtl_sparse.report.schema import Sweep
-from mtl_sparse.runtime import files, installed, progress
+from mtl_sparse.runtime import files, installed, logs, progress
 from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
@@ -189,7 +189,7 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
 
     Args:
       config: the base config.
-      workdir: the sweep's folder; gets sweep.json.
+      workdir: the sweep's folder; gets sweep.json and log.txt.
       settings: for each trial, options by dotted path.
       options: how the sweep runs.
 
@@ -214,6 +214,12 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
             opened.add(data)
     workdir = pathlib.Path(workdir).expanduser().absolute()
     mine = _claim(workdir, trials)[index::count]
+    with logs.to_file(workdir / "log.txt"):
+        return _run_mine(mine, workdir, options)
+
+
+def _run_mine(mine: Sequence[Trial], workdir: pathlib.Path, options: Options) -> list[str]:
+    """Run the trials of this shard that have not finished, as `run_job` does."""
     waiting, failed = [], []
     for trial in mine:
         folder = workdir / trial.name

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from configs import sweeps
 from mtl_sparse.jobs import benchmark, cli, sweep
 from mtl_sparse.report import study
 from mtl_sparse.report.schema import Timing, TimingRow
-from mtl_sparse.runtime import files, progress
+from mtl_sparse.runtime import files, logs, progress
 from mtl_sparse.runtime.errors import Stopped
 from mtl_sparse.training import config as config_lib
 from tests.conftest import raises, tiny
@@ -58,6 +59,25 @@ def test_every_trial_is_a_run_folder_with_its_settings(config, tmp_path, trained
         stored = json.loads((tmp_path / name / "config.json").read_text())
         assert stored["sparsity"]["lambda_"] == settings["sparsity.lambda_"] and stored["seed"] == settings["seed"]
         assert stored["data"]["folder"] == config.data.folder
+
+
+def test_the_folder_of_a_sweep_has_its_log(config, tmp_path, trained, monkeypatch):
+    """Of all its runs, and with the error at the end."""
+    found = []
+
+    @contextlib.contextmanager
+    def to_file(path):
+        before = list(trained.names)
+        with pytest.raises(sweep.RunsFailed) as caught:
+            yield
+        found.append((path, before, list(trained.names)))
+        raise caught.value
+
+    monkeypatch.setattr(logs, "to_file", to_file)
+    trained.fails.add(NAMES[1])
+    with raises("SWEEP_RUNS_FAILED", naming=NAMES[1]):
+        run(config, tmp_path)
+    assert found == [(tmp_path / "log.txt", [], NAMES)]
 
 
 def test_a_terminal_shows_the_runs_that_are_done(config, tmp_path, trained, monkeypatch, caplog):
