@@ -1,11 +1,12 @@
-"""Forms of groups at equal multiply-accumulates: metrics, and the speed of the compact models in one alternation.
+"""Ways to prune at equal multiply-accumulates: metrics, and the speed of the compact models in one alternation.
 
     python launch.py --config=configs/sweeps.py:groups:demo --job=sweep --workdir=runs/groups
     python -m benchmarks.groups --sweep=runs/groups [--rounds=15] [--record=docs/benchmarks/groups.json]
 
-Each row is one form of groups and of their weights, over the seeds that all rows have finished. Delta m is the mean
-over the tasks of the relative change of the main metric against the dense run of the same seed, better being positive.
-The compact models of the first seed are timed together with its dense one, round by round.
+Also for the sweeps `baselines` and `pretrained`. Each row is one way to prune, over the seeds that all rows have
+finished; single-task runs are left out. Delta m is the mean over the tasks of the relative change of the main metric
+against the dense run of the same seed, better being positive. The compact models of the first seed are timed together
+with its dense one, round by round.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from scipy import stats
 
 from configs import run as run_config
 from mtl_sparse.compaction import speed
@@ -24,26 +26,34 @@ from mtl_sparse.report.schema import Results
 from mtl_sparse.runtime import environment
 from mtl_sparse.training import setup
 
-DENSE = "dense"
+DENSE, QUARTER = "dense", 0.25
 
 
 def form(results: Results) -> str:
     """Return the name of a run's row."""
-    sparsity = results.config["sparsity"]
-    if sparsity["lambda_"] == 0:
+    sparsity, how = results.config["sparsity"], results.config["sparsity"].get("prune")
+    if sparsity["lambda_"] == 0 and not how:
         return DENSE
-    return f"{sparsity['groups']} groups, {'by MACs' if sparsity['group_weights'] == 'macs' else 'by size'}"
+    if not any(sparsity.get(name) for name in ("target", "target_macs", "target_params")):
+        return f"dense, lambda {sparsity['lambda_']:g}"
+    way = f"pruned at once by {how}" if how else "by MACs" if sparsity["group_weights"] == "macs" else "by size"
+    macs = sparsity.get("target_macs")
+    wanted = f", {100 * macs:g} % of the MACs" if macs and macs != QUARTER else ""
+    return f"{sparsity['groups']} groups, {way}{wanted}"
 
 
 def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
     """Return form -> seed -> folder of the finished runs, for the seeds that every form has."""
+    read = {path.parent: Results.read(path) for path in sorted(sweep.glob("*/results.json"))}
+    runs = {folder: results for folder, results in read.items() if len(results.headlines) > 1}
+    widths = {folder: results.config["model"].get("width", 0) for folder, results in runs.items()}
     found: dict[str, dict[int, pathlib.Path]] = {}
-    for path in sorted(sweep.glob("*/results.json")):
-        results = Results.read(path)
-        found.setdefault(form(results), {})[results.seed] = path.parent
+    for folder, results in runs.items():
+        narrow = f", width {widths[folder]}" if widths[folder] < max(widths.values()) else ""
+        found.setdefault(form(results) + narrow, {})[results.seed] = folder
     seeds = set.intersection(*(set(folders) for folders in found.values())) if found else set()
     if DENSE not in found or not seeds:
-        raise SystemExit(f"expected finished runs of the sweep `groups` in {sweep}, with a dense one; train it first")
+        raise SystemExit(f"expected finished runs of a sweep in {sweep}, with a dense one; train it first")
     return {name: {seed: folders[seed] for seed in sorted(seeds)} for name, folders in found.items()}
 
 
@@ -52,7 +62,7 @@ def delta_m(results: Results, dense: Results) -> float:
     changes = []
     for headline in results.headlines.values():
         ours, theirs = results.test[headline.metric], dense.test[headline.metric]
-        changes.append((1 if headline.higher_is_better else -1) * (ours - theirs) / theirs)
+        changes.append((1 if headline.higher_is_better else -1) * (ours - theirs) / abs(theirs))
     return 100 * float(np.mean(changes))
 
 
@@ -97,7 +107,14 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
     metrics = list(rows[0]["metrics"])
     batches = list(next(iter(times.values())))
     lines = [
-        ("", *metrics, "delta m", "MACs left", "parameters left", *(f"speed-up, {b} (of MAC ratio)" for b in batches))
+        (
+            "",
+            *metrics,
+            "Δm % (95 % interval)",
+            "MACs left",
+            "parameters left",
+            *(f"speed-up, {b} (of MAC ratio)" for b in batches),
+        )
     ]
     for row in sorted(rows, key=lambda row: row["form"] != DENSE):
         ratio = 1 / row["macs_left"][0]
@@ -107,7 +124,7 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
             (
                 row["form"],
                 *(_over_seeds(row["metrics"][name], 4) for name in metrics),
-                "" if is_dense else f"{_over_seeds(row['delta_m'], 1)} %",
+                "" if is_dense else with_interval(row["delta_m"]),
                 "" if is_dense else f"{_over_seeds([100 * x for x in row['macs_left']], 1)} %",
                 "" if is_dense else f"{_over_seeds([100 * x for x in row['parameters_left']], 1)} %",
                 *("1" if is_dense else f"{value:.2f} ({value / ratio:.2f})" for value in speedups),
@@ -120,6 +137,15 @@ def _over_seeds(values: list[float], digits: int) -> str:
     """Return the mean, and the standard deviation where there are several values."""
     mean = f"{np.mean(values):.{digits}f}"
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def with_interval(values: list[float]) -> str:
+    """Return the mean and its 95 % interval by Student's t, where there are several values."""
+    mean = f"{np.mean(values):+.1f}"
+    if len(values) == 1:
+        return mean
+    reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean} ({np.mean(values) - reach:+.1f} to {np.mean(values) + reach:+.1f})"
 
 
 def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:

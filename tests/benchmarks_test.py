@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox, targets
 from benchmarks import weighting as weighting_benchmark
@@ -198,8 +199,10 @@ def finished_run(folder, seed, miou, mae, macs, **sparsity):
         "size": {"trained": {"parameters": 100, "macs": 1000}, "compact": {"parameters": 20, "macs": macs}},
         "step": 1, "seed": seed, "frames": {}, "versions": {}, "device": "cpu",
         "config": {
-            "model": {"backbone": "resnet", "depth": 18},
-            "sparsity": {"lambda_": 1e-4, "groups": "input", "group_weights": "sqrt_size", **sparsity},
+            "model": {"backbone": "resnet", "depth": 18, "width": 32},
+            "sparsity": {
+                "lambda_": 1e-4, "groups": "input", "group_weights": "sqrt_size", "target_macs": 0.25, **sparsity
+            },
         },
     }  # fmt: skip
     folder.mkdir()
@@ -222,10 +225,41 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
     times = {name: {"batch 1": {"speedup": 3.0 if name != "dense" else 1.0, "median_ms": 1.0}} for name in rows}
     first, second = groups.table(list(rows.values()), times).splitlines()[2:]
     assert "| dense" in first and "| 3.00 (0.75)" in second and "25.0 ± 0.0 %" in second
+    assert "| -10.0 (-10.0 to -10.0) |" in second
+
+
+def test_the_interval_of_delta_m_is_students():
+    values = [-3.0, -1.0, 1.0]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert groups.with_interval(values) == f"-1.0 ({low:+.1f} to {high:+.1f})"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"lambda_": 0.0, "prune": "taylor", "groups": "coupled"}, "coupled groups, pruned at once by taylor"),
+        ({"lambda_": 1e-12, "target_macs": 0.0}, "dense, lambda 1e-12"),
+        ({"target_macs": 0.1, "group_weights": "macs"}, "input groups, by MACs, 10 % of the MACs"),
+    ],
+)
+def test_other_ways_to_prune_are_named(tmp_path, options, name):
+    finished_run(tmp_path / "dense", 0, 0.5, 0.1, 1000, lambda_=0.0)
+    finished_run(tmp_path / "other", 0, 0.4, 0.1, 250, **options)
+    assert list(groups.finished(tmp_path)) == ["dense", name]
+
+
+def test_a_narrower_dense_model_is_another_row_and_single_tasks_are_none(tmp_path):
+    for name, width, tasks in (("dense", 32, 2), ("narrow", 16, 2), ("single", 32, 1)):
+        finished_run(tmp_path / name, 0, 0.5, 0.1, 1000, lambda_=0.0)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        results["config"]["model"]["width"] = width
+        results["headlines"] = dict(list(results["headlines"].items())[:tasks])
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert list(groups.finished(tmp_path)) == ["dense", "dense, width 16"]
 
 
 def test_a_target_is_compared_with_what_was_reached(tmp_path, capsys):
-    finished_run(tmp_path / "groups", 0, 0.4, 0.1, 250, target=0.7)
+    finished_run(tmp_path / "groups", 0, 0.4, 0.1, 250, target=0.7, target_macs=0.0)
     finished_run(tmp_path / "macs", 0, 0.4, 0.1, 260, groups="coupled", target=0.0, target_macs=0.25)
     finished_run(tmp_path / "params", 0, 0.4, 0.1, 250, target=0.0, target_macs=0.0, target_params=0.15)
     targets.main(str(tmp_path), str(tmp_path / "record.json"))
