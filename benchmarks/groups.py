@@ -17,11 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from scipy import stats
 
 from configs import run as run_config
 from mtl_sparse.compaction import speed
-from mtl_sparse.report import tables
+from mtl_sparse.report import study, tables
 from mtl_sparse.report.schema import Results
 from mtl_sparse.runtime import environment
 from mtl_sparse.training import setup
@@ -35,7 +34,7 @@ def form(results: Results) -> str:
     if sparsity["lambda_"] == 0 and not how:
         return DENSE
     if not any(sparsity.get(name) for name in ("target", "target_macs", "target_params")):
-        return f"dense, lambda {sparsity['lambda_']:g}"
+        return f"lambda {sparsity['lambda_']:g}"
     way = f"pruned at once by {how}" if how else "by MACs" if sparsity["group_weights"] == "macs" else "by size"
     macs = sparsity.get("target_macs")
     wanted = f", {100 * macs:g} % of the MACs" if macs and macs != QUARTER else ""
@@ -50,10 +49,19 @@ def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
     found: dict[str, dict[int, pathlib.Path]] = {}
     for folder, results in runs.items():
         narrow = f", width {widths[folder]}" if widths[folder] < max(widths.values()) else ""
-        found.setdefault(form(results) + narrow, {})[results.seed] = folder
+        ways = found.setdefault(form(results) + narrow, {})
+        if results.seed in ways:
+            raise SystemExit(
+                f"expected one run of {form(results)} with seed {results.seed}, got {ways[results.seed]} and {folder}; "
+                "move one of them out of the folder"
+            )
+        ways[results.seed] = folder
     seeds = set.intersection(*(set(folders) for folders in found.values())) if found else set()
     if DENSE not in found or not seeds:
         raise SystemExit(f"expected finished runs of a sweep in {sweep}, with a dense one; train it first")
+    left_out = {name: sorted(folders.keys() - seeds) for name, folders in found.items() if folders.keys() - seeds}
+    if left_out:
+        print(f"not shown, because another row lacks these seeds: {left_out}")
     return {name: {seed: folders[seed] for seed in sorted(seeds)} for name, folders in found.items()}
 
 
@@ -62,7 +70,7 @@ def delta_m(results: Results, dense: Results) -> float:
     changes = []
     for headline in results.headlines.values():
         ours, theirs = results.test[headline.metric], dense.test[headline.metric]
-        changes.append((1 if headline.higher_is_better else -1) * (ours - theirs) / abs(theirs))
+        changes.append((1 if headline.higher_is_better else -1) * (ours - theirs) / (abs(theirs) or np.nan))
     return 100 * float(np.mean(changes))
 
 
@@ -140,12 +148,10 @@ def _over_seeds(values: list[float], digits: int) -> str:
 
 
 def with_interval(values: list[float]) -> str:
-    """Return the mean and its 95 % interval by Student's t, where there are several values."""
-    mean = f"{np.mean(values):+.1f}"
-    if len(values) == 1:
-        return mean
-    reach = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean} ({np.mean(values) - reach:+.1f} to {np.mean(values) + reach:+.1f})"
+    """Return the mean and its 95 % interval, if it has one."""
+    found = study.difference(values)
+    interval = f" ({found.low:+.1f} to {found.high:+.1f})" if np.isfinite(found.low) else ""
+    return f"{found.mean:+.1f}{interval}"
 
 
 def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:

@@ -77,7 +77,7 @@ def by_part(model: Any, variables: Mapping[str, Any], size: tuple[int, int]) -> 
     params = variables.get("params", {})
     found = {name: {"parameters": parameter_count({"params": tree}), "macs": 0} for name, tree in params.items()}
     for path, layer in layers(model, size).items():
-        found[path.partition("/")[0]]["macs"] += layer.macs
+        found.setdefault(path.partition("/")[0], {"parameters": 0, "macs": 0})["macs"] += layer.macs
     return found
 
 

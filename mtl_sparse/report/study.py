@@ -132,8 +132,9 @@ class Row:
             after = {"model": run.size.compact, **run.size.compact.parts}
             for part, before in {**run.size.trained.parts, "model": run.size.trained}.items():
                 for kind in ("parameters", "macs"):
-                    left = getattr(after[part], kind) / getattr(before, kind) if part in after else 0.0
-                    found.setdefault((part, kind), []).append(100 - 100 * left)
+                    left = getattr(after[part], kind) if part in after else 0
+                    if getattr(before, kind):
+                        found.setdefault((part, kind), []).append(100 - 100 * left / getattr(before, kind))
         return {name: Figure.of(values) for name, values in found.items()}
 
     @property
@@ -295,7 +296,7 @@ def metric(task: str, run: Results) -> tuple[str, str, bool]:
 def compare(row: Row, base: Row, task: str, key: str = "") -> Difference:
     """Return `row` minus `base` in a task's metric, paired over their common seeds; for `key`, see `Row.values`."""
     ours, theirs = row.values(task, key), base.values(task, key)
-    return _difference([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    return difference([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
 def compare_gain(row: Row, base: Row) -> Difference:
@@ -303,7 +304,7 @@ def compare_gain(row: Row, base: Row) -> Difference:
 
     Like `Study.gain`, but with the same seed's run of `base` in place of the single-task runs.
     """
-    return _difference(gains_over(row, base))
+    return difference(gains_over(row, base))
 
 
 def gains_over(row: Row, base: Row) -> list[float]:
@@ -325,7 +326,8 @@ def rank_correlation(a: Mapping[str, Figure], b: Mapping[str, Figure]) -> float:
     return float(stats.spearmanr([a[name].mean for name in names], [b[name].mean for name in names]).statistic)
 
 
-def _difference(values: Sequence[float]) -> Difference:
+def difference(values: Sequence[float]) -> Difference:
+    """Return the mean of paired differences, its 95 % interval and p of the t test."""
     pairs = np.array(values)
     nan = float("nan")
     if len(pairs) == 0:

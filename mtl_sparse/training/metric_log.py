@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from concurrent import futures
 from typing import Any, Protocol
 
+from absl import logging
+
 from mtl_sparse.runtime import files, processes, progress
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import groups
@@ -46,6 +48,20 @@ class MetricLog:
         self._thread = futures.ThreadPoolExecutor(1, "events")
         self._events = functools.cache(lambda: _event_writer(workdir))
         self._pending: collections.deque[futures.Future[None]] = collections.deque()
+        self._has_events = False
+
+    def __enter__(self) -> "MetricLog":
+        """Return the log."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the log; if the block raised an error, one of the event file is only logged."""
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            logging.warning("The events for TensorBoard could not be written (%s)", error)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Append a line, and wait until it is on the disk.
@@ -59,15 +75,17 @@ class MetricLog:
         self._file.flush()
         os.fsync(self._file.fileno())  # before the checkpoint that marks this step as done
         scalars = {f"{split}/{name}": value for name, value in values.items()}
+        self._has_events = True
         self._pending.append(self._thread.submit(lambda: self._events().write_scalars(step, scalars)))
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()  # raises the error of a write
 
     def close(self) -> None:
         """Close the files, after all is written."""
-        self._file.close()
-        self._pending.append(self._thread.submit(lambda: self._events().close()))
+        if self._has_events:
+            self._pending.append(self._thread.submit(lambda: self._events().close()))
         self._thread.shutdown()
+        self._file.close()
         while self._pending:
             self._pending.popleft().result()
 
@@ -188,9 +206,7 @@ def reporting(run: Run, workdir: pathlib.Path, start_step: int) -> Iterator[Repo
     with contextlib.ExitStack() as stack:
         phase = stack.enter_context(progress.phase("training", run.total_steps, "step"))
         opened: list[MetricLog] = []
-        processes.on_first(
-            lambda: opened.append(stack.enter_context(contextlib.closing(MetricLog(workdir, start_step))))
-        )
+        processes.on_first(lambda: opened.append(stack.enter_context(MetricLog(workdir, start_step))))
         yield Report(run, next(iter(opened), None), phase)
 
 

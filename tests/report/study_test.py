@@ -167,8 +167,11 @@ def test_what_compaction_removes_of_each_part_by_hand(tmp_path):
         folder = write_run(tmp_path / f"sparse{seed}", BOTH, 1e-5, seed, iou=0.5, mae=0.1)
         results = json.loads((folder / "results.json").read_text())
         for size, parts in (
-            ("trained", {"backbone": (40, 200), "head_depth": (20, 60), "head_segmentation": (20, 40)}),
-            ("compact", {**left, "backbone": (backbone, 50)}),
+            (
+                "trained",
+                {"backbone": (40, 200), "head_depth": (20, 60), "head_segmentation": (20, 40), "other": (20, 0)},
+            ),
+            ("compact", {**left, "backbone": (backbone, 50), "other": (20, 0)}),
         ):
             sums = [sum(part[i] for part in parts.values()) for i in (0, 1)]
             named = {name: {"parameters": one[0], "macs": one[1]} for name, one in parts.items()}
@@ -181,10 +184,12 @@ def test_what_compaction_removes_of_each_part_by_hand(tmp_path):
         "backbone % parameters": "62.5 ± 17.7",
         "head_depth % parameters": "0.0 ± 0.0",
         "head_segmentation % parameters": "100.0 ± 0.0",  # all of this head is removed
-        "model % parameters": "56.2 ± 8.8",
+        "other % parameters": "0.0 ± 0.0",
+        "model % parameters": "45.0 ± 7.1",
         "backbone % MACs": "75.0 ± 0.0",
         "head_depth % MACs": "50.0 ± 0.0",
         "head_segmentation % MACs": "100.0 ± 0.0",
+        "other % MACs": "",  # it has none
         "model % MACs": "73.3 ± 0.0",
         "seeds": "2",
     }

@@ -45,6 +45,17 @@ def test_the_upper_limit_of_lambda_rises_with_the_steps():
         assert float(state.log_lambda) == pytest.approx(np.log(1e-6 / 30), rel=1e-5)
 
 
+def test_a_lambda_far_above_that_of_half_of_the_groups_is_reached_while_the_schedule_rises():
+    """Where the sparsity is log(lambda / scale) / log(3000), 75 % take 405 times the scale, beyond the first limit."""
+    target, scale = control.Target(0.75, total_steps=300, damping=1.0), 1e-6
+    state, measured = control.init(1e-5), []
+    for step in range(1, 121):
+        state = control.clamp(target, state, scale, jnp.int32(step))
+        measured.append(float((state.log_lambda - np.log(scale)) / np.log(3000)))
+        state = control.update(target, state, measured[-1], jnp.int32(step))
+    assert measured[0] <= np.log(30.1) / np.log(3000) and measured[-1] == pytest.approx(0.75, abs=0.02)
+
+
 @pytest.mark.parametrize("step", [0, 81])
 def test_nothing_moves_before_the_start_and_after_the_freeze(step):
     state = control.init(1e-4)

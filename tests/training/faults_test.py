@@ -120,9 +120,14 @@ def whole(rooms, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def undrawn_unless_read(request):
-    """Leave out plots and pages, but for the test that reads a page."""
-    if "every" not in request.fixturenames:
+    """Leave out plots and pages, but for a test that reads a page."""
+    if "drawn" not in request.fixturenames:
         request.getfixturevalue("undrawn")
+
+
+@pytest.fixture
+def drawn():
+    """Mark a test that reads a page."""
 
 
 def assert_ends_as(whole, workdir):
@@ -139,7 +144,7 @@ def raises_now(error):
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_a_signal_saves_the_step_and_the_run_resumes(whole, rooms, tmp_path, faults, every):
+def test_a_signal_saves_the_step_and_the_run_resumes(whole, rooms, tmp_path, faults, every, drawn):
     """Also between two lines of the log and two checkpoints, and more than once."""
     config = depth(rooms)
     config.run.update(checkpoint_every_steps=every)
