@@ -158,7 +158,7 @@ def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:
     """Print the table, and write the numbers to a file if one is named."""
     folders = finished(pathlib.Path(sweep))
     rows = summary(folders)
-    times = timings(folders, batches, rounds)
+    times = timings(folders, batches, rounds) if rounds else {name: {} for name in folders}
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; {rounds} rounds\n{table(rows, times)}")
     if record:
         numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rounds": rounds}
@@ -169,6 +169,6 @@ if __name__ == "__main__":  # here, because flags of other benchmarks have the s
     environment.restart_tuned()
     _SWEEP = flags.DEFINE_string("sweep", "runs/groups", "Folder of the sweep.")
     _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Images in a call, each timed.")
-    _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of each model.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of each model; 0: from results.json alone.")
     _RECORD = flags.DEFINE_string("record", "", "A JSON file to write.")
     app.run(lambda _: main(_SWEEP.value, [int(x) for x in _BATCHES.value], _ROUNDS.value, _RECORD.value))

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import pathlib
 import time
 
 import jax
@@ -14,6 +15,7 @@ from scipy import stats
 from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox, targets
 from benchmarks import weighting as weighting_benchmark
 from benchmarks.zoo import table as zoo_table
+from mtl_sparse.report import study
 from mtl_sparse.runtime.timing import timed
 
 
@@ -226,6 +228,23 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
     first, second = groups.table(list(rows.values()), times).splitlines()[2:]
     assert "| dense" in first and "| 3.00 (0.75)" in second and "25.0 ± 0.0 %" in second
     assert "| -10.0 " in second
+
+
+def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
+    docs = pathlib.Path(__file__).parents[1] / "docs"
+    folders = groups.finished(docs / "results" / "pretrained")
+    rows = groups.summary(folders)
+    assert groups.table(rows, {name: {} for name in folders}) in (docs / "baselines.md").read_text()
+    assert [len(row["seeds"]) for row in rows] == [3] * 6
+    gains = {row["form"]: row["delta_m"] for row in rows}
+    text = " ".join((docs / "baselines.md").read_text().split())
+    for kind in ("input", "coupled"):
+        pairs = zip(gains["coupled groups, pruned at once by taylor"], gains[f"{kind} groups, by MACs"], strict=True)
+        found = study.difference([a - b for a, b in pairs])
+        assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above that" in text
+        by_norm = gains[f"{kind} groups, pruned at once by norm"]
+        pairs = zip(gains[f"{kind} groups, by MACs"], by_norm, strict=True)
+        assert (study.difference([a - b for a, b in pairs]).low > 0) == (kind == "input")
 
 
 def test_the_interval_of_delta_m_is_students():
