@@ -460,8 +460,10 @@ def test_named_sweeps_hold_valid_runs(name):
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
         more = 2 * 3 if name == "evidence" and size != ":demo" else 0  # the first two rows have six seeds
         assert len(trials) == COUNTS[name] * seeds[size] + more
-        for trial in trials:
-            config_lib.check(trial.config)
+        first = [trial.config for trial in trials if trial.config.seed == 0]  # other seeds are alike
+        assert len(first) == COUNTS[name]
+        for config in first:
+            config_lib.check(config)
         assert len({trial.config.to_json() for trial in trials}) == len(trials)
         assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
 
