@@ -274,7 +274,7 @@ def lite() -> ml_collections.ConfigDict:
     The weights are good from the start and the run is short, so prune early, which leaves time to recover.
     """
     config = nyu_lite.get_config()
-    config.model.init_from = "LITE0"  # no such file: the first run asks for --config.model.init_from
+    config.model.init_from = "LITE0"  # no such file, so that the sweep asks for the user's
     config.train.epochs = 6
     config.sparsity.update(start_at=0.1, target_ramp=0.4, prune_at=0.3)
     config.benchmark.batch_sizes = (1, 8)

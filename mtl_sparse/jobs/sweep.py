@@ -31,6 +31,7 @@ from mtl_sparse.runtime.errors import Stopped, UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import folder as folder_lib
 from mtl_sparse.training import setup as setup_lib
+from mtl_sparse.training import state
 
 CLUSTERS = ("slurm", "local")  # of submitit
 _SEPARATOR = "__"  # of the options in a trial's name
@@ -203,16 +204,18 @@ def run_job(config, workdir: str | pathlib.Path, settings: Sequence[Mapping[str,
     """
     index, count = options.shard
     _check_options(options)
+    workdir = pathlib.Path(workdir).expanduser().absolute()
     trials = make_trials(config, settings)
     opened = set()
     for trial in trials:  # check options and prepare data before any run starts
         config_lib.check(trial.config)
+        if not records.is_finished(workdir / trial.name):
+            state.check_source(trial.config)
         rewritten.build(trial.config.model, tasks_lib.resolve(trial.config))
         data = trial.config.data.to_json(), tuple(trial.config.tasks)
         if data not in opened:
             setup_lib.setup(trial.config)
             opened.add(data)
-    workdir = pathlib.Path(workdir).expanduser().absolute()
     mine = _claim(workdir, trials)[index::count]
     with logs.to_file(workdir / "log.txt"):
         return _run_mine(mine, workdir, options)

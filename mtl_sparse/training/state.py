@@ -39,12 +39,22 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": self.params["model"], "batch_stats": self.batch_stats}
 
 
+def check_source(config: Any) -> None:
+    """Raise UserError if config.model.init_from is set and does not exist."""
+    source = config.model.init_from
+    if source and not pathlib.Path(source).expanduser().exists():
+        raise UserError(
+            "FILE_MISSING", f"model.init_from={source!r} does not exist; name a run's folder or a file of weights"
+        )
+
+
 def initial(run: Run) -> TrainState:
     """Return the state before the first step: a function of config.seed and the weights in config.model.init_from.
 
     Raises:
       UserError: model.init_from does not exist or has weights of another model.
     """
+    check_source(run.config)
     # Not optimized: a hundred small random draws run once, but XLA takes long to optimize them.
     init = jax.jit(lambda key: _initial(run, key), compiler_options={"xla_backend_optimization_level": 0})
     state = init(jax.random.key(run.config.seed))
@@ -52,10 +62,6 @@ def initial(run: Run) -> TrainState:
     if not source:
         return state
     path = pathlib.Path(source).expanduser()
-    if not path.exists():
-        raise UserError(
-            "FILE_MISSING", f"model.init_from={source!r} does not exist; name a run's folder or a file of weights"
-        )
     if path.is_file():
         statistics = image_statistics(run.config.data.unit_range)
         given = imagenet.start(source, run.model, state.variables, statistics)

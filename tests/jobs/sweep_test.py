@@ -61,6 +61,13 @@ def test_every_trial_is_a_run_folder_with_its_settings(config, tmp_path, trained
         assert stored["data"]["folder"] == config.data.folder
 
 
+def test_weights_that_do_not_exist_are_named_before_any_run(config, tmp_path, trained):
+    config.model.init_from = "LITE0"
+    with raises("FILE_MISSING", naming="model.init_from='LITE0'"):
+        run(config, tmp_path / "sweep")
+    assert not trained.names and not (tmp_path / "sweep").exists()
+
+
 def test_the_folder_of_a_sweep_has_its_log(config, tmp_path, trained, monkeypatch):
     """Of all its runs, and with the error at the end."""
     found = []

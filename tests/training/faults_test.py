@@ -120,7 +120,7 @@ def whole(rooms, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def undrawn_unless_read(request):
-    """Leave out plots and pages, but for a test that reads a page."""
+    """Skip the plots and the page of a run, except in tests that read the page."""
     if "drawn" not in request.fixturenames:
         request.getfixturevalue("undrawn")
 
