@@ -48,6 +48,14 @@ def trained(monkeypatch):
     return run_trial
 
 
+@pytest.fixture
+def no_weights(tmp_path_factory):
+    """Return a file that is not one of weights: a run that starts from it fails early."""
+    path = tmp_path_factory.mktemp("files") / "notes.txt"
+    path.write_text("no weights\n")
+    return str(path)
+
+
 def run(config, folder, settings=LAMBDAS, **options):
     return sweep.run_job(config, folder, settings, sweep.Options(**options))
 
@@ -223,21 +231,21 @@ def test_a_folder_of_another_sweep_is_refused(config, tmp_path, trained):
 
 
 @pytest.mark.slow
-def test_a_trial_is_trained_in_a_process_of_its_own(rooms, tmp_path):
+def test_a_trial_is_trained_in_a_process_of_its_own(rooms, no_weights, tmp_path):
     config = tiny(rooms)
     config.train.epochs, config.tasks = 1, ("depth",)
-    with raises("SWEEP_RUNS_FAILED", naming="init_from=gone (exit code 2: model.init_from='gone'"):
-        run(config, tmp_path, [{"model.init_from": folder} for folder in ("", "gone")], max_parallel=2)
+    with raises("SWEEP_RUNS_FAILED", naming="notes.txt (exit code 2: expected"):
+        run(config, tmp_path, [{"model.init_from": source} for source in ("", no_weights)], max_parallel=2)
     done = tmp_path / "init_from="
     assert json.loads((done / "results.json").read_text())["config"]["tasks"] == ["depth"]
     assert (done / "plots" / "samples.png").exists() and "first step compiles" in (done / "log.txt").read_text()
 
 
-def test_a_cluster_runs_the_trials_through_submitit(config, tmp_path):
+def test_a_cluster_runs_the_trials_through_submitit(config, no_weights, tmp_path):
     """submitit's local executor takes the same path as its SLURM executor; the trial fails early and is reported."""
-    with raises("SWEEP_RUNS_FAILED", naming="init_from=gone (exit code 2: model.init_from='gone'"):
-        run(config, tmp_path, [{"model.init_from": "gone"}], cluster="local", cluster_settings={"timeout_min": 5})
-    assert list((tmp_path / "submitit").glob("*_submitted.pkl")) and (tmp_path / "init_from=gone" / "log.txt").exists()
+    with raises("SWEEP_RUNS_FAILED", naming="notes.txt (exit code 2: expected"):
+        run(config, tmp_path, [{"model.init_from": no_weights}], cluster="local", cluster_settings={"timeout_min": 5})
+    assert list((tmp_path / "submitit").glob("*_submitted.pkl")) and list(tmp_path.glob("init_from=*/log.txt"))
 
 
 def test_a_cluster_continues_without_a_job_that_was_lost(config, tmp_path, monkeypatch):
