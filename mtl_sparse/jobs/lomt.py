@@ -183,12 +183,24 @@ def _check(config, settings: Sequence[Mapping[str, Any]], options: sweep.Options
 
 
 def _active(results: Results) -> dict[str, float]:
-    """Return the fraction of non-zero groups of each of the backbone's conv layers."""
-    return {
+    """Return the fraction of non-zero groups of each of the backbone's conv layers.
+
+    With coupled groups, a kernel that reads a residual stream has weights for each channel that another kernel needs.
+    So a layer on a residual branch is only as active as the least active layer of the branch: if one of them is zero,
+    the branch adds a constant.
+    """
+    found = {
         layer_names.short(layer.path): (layer.groups - layer.zero_groups) / layer.groups
         for layer in results.sparsity.layers
         if layer.path.startswith("backbone/")
     }
+    if not results.sparsity.coupled:
+        return found
+    least: dict[str, float] = {}
+    for name, part in found.items():
+        block = layer_names.branch(name)
+        least[block] = min(part, least.get(block, 1.0))
+    return {name: least[block] if (block := layer_names.branch(name)) else part for name, part in found.items()}
 
 
 def run_job(

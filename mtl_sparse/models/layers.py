@@ -5,6 +5,7 @@ from typing import Any
 
 _BLOCK = re.compile(r"(?:layer|block)(\d+)_(\d+)(?:/|$)")
 _INNER = ("expand", "depthwise", "project")  # an inverted residual's layers
+_BRANCH = re.compile(rf"conv\d+|{'|'.join(_INNER)}")
 
 
 def short(path: str) -> str:
@@ -26,6 +27,12 @@ def network_order(path: str) -> tuple[int, int, int, tuple[Any, ...]]:
     layer = name[found.end() :]
     inner = (f"{_INNER.index(layer)}", layer) if layer in _INNER else _words(layer)
     return (1, int(found[1]), int(found[2]), inner)
+
+
+def branch(path: str) -> str:
+    """Return the block on whose residual branch a layer is, such as "layer1_0"; "" for shortcuts and other layers."""
+    block, _, layer = short(path).rpartition("/")
+    return block if _BRANCH.fullmatch(layer) and _BLOCK.match(block) else ""
 
 
 def _words(name: str) -> tuple[str, ...]:

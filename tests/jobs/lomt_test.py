@@ -96,6 +96,25 @@ def test_choices_of_single_task_runs(singles, tmp_path):
     assert raw == ["layer4_2/conv3:raw", "layer3_3/conv2:raw", "layer3_3/conv1:raw"]
 
 
+def test_with_coupled_groups_a_layer_on_a_branch_is_as_active_as_the_least_active_one(tmp_path):
+    """It reads channels of the stream, which another kernel may need; the stem and the shortcut are on no branch."""
+    config = nyu.get_config()
+    config.tasks = ("depth",)
+    folder = write_single(tmp_path / "depth", "depth", 0, "layer4_2/conv3")
+    results = json.loads((folder / "results.json").read_text())
+    layers = {one["path"]: one for one in results["sparsity"]["layers"]}
+    layers["backbone/layer1_0/conv2/kernel"]["zero_groups"] = layers["backbone/stem_conv1/kernel"]["zero_groups"] = 98
+    layers["backbone/layer3_3/conv2/kernel"]["zero_groups"] = 100
+    (folder / "results.json").write_text(json.dumps(results))
+    alone = lomt.read_choices(config, [folder])["depth"]
+    results["sparsity"]["coupled"] = [{"name": "backbone/layer1_0/conv1", "groups": 100, "zero_groups": 97}]
+    (folder / "results.json").write_text(json.dumps(results))
+    coupled = lomt.read_choices(config, [folder])["depth"]
+    assert alone.active["layer3_3/conv1"] == (0.03,) and coupled.active["layer3_3/conv1"] == (0.0,)
+    least = {"stem_conv1": 0.02, "layer1_0/downsample_conv": 0.03} | {f"layer1_0/conv{i}": 0.02 for i in (1, 2, 3)}
+    assert {name: coupled.active[name] for name in least} == {name: (pytest.approx(x),) for name, x in least.items()}
+
+
 def test_the_job_writes_the_choice_and_trains_with_it_and_without(singles, tmp_path, monkeypatch, capsys):
     config, workdir, swept = nyu.get_config(), tmp_path / "lomt", []
 
