@@ -4,11 +4,14 @@
 
 Applies each operator to all backbone kernels of a ResNet-50, in Adam's metric. The functions are timed in alternation.
 The table has medians and the ratio to a copy of the three arrays (z, metric, result), with its 10th and 90th
-percentiles over the rounds. "pass" reads z and the metric and writes the result once. A second table has the full
-training step with and without the penalty: three tasks, 128x128, batch 4.
+percentiles over the rounds. "pass" reads z and the metric and writes the result once. A second table compares coupled
+groups with input groups of the same kernels, among which are those of the heads that read the backbone. A third has the
+full training step with and without the penalty: three tasks, 128x128, batch 4.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,8 @@ from mtl_sparse.models import multitask
 from mtl_sparse.runtime import environment
 from mtl_sparse.runtime.timing import timed
 from mtl_sparse.sparsity import groups, prox
+from mtl_sparse.sparsity.groups import Groups
+from mtl_sparse.training import groups as training_groups
 
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Timed calls of each function.")
 _STEP = flags.DEFINE_bool("step", True, "Whether to time the training step as well.")
@@ -97,6 +102,53 @@ def backbone_shapes(options) -> list[tuple[int, ...]]:
     return [leaves[kernel.path].shape for kernel in groups.find(params)]
 
 
+def coupled_operators(sets: Sequence[Groups], shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Return the functions to time for groups that span kernels, and for input groups of the same kernels.
+
+    Args:
+      sets: the coupled groups. With the thresholds, about half of them become zero.
+      shapes: path of each kernel of the groups -> its shape, [H, W, I, O].
+
+    Returns:
+      name -> function () -> list of arrays.
+    """
+    rng = np.random.default_rng(0)
+    z = {path: jnp.asarray(0.03 * rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    d = {path: jnp.asarray(np.exp(rng.normal(-8, 1.5, size=shape)), jnp.float32) for path, shape in shapes.items()}
+
+    def norms(one):
+        return one.norms([z[path] * d[path] for path in one.paths])
+
+    weights = [jnp.median(norms(one)) for one in sets]
+    single = {path: jnp.median(jnp.sqrt(jnp.sum(jnp.square(z[path] * d[path]), (0, 1, 3)))) for path in z}
+
+    @jax.jit
+    def coupled(z, d):
+        parts = [
+            prox.group_lasso_over(one, [z[path] for path in one.paths], weight, [d[path] for path in one.paths])
+            for one, weight in zip(sets, weights, strict=True)
+        ]
+        return list(itertools.chain(*parts))
+
+    @jax.jit
+    def alone(z, d):
+        return [prox.group_lasso(z[path], single[path], d[path]) for path in z]
+
+    return {"group_lasso, input groups": lambda: alone(z, d), "group_lasso, coupled groups": lambda: coupled(z, d)}
+
+
+def coupled_groups(options) -> tuple[Sequence[Groups], dict[str, tuple[int, ...]]]:
+    """Return the coupled groups of configs/nyu.py's model with other `options`, and the shapes of their kernels."""
+    config = nyu.get_config()
+    config.model.update(options)
+    config.sparsity.groups = "coupled"
+    model = multitask.build(config.model, tasks.resolve(config))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    leaves = groups.by_path({"model": params})
+    sets = training_groups.find(config) or ()
+    return sets, {path: leaves[path].shape for one in sets for path in one.paths}
+
+
 def training_steps() -> dict:
     """Return the training step without and with the penalty, each with its own state."""
     make = functools.partial(ours.training_step, size=_SIZE.value, batch=_BATCH.value)
@@ -110,6 +162,9 @@ def main(_) -> None:
     print(f"{len(shapes)} kernels, {sum(map(np.prod, shapes)):,} weights; JAX {jax.__version__}, {device}")
     seconds = timed(operators(shapes), _ROUNDS.value)
     report(seconds, "copy of the three arrays")
+    sets, of_sets = coupled_groups({})
+    print(f"\n{len(of_sets)} kernels in {len(sets)} sets, {sum(map(np.prod, of_sets.values())):,} weights")
+    report(timed(coupled_operators(sets, of_sets), _ROUNDS.value), "group_lasso, input groups")
     if _STEP.value:
         print(f"\ntraining step, {', '.join(ours.TASKS)}, {_SIZE.value}x{_SIZE.value}, batch {_BATCH.value}")
         steps = timed(training_steps(), _ROUNDS.value)

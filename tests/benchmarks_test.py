@@ -17,10 +17,14 @@ from benchmarks import weighting as weighting_benchmark
 from benchmarks.zoo import table as zoo_table
 from mtl_sparse.report import study
 from mtl_sparse.runtime.timing import timed
+from mtl_sparse.sparsity.groups import CoupledGroups
 
 
 def test_every_operator_prunes_about_half(capsys):
     functions = prox.operators([(1, 1, 64, 8), (3, 3, 32, 4)])
+    channels = np.arange(64, dtype=np.int32).reshape(1, 1, 64, 1)
+    spanning = CoupledGroups("a", ("a", "b"), (channels, channels), 64, np.full(64, 44.0))
+    functions |= prox.coupled_operators([spanning], {"a": (1, 1, 64, 8), "b": (3, 3, 64, 4)})
     for name, function in functions.items():
         if name.startswith(("copy", "pass")):
             continue
