@@ -26,6 +26,7 @@ from mtl_sparse.runtime import environment
 from mtl_sparse.training import setup
 
 DENSE, QUARTER = "dense", 0.25
+WEIGHTS = {"sqrt_size": "by size", "macs": "by MACs", "none": "weighted alike"}
 
 
 def form(results: Results) -> str:
@@ -35,7 +36,9 @@ def form(results: Results) -> str:
         return DENSE
     if not any(sparsity.get(name) for name in ("target", "target_macs", "target_params")):
         return f"lambda {sparsity['lambda_']:g}"
-    way = f"pruned at once by {how}" if how else "by MACs" if sparsity["group_weights"] == "macs" else "by size"
+    way = f"pruned at once by {how}" if how else WEIGHTS[sparsity["group_weights"]]
+    if sparsity.get("debias_at") and not how:
+        way += ", debiased"
     macs = sparsity.get("target_macs")
     wanted = f", {100 * macs:g} % of the MACs" if macs and macs != QUARTER else ""
     return f"{sparsity['groups']} groups, {way}{wanted}"

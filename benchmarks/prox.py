@@ -61,7 +61,9 @@ def operators(shapes: list[tuple[int, ...]]) -> dict:
     z = [jnp.asarray(0.03 * rng.normal(size=shape), jnp.float32) for shape in shapes]
     d = [jnp.asarray(np.exp(rng.normal(-8, 1.5, size=shape)), jnp.float32) for shape in shapes]
     weight = [jnp.median(jnp.sqrt(jnp.sum(jnp.square(a * b), (0, 1, 3)))) for a, b in zip(z, d, strict=True)]
-    plain = [jnp.median(jnp.sqrt(jnp.sum(jnp.square(a), (0, 1, 3)))) for a in z]
+    norms = [jnp.sqrt(jnp.sum(jnp.square(a), (0, 1, 3))) for a in z]
+    averaged = [jnp.median(jnp.mean(b, (0, 1, 3)) * norm) for b, norm in zip(d, norms, strict=True)]
+    plain = [jnp.median(norm) for norm in norms]
     single = [jnp.median(jnp.abs(a * b)) for a, b in zip(z, d, strict=True)]
     gamma = [float(2 / jnp.min(b)) for b in d]
 
@@ -82,6 +84,9 @@ def operators(shapes: list[tuple[int, ...]]) -> dict:
             weight,
             d,
             [jnp.float32(g) for g in gamma],
+        ),
+        "group_lasso, mean of each group": over(
+            lambda z, weight, d: prox.group_lasso(z, weight / jnp.mean(d, (0, 1, 3))), z, averaged, d
         ),
         "l1, adaptive": over(prox.l1, z, single, d),
         "group_lasso, plain": over(prox.group_lasso, z, plain),

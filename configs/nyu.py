@@ -148,7 +148,9 @@ def get_config() -> ml_collections.ConfigDict:
             # the end of the run.
             warmup=0.0,
             warmup_steps=100,
-            metric="adaptive",  # proximal operator in Adam's metric; "plain" is the closed form in the Euclidean metric
+            # Metric of the proximal operator: "adaptive", Adam's; "group", the mean of Adam's over each group; "plain",
+            # the Euclidean one. The last two have a closed form.
+            metric="adaptive",
             bias_correction=True,  # of v in that metric; the published method has False
             fixed_norm=True,  # keep the norm of kernels; the published method has False (docs/method.md)
             # Norm of a fixed-norm kernel. False: its initial norm, which cancels weight decay. True: the norm that

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ADAM_METRICS = ("adaptive", "uncorrected", "plain")
+ADAM_METRICS = ("adaptive", "group", "uncorrected", "plain")
 
 
 class Metric(NamedTuple):
@@ -18,10 +18,13 @@ class Metric(NamedTuple):
       diagonal: tree like the parameters with the positive diagonal D, or None for the Euclidean metric.
       gradient: tree like the parameters with D times the step of a learning rate of 1, without the penalty. A zero
         group stays zero while its norm in this tree is at most lambda times the group's weight.
+      averaged: whether each group has the mean of D over its weights as its metric, so that the proximal step scales
+        the group as a whole. The norm above is then that of this mean times the step.
     """
 
     diagonal: Any
     gradient: Any
+    averaged: bool = False
 
 
 # (inner state, updates of the inner optimizer, learning rate) -> Metric
@@ -62,8 +65,9 @@ class AdamMetric:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: Adam's epsilon, outside the square root.
-      kind: "adaptive", with the bias-corrected v; "uncorrected", the published form, which prunes harder in the first
-        steps (31 times in the very first, at b2 = 0.999); or "plain", D = 1.
+      kind: "adaptive", with the bias-corrected v; "group", the mean of the same over each group (for the group lasso);
+        "uncorrected", the published form, which prunes harder in the first steps (31 times in the very first, at b2 =
+        0.999); or "plain", D = 1.
     """
 
     b1: float = 0.9
@@ -91,7 +95,7 @@ class AdamMetric:
         adam = adam_state(state)
         count = jnp.maximum(adam.count, 1).astype(jnp.float32)
         m_correction, v_correction = (1 - b**count for b in (self.b1, self.b2))
-        corrected = self.kind == "adaptive"
+        corrected = self.kind in ("adaptive", "group")
 
         def diagonal(v: jax.Array) -> jax.Array:
             d = jnp.sqrt(v / (v_correction if corrected else 1)) + self.eps
@@ -105,7 +109,9 @@ class AdamMetric:
             return step * (1 if self.kind == "plain" else diagonal(v))
 
         return Metric(
-            None if self.kind == "plain" else jax.tree.map(diagonal, adam.nu), jax.tree.map(gradient, adam.mu, adam.nu)
+            None if self.kind == "plain" else jax.tree.map(diagonal, adam.nu),
+            jax.tree.map(gradient, adam.mu, adam.nu),
+            averaged=self.kind == "group",
         )
 
 

@@ -30,7 +30,8 @@ class Step(NamedTuple):
       steps: int32 [], steps taken before this one.
       params: the parameters before the step.
       z: the parameters after the optimizer's step, before the proximal one.
-      metric: diagonals of the metric, of z's shapes; None is 1.
+      metric: diagonals of the metric, of z's shapes; None is 1. For an averaged metric, the mean over each group, of
+        shapes that broadcast against z's.
       norms: float32 [], the initial norms where `HoldNorm` holds them; None elsewhere.
     """
 

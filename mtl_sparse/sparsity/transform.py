@@ -79,6 +79,8 @@ def proximal(
     if isinstance(lambda_, float) and not lambda_ >= 0:
         raise ValueError(f"lambda_ must be a number >= 0, got {lambda_}")
     _check_gamma(penalties.make(penalty), metric, learning_rate)
+    if getattr(metric, "kind", "") == "group" and type(penalties.make(penalty)) is not penalties.GroupLasso:
+        raise ValueError("metric 'group' needs the group lasso; choose metric 'adaptive', or penalty 'group_lasso'")
     made = _Proximal(
         optax.with_extra_args_support(inner),
         learning_rate,
@@ -113,6 +115,11 @@ def _check_metric(metric: metrics.Metric | None, sets: Sequence[Groups]) -> None
             f"the metric has no entry for the penalized kernels {', '.join(missing[:3])}: choose an inner optimizer "
             "that has its state for all of them, or another scope of the penalty"
         )
+
+
+def _mean(groups: Groups, x: Sequence[jax.Array]) -> jax.Array:
+    """Return the mean of the entries of each group: [count]."""
+    return groups.totals(x)[0] / groups.sizes
 
 
 class _Now(NamedTuple):
@@ -201,9 +208,17 @@ class _Proximal:
     def _typical_lambda(self, sets: Sequence[Groups], metric: metrics.Metric) -> jax.Array:
         """Return the median over the groups of the lambda up to which a zero group stays zero: float32 []."""
         gradient = groups_lib.by_path(metric.gradient)
-        found = jnp.concatenate(
-            [groups.norms([gradient[path] for path in groups.paths]) / self.penalty.factors(groups) for groups in sets]
-        )
+        diagonal = groups_lib.by_path(metric.diagonal) if metric.averaged else {}
+
+        def slopes(groups: Groups) -> jax.Array:
+            """Return the norm of D times Adam's step for each group."""
+            steps = [gradient[path] for path in groups.paths]
+            if not metric.averaged:
+                return groups.norms(steps)
+            d = [diagonal[path] for path in groups.paths]
+            return _mean(groups, d) * groups.norms([step / a for step, a in zip(steps, d, strict=True)])
+
+        found = jnp.concatenate([slopes(groups) / self.penalty.factors(groups) for groups in sets])
         return jnp.nanmedian(jnp.where(found > 0, found, jnp.nan)).astype(jnp.float32)
 
     def _held(self, sets: Sequence[Groups], params: Any) -> list[str]:
@@ -225,8 +240,11 @@ class _Proximal:
 
         def change(groups: Groups, before: list[jax.Array], z: list[jax.Array]) -> list[jax.Array]:
             d = None if diagonal is None else [diagonal[path] for path in groups.paths]
+            mean = _mean(groups, d) if metric.averaged and d is not None else None
+            if mean is not None:
+                d = groups.spread(mean, before)
             step = Step(groups, self.penalty, now.steps, before, z, d, [held.get(path) for path in groups.paths])
-            x = self._prox(step, now)
+            x = self._prox(step, now, mean)
             for projection in self.projections:
                 x = projection(x, step)
             zeros.extend(jax.tree.leaves(self.penalty.zeros(x, groups)))
@@ -234,11 +252,15 @@ class _Proximal:
 
         return projections.apply(sets, updates, params, change), zeros
 
-    def _prox(self, step: Step, now: _Now) -> list[jax.Array]:
+    def _prox(self, step: Step, now: _Now, mean: jax.Array | None) -> list[jax.Array]:
+        """Return the result of the proximal step; `mean` is the metric of each group if it is averaged."""
+
         def threshold(dead: jax.Array) -> jax.Array:
             return jnp.where(dead & self.annealed, now.peak, now.learning_rate) * now.lambda_
 
         thresholds = jax.tree.map(threshold, self.penalty.zeros(step.params, step.groups))
+        if mean is not None:  # the Euclidean step with a threshold for each group
+            return self.penalty.prox(step.z, thresholds / mean, now.learning_rate, None, step.groups)
         return self.penalty.prox(step.z, thresholds, now.learning_rate, step.metric, step.groups)
 
 
@@ -270,8 +292,8 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
       target: target for which lambda is found while training, see `TargetSparsity`. Each kernel then keeps its
         strongest group. With `optax.inject_hyperparams`, put "lambda_", "debias_step" and "weight_decay_mask" into its
         `static_args`.
-      metric: "adaptive" takes the proximal step in Adam's metric, "plain" the closed-form Euclidean one (eq. 5 of "Less
-        is More"); "uncorrected", see `metrics.AdamMetric`.
+      metric: "adaptive" takes the proximal step in Adam's metric, "group" in the mean of this metric over each group,
+        "plain" the closed-form Euclidean one (eq. 5 of "Less is More"); "uncorrected", see `metrics.AdamMetric`.
       fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none.
       debias_step: step from which the zero pattern stays and the rest trains without the penalty, which removes the
         shrinkage that it leaves; None is never.

@@ -171,6 +171,8 @@ def _penalty(config):
 
 def _metric(sparsity):
     """Return the kind of `AdamMetric`."""
+    if sparsity.metric == "group" and not sparsity.bias_correction:
+        raise ValueError("metric 'group' needs bias_correction=True")
     is_uncorrected = sparsity.metric == "adaptive" and not sparsity.bias_correction
     return "uncorrected" if is_uncorrected else sparsity.metric
 

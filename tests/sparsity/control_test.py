@@ -116,6 +116,7 @@ def test_reaches_the_target_from_any_start(start, penalty):
         {"metric": "plain", "loss_scale": 1e-4},
         {"loss_scale": 1e-4},
         {"metric": "uncorrected"},
+        {"metric": "group"},
         {"penalty": GroupLasso(weights="none")},
         {"penalty": GroupMCP(gamma=10.0)},
         {"phases": Phases(300, 50)},

@@ -146,7 +146,7 @@ def test_the_step_is_firmly_non_expansive_in_its_metric():
             assert left >= right - 1e-9
 
 
-@pytest.mark.parametrize("metric", ["adaptive", "plain"])
+@pytest.mark.parametrize("metric", ["adaptive", "group", "plain"])
 def test_without_penalty_it_is_adamw_bit_for_bit(metric):
     params = tree(draw(np.random.default_rng(2))[0])
     penalty = GroupLasso(groups=(COUPLED,))
@@ -155,6 +155,27 @@ def test_without_penalty_it_is_adamw_bit_for_bit(metric):
         ours, _ = run(transform.proximal_adam(1e-2, lambda_, penalty=penalty, **options), params)
         theirs, _ = run(optax.adamw(1e-2, weight_decay=decay), params)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_metric_of_a_group_is_the_mean_over_all_its_parameters():
+    params = tree(draw(np.random.default_rng(2))[0])
+    grads = jax.tree.map(lambda a: 0.1 + jnp.abs(a), tree(draw(np.random.default_rng(3))[0]))
+    penalty = GroupLasso(groups=(COUPLED,))
+    tx = transform.proximal_adam(1e-2, 85.0, penalty=penalty, fixed_norm=False, metric="group")
+    updates, _ = tx.update(grads, tx.init(params), params)
+    z = [a - 1e-2 for a in arrays_of(params)]  # Adam's first step
+    d = [np.zeros_like(a) for a in z]
+    for g in range(7):
+        mean = gathered(arrays_of(grads), g).mean()
+        for array, numbers in zip(d, NUMBERS, strict=True):
+            array[np.broadcast_to(numbers == g, array.shape)] = mean
+    weight = jnp.asarray(1e-2 * 85 * COUPLED.sizes**0.5)
+    want = prox.group_lasso_over(COUPLED, list(map(jnp.asarray, z)), weight, list(map(jnp.asarray, d)))
+    new = optax.apply_updates(params, updates)
+    assert 0 < zeros(new).sum() < 7
+    found = arrays_of(new)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_group_is_zero_in_all_its_parameters_or_in_none():

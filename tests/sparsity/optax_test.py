@@ -172,7 +172,7 @@ def test_dtypes_are_kept(name, dtype):
     assert [leaf.dtype for leaf in jax.tree.leaves(state)] == before
 
 
-@pytest.mark.parametrize("metric", ["adaptive", "plain"])
+@pytest.mark.parametrize("metric", ["adaptive", "group", "plain"])
 def test_hyperparameters_can_be_injected(metric):
     """Numbers become arrays in the state: learning rate, lambda and Adam's own."""
     params = tree(0)

@@ -69,7 +69,7 @@ def test_without_penalty_it_is_adamw_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("metric", ["adaptive", "plain"])
+@pytest.mark.parametrize("metric", ["adaptive", "group", "plain"])
 def test_first_step_is_adam_then_prox(metric):
     params, grads = random_tree(0), random_tree(1)
     rate, lambda_, eps = 0.1, 1.0, 1e-8
@@ -78,7 +78,9 @@ def test_first_step_is_adam_then_prox(metric):
     new = optax.apply_updates(params, updates)
     w, g = params["backbone"]["conv"]["kernel"], grads["backbone"]["conv"]["kernel"]
     z = w - rate * g / (jnp.abs(g) + eps)  # Adam's first step, bias-corrected
-    d = jnp.abs(g) + eps if metric == "adaptive" else None
+    d = None if metric == "plain" else jnp.abs(g) + eps
+    if metric == "group":
+        d = jnp.broadcast_to(d.mean((0, 1, 3), keepdims=True), d.shape)
     want = prox.group_lasso(z, rate * lambda_ * (3 * 3 * 16) ** 0.5, d)
     np.testing.assert_allclose(new["backbone"]["conv"]["kernel"], want, rtol=1e-4, atol=1e-6)
     head = params["head"]["kernel"] - rate * jnp.sign(grads["head"]["kernel"])
@@ -485,21 +487,24 @@ def test_a_group_is_kept_with_a_target(target, left):
 
 
 @pytest.mark.parametrize(
-    ("settings", "factor"),
-    [({}, 1.0), ({"metric": "uncorrected"}, 0.001**0.5), ({"metric": "plain"}, None)],
-    ids=["adaptive", "uncorrected", "plain"],
+    ("metric", "slopes"),
+    [
+        ("adaptive", lambda grad: jnp.sqrt(jnp.mean(jnp.square(grad), (0, 1, 3)))),
+        ("uncorrected", lambda grad: jnp.sqrt(0.001 * jnp.mean(jnp.square(grad), (0, 1, 3)))),
+        ("group", lambda grad: jnp.mean(jnp.abs(grad), (0, 1, 3))),
+        ("plain", lambda grad: jnp.ones(8)),
+    ],
 )
 @pytest.mark.parametrize("start", [1e6, 1e-12])
-def test_a_targets_first_lambda_is_near_what_keeps_half_of_the_groups_zero(start, settings, factor):
+def test_a_targets_first_lambda_is_near_what_keeps_half_of_the_groups_zero(start, metric, slopes):
     """Within a factor of 30, already in the first penalized step, wherever it starts.
 
-    In Adam's first step D times its step over the rate is |g|, uncorrected sqrt(0.001) |g|, in the plain metric 1.
+    Adam's first step over the rate is the sign of g. D is |g|, uncorrected sqrt(0.001) |g|, in the plain metric 1.
     """
-    tx = transform.proximal_adam(1e-3, start, target=control.Target(0.5, 100), **settings)
+    tx = transform.proximal_adam(1e-3, start, target=control.Target(0.5, 100), metric=metric)
     _, state = run(tx, random_tree(0), 1)
     grad = random_tree(100)["backbone"]["conv"]["kernel"]
-    lambdas = jnp.sqrt(jnp.mean(jnp.square(grad), (0, 1, 3))) * factor if factor else jnp.ones(8)
-    wanted = float(jnp.median(lambdas)) * (30 if start > 1 else 1 / 30)
+    wanted = float(jnp.median(slopes(grad))) * (30 if start > 1 else 1 / 30)
     assert float(state.lambda_) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -529,6 +534,10 @@ def test_a_targets_schedule_counts_from_the_first_penalized_step():
 BAD_ARGUMENTS = {
     "lambda": (lambda: transform.proximal_adam(1e-3, -1.0), "lambda_ must be a number >= 0, got -1"),
     "metric": (lambda: transform.proximal_adam(1e-3, 1.0, metric="euclid"), "metric 'euclid'.*adaptive.*plain"),
+    "metric of groups": (
+        lambda: transform.proximal_adam(1e-3, 1.0, penalty=GroupMCP(gamma=3.0), metric="group"),
+        "metric 'group' needs the group lasso",
+    ),
     "penalty": (lambda: transform.proximal_adam(1e-3, 1.0, penalty="ridge"), "'ridge'.*group_lasso, group_mcp, l1"),
     "group weights": (lambda: GroupLasso(weights="size"), "'size'.*sqrt_size, none"),
     "norm": (lambda: HoldNorm(norm="final"), "norm 'final'.*initial, unpenalized"),

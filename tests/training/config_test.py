@@ -50,6 +50,16 @@ BAD_CONFIGS = {
         "OPTION_SPARSITY",
         "gamma=0.001",
     ),
+    "metric of groups": (
+        lambda c: c.sparsity.update(penalty="group_mcp", metric="group"),
+        "OPTION_SPARSITY",
+        "needs the group lasso",
+    ),
+    "uncorrected metric of groups": (
+        lambda c: c.sparsity.update(metric="group", bias_correction=False),
+        "OPTION_SPARSITY",
+        "bias_correction=True",
+    ),
     "debias": (lambda c: c.sparsity.update(debias_at=1.5), "OPTION_OUT_OF_RANGE", "sparsity.debias_at=1.5"),
     "debias before the target": (
         lambda c: c.sparsity.update(target=0.5, debias_at=0.5),

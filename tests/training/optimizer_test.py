@@ -121,7 +121,7 @@ HANDED_ON = {
     "sparsity.start_at": (0.25, lambda found: [float(found["lambda_"](count)) > 0 for count in (9, 10)], [False, True]),
     "sparsity.group_weights": ("none", lambda found: found["penalty"].weights, "none"),
     "sparsity.start_step": (3, lambda found: [float(found["lambda_"](count)) > 0 for count in (2, 3)], [False, True]),
-    "sparsity.metric": ("plain", lambda found: found["metric"].kind, "plain"),
+    "sparsity.metric": ("group", lambda found: found["metric"].kind, "group"),
     "sparsity.bias_correction": (False, lambda found: found["metric"].kind, "uncorrected"),
     "sparsity.fixed_norm": (False, lambda found: projection(found, HoldNorm), None),
     "sparsity.anneal_revival": (False, lambda found: found["regrowth"], "free"),
