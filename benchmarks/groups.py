@@ -37,8 +37,9 @@ def form(results: Results) -> str:
     if not any(sparsity.get(name) for name in ("target", "target_macs", "target_params")):
         return f"lambda {sparsity['lambda_']:g}"
     way = f"pruned at once by {how}" if how else WEIGHTS[sparsity["group_weights"]]
-    if sparsity.get("debias_at") and not how:
-        way += ", debiased"
+    if not how:
+        way += ", group metric" if sparsity.get("metric") == "group" else ""
+        way += ", debiased" if sparsity.get("debias_at") else ""
     macs = sparsity.get("target_macs")
     wanted = f", {100 * macs:g} % of the MACs" if macs and macs != QUARTER else ""
     return f"{sparsity['groups']} groups, {way}{wanted}"
