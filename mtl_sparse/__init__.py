@@ -3,8 +3,8 @@
 The public API, loaded when a name is first used, so that importing the package is fast:
 
   proximal, proximal_adam: any optax optimizer, or Adam, with a sparsity penalty.
-  hold_norm, freeze_zeros, phased, TargetSparsity, GroupLasso, GroupMCP, L1, AdamMetric: its links and options.
-  group_lasso, group_mcp, l1: the proximal operators alone.
+  hold_norm, freeze_zeros, phased, TargetSparsity, GroupLasso, GroupL0, GroupMCP, L1, AdamMetric: its links and options.
+  group_lasso, group_l0, group_mcp, l1: the proximal operators alone.
   compact: a multi-task model without its zero channels, with the same outputs.
   compaction.compact: the same for any JAX function (`from mtl_sparse import compaction`).
   train, load_model: a training run from a config, and its best model.
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from mtl_sparse.sparsity import (
         L1,
         AdamMetric,
+        GroupL0,
         GroupLasso,
         GroupMCP,
         TargetSparsity,
         freeze_zeros,
+        group_l0,
         group_lasso,
         group_mcp,
         hold_norm,
@@ -43,6 +45,7 @@ __all__ = [
     "L1",
     "TASKS",
     "AdamMetric",
+    "GroupL0",
     "GroupLasso",
     "GroupMCP",
     "TargetSparsity",
@@ -50,6 +53,7 @@ __all__ = [
     "UserError",
     "compact",
     "freeze_zeros",
+    "group_l0",
     "group_lasso",
     "group_mcp",
     "hold_norm",

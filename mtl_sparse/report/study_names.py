@@ -13,6 +13,7 @@ _TARGETS = {_TARGET: "", "sparsity.target_macs": " of MACs", "sparsity.target_pa
 # Options whose published values together have a name, see configs/sweeps.py; those of the start follow from them.
 _PUBLISHED = ("bias_correction", "fixed_norm", "anneal_revival", "warmup", "warmup_steps")
 _STARTS = ("start_at", "start_step")
+_PENALTIES = {"group_lasso": "", "group_l0": "group ℓ0", "group_mcp": "MCP", "l1": "ℓ1"}
 
 
 def names(study: study_lib.Study) -> list[str]:
@@ -54,7 +55,7 @@ def form(row: study_lib.Row, without: Collection[str] = ()) -> str:
     options = row.config["sparsity"]
     if row.is_dense:
         return "" if _LAMBDA in without else "dense"
-    words = [{"group_lasso": "", "l1": "ℓ1", "group_mcp": "MCP"}.get(options["penalty"], options["penalty"])]
+    words = [_PENALTIES.get(options["penalty"], options["penalty"])]
     words.append("published form" if _is_published(options) else "")
     words.append(f"pruned at once by {options['prune']}" if options.get("prune") else "")
     targets = {key: options.get(key.rpartition(".")[2], 0) for key in _TARGETS}

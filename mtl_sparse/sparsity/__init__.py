@@ -3,9 +3,9 @@
 from mtl_sparse.sparsity.control import TargetSparsity
 from mtl_sparse.sparsity.groups import ConvGroups
 from mtl_sparse.sparsity.metrics import AdamMetric
-from mtl_sparse.sparsity.penalties import L1, GroupLasso, GroupMCP, Penalty
+from mtl_sparse.sparsity.penalties import L1, GroupL0, GroupLasso, GroupMCP, Penalty
 from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, freeze_zeros, hold_norm
-from mtl_sparse.sparsity.prox import group_lasso, group_mcp, l1
+from mtl_sparse.sparsity.prox import group_l0, group_lasso, group_mcp, l1
 from mtl_sparse.sparsity.schedules import Phases, phased
 from mtl_sparse.sparsity.stats import Sparsity, sparsity
 from mtl_sparse.sparsity.transform import ProximalState, proximal, proximal_adam
@@ -15,6 +15,7 @@ __all__ = [
     "AdamMetric",
     "ConvGroups",
     "FreezeZeros",
+    "GroupL0",
     "GroupLasso",
     "GroupMCP",
     "HoldNorm",
@@ -25,6 +26,7 @@ __all__ = [
     "Sparsity",
     "TargetSparsity",
     "freeze_zeros",
+    "group_l0",
     "group_lasso",
     "group_mcp",
     "hold_norm",

@@ -14,6 +14,8 @@ from mtl_sparse.sparsity.schedules import Phases
 # In the first penalized step, lambda is within this factor of the median over groups of the lambda that keeps a group
 # zero in the step: beyond it a start that is far off only takes longer to correct.
 _REACH = 30.0
+# Lambda of a penalty that does not shrink, as a fraction of what zeroes the least important group that is to stay.
+_BELOW = 0.999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,9 @@ class TargetSparsity:
     the gap, with a weight that grows with the steps (early, groups are only on their way to zero), and by the
     change of the gap, because pruning takes a larger lambda than keeping what is pruned. From `freeze` on
     lambda stays as it is.
+
+    A penalty that does not shrink, `GroupL0`, acts at once. Then each step takes the lambda that zeroes as many groups
+    as the gap asks for, and from `freeze` on no more; `gain`, `damping`, `slew` and `initial` have no effect.
 
     Attributes:
       sparsity: fraction of groups (under l1: of weights) to be zero, or the value of `measure` to reach, in [0, 1).
@@ -80,6 +85,33 @@ class ControlState(NamedTuple):
 
     log_lambda: jax.Array  # shape=(), dtype=jnp.float32
     gap: jax.Array  # shape=(), dtype=jnp.float32; scheduled - measured sparsity after the last step
+
+
+def by_rank(target: TargetSparsity, state: ControlState, critical: jax.Array, step: ArrayLike) -> ControlState:
+    """Choose the lambda of step number `step` with a penalty that does not shrink: it zeroes the groups of lowest rank.
+
+    The gap that the last step left is the fraction of groups that is zeroed. Nothing winds up, and zero groups, which
+    seldom regrow, are not more than the target needs.
+
+    Args:
+      target: the sparsity to reach, and how.
+      state: the controller after the last step.
+      critical: float [groups], the lambda that would zero each group in this step, 0 for those that are zero.
+      step: int32 [], 1 for the first step with a penalty.
+
+    Returns:
+      The controller, whose lambda is just too small for the least important group that stays.
+    """
+    more = jnp.where(_adjusts(target, step), jnp.maximum(state.gap, 0), 0) * critical.size
+    zero = jnp.sum(critical == 0) + jnp.floor(more).astype(int)
+    lambda_ = _BELOW * jnp.sort(critical)[jnp.minimum(zero, critical.size - 1)]
+    return state._replace(log_lambda=jnp.log(jnp.maximum(lambda_, 1e-30)).astype(jnp.float32))
+
+
+def after_rank(target: TargetSparsity, state: ControlState, measured: ArrayLike, step: ArrayLike) -> ControlState:
+    """Record the gap after step number `step`, see `by_rank` and `update`."""
+    gap = jnp.where(_adjusts(target, step), target.scheduled(step) - measured, state.gap)
+    return state._replace(gap=gap)
 
 
 def init(lambda_: float) -> ControlState:

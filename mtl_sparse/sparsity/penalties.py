@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ class Penalty(abc.ABC):
       rules: how they fall into groups, see `groups.find`.
       groups: the groups themselves, such as those of `compaction.groups.from_function`; None finds them by `scope` and
         `rules`.
+      shrinks: whether the proximal step moves what it does not zero; if not, a target chooses lambda by rank.
     """
+
+    shrinks: ClassVar[bool] = True
 
     scope: str | None = None
     rules: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: groups_lib.HWIO, kw_only=True)
@@ -75,6 +78,25 @@ class Penalty(abc.ABC):
     @abc.abstractmethod
     def factors(self, groups: Groups) -> float | np.ndarray:
         """Return the factor of lambda in the penalty of a typical group: one number, or float [groups.count]."""
+
+    def critical(
+        self, x: Arrays, z: Arrays, slope: Arrays, metric: Arrays | None, learning_rate: Any, groups: Groups
+    ) -> jax.Array:
+        """Return the lambda that decides whether each group is zero: [groups.count].
+
+        Args:
+          x: the parameters of the groups before the step.
+          z: the same after the optimizer's step.
+          slope: D times the step of a learning rate of 1, without the penalty, of x's shapes.
+          metric: diagonal D of the metric, of x's shapes; None is 1.
+          learning_rate: that of this step.
+          groups: the groups.
+
+        Returns:
+          The lambda up to which a zero group stays zero; 0 where there is none.
+        """
+        del x, z, metric, learning_rate
+        return groups.norms(slope) / self.factors(groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +181,31 @@ class GroupMCP(GroupLasso):
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupL0(GroupLasso):
+    """The weighted number of groups that are not zero, sum_g c_g [w_g != 0]; the others are not shrunk.
+
+    With `weights="none"` it counts groups. The attributes are those of the group lasso.
+    """
+
+    shrinks = False
+
+    def prox(
+        self, z: Arrays, threshold: Any, learning_rate: Any, metric: Arrays | None, groups: Groups
+    ) -> list[jax.Array]:
+        """Return the proximal step, see `Penalty.prox`."""
+        del learning_rate
+        return prox.group_l0_over(groups, z, threshold * self.factors(groups), metric)
+
+    def critical(
+        self, x: Arrays, z: Arrays, slope: Arrays, metric: Arrays | None, learning_rate: Any, groups: Groups
+    ) -> jax.Array:
+        """Return the lambda that would zero each group in this step, 0 for zero groups, see `Penalty.critical`."""
+        del slope
+        found = prox.half_squares(groups, z, metric) / self.factors(groups) / jnp.maximum(learning_rate, 1e-30)
+        return jnp.where(groups.zeros(x), 0, found)
+
+
+@dataclasses.dataclass(frozen=True)
 class L1(Penalty):
     """The lasso sum_i |w_i|, which zeroes single weights."""
 
@@ -185,7 +232,7 @@ class L1(Penalty):
         return groups.sizes**0.5
 
 
-PENALTIES = {"group_lasso": GroupLasso, "group_mcp": GroupMCP, "l1": L1}
+PENALTIES = {"group_lasso": GroupLasso, "group_mcp": GroupMCP, "group_l0": GroupL0, "l1": L1}
 
 
 def make(penalty: str | Penalty) -> Penalty:

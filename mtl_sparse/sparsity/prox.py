@@ -70,6 +70,26 @@ def group_mcp(
     return group_mcp_over(_along(z, group_axis), [z], weight, gamma, diagonal)[0]
 
 
+def group_l0(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None, *, group_axis: int = -2) -> jax.Array:
+    """Return argmin_x 1/2 |x - z|^2_D + weight * (number of groups of x that are not zero).
+
+    This is hard thresholding (Blumensath & Davies 2008, doi 10.1007/s00041-008-9035-z): a group is zero iff 1/2
+    |z_g|^2_D <= weight, and otherwise as in z.
+
+    Args:
+      z: array, float32 or float64.
+      weight: penalty weight >= 0: a scalar, or one weight a group, shape [z.shape[group_axis]].
+      metric: positive array of z's shape, or None.
+      group_axis: the axis whose indices are the groups.
+
+    Returns:
+      Array of z's shape and dtype.
+    """
+    z = jnp.asarray(z)
+    diagonal = None if metric is None else [jnp.asarray(metric, z.dtype)]
+    return group_l0_over(_along(z, group_axis), [z], weight, diagonal)[0]
+
+
 def l1(z: ArrayLike, weight: ArrayLike, metric: ArrayLike | None = None) -> jax.Array:
     """Return argmin_x 1/2 |x - z|^2_D + weight * sum_i |x_i|: soft-thresholding, entry by entry.
 
@@ -155,6 +175,32 @@ def group_mcp_over(
         for is_zero, a, d, r, w in zip(zeros, dz, d_left, rs, weights, strict=True)
     ]
     return [jnp.where(keep, a, x) for keep, a, x in zip(whole, z, shrunk, strict=True)]
+
+
+def group_l0_over(groups: Groups, z: Arrays, weight: ArrayLike, metric: Arrays | None = None) -> list[jax.Array]:
+    """Return `group_l0` over groups that may span several arrays.
+
+    Args:
+      groups: which entries of the arrays are a group.
+      z: one array for each of `groups.paths`, all float32 or all float64.
+      weight: penalty weight >= 0: a scalar, or one weight a group, shape [groups.count].
+      metric: positive arrays of the same shapes, or None.
+
+    Returns:
+      Arrays of z's shapes and dtype.
+    """
+    weight = jnp.broadcast_to(jnp.asarray(weight, z[0].dtype), groups.count)
+    score = half_squares(groups, z, metric)
+    broken = (jnp.isnan(score) & (weight != 0)) | jnp.isnan(weight)
+    factor = jnp.where(broken, jnp.nan, 1).astype(z[0].dtype)
+    zeros, factors = (groups.spread(values, z) for values in ((score <= weight) & (weight > 0), factor))
+    return [jnp.where(zero, 0, a * kept) for zero, a, kept in zip(zeros, z, factors, strict=True)]
+
+
+def half_squares(groups: Groups, z: Arrays, metric: Arrays | None = None) -> jax.Array:
+    """Return 1/2 |z_g|^2_D of each group: [groups.count]."""
+    ds = [jnp.ones([], a.dtype) for a in z] if metric is None else metric
+    return 0.5 * groups.totals([d * jnp.square(a) for d, a in zip(ds, z, strict=True)])[0]
 
 
 def _along(z: jax.Array, axis: int) -> ConvGroups:

@@ -57,7 +57,7 @@ def proximal(
         scales the step.
       lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
         `TargetSparsity`, which finds it while training.
-      penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
+      penalty: "group_lasso", "group_l0", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
       metric: diagonal metric D; None means the Euclidean metric. `metrics.AdamMetric(b1, b2, eps)` with the inner
         optimizer's numbers for optimizers with Adam's state, or `metrics.from_state(function of the inner state)`.
       regrowth: "annealed" takes the highest learning rate so far in the threshold of zero groups, so that the zero
@@ -184,12 +184,18 @@ class _Proximal:
         penalized = count
         if self.target:
             penalized = count - self.target.phases.start_step
-            controller = control.clamp(self.target, controller, self._typical_lambda(sets, metric), penalized)
+            critical = self._critical(sets, params, updates, metric, rate)
+            if self.penalty.shrinks:
+                typical = jnp.nanmedian(jnp.where(critical > 0, critical, jnp.nan)).astype(jnp.float32)
+                controller = control.clamp(self.target, controller, typical, penalized)
+            else:
+                controller = control.by_rank(self.target, controller, critical, penalized)
         now = _Now(state.count, rate, peak, self._lambda(state.count, controller))
         updates, zeros = self._project(sets, updates, params, state.norms, metric, now)
         if self.target:
             measured = self._measured(zeros, optax.apply_updates(params, updates))
-            controller = control.update(self.target, controller, measured, penalized)
+            after = control.update if self.penalty.shrinks else control.after_rank
+            controller = after(self.target, controller, measured, penalized)
         return updates, ProximalState(count, inner, state.norms, now.lambda_, peak, controller)
 
     def _measured(self, zeros: Sequence[jax.Array], params: optax.Params) -> jax.Array:
@@ -202,24 +208,30 @@ class _Proximal:
     def _lambda(self, count: jax.Array, controller: Any) -> jax.Array:
         """Return lambda of the step after `count` steps."""
         if self.target:
-            return jnp.exp(controller.log_lambda) * self.target.phases.factor(count)
+            factor = self.target.phases.factor(count)
+            return jnp.exp(controller.log_lambda) * (factor if self.penalty.shrinks else jnp.sign(factor))
         return jnp.asarray(self.lambda_(count) if callable(self.lambda_) else self.lambda_, jnp.float32)
 
-    def _typical_lambda(self, sets: Sequence[Groups], metric: metrics.Metric) -> jax.Array:
-        """Return the median over the groups of the lambda up to which a zero group stays zero: float32 []."""
-        gradient = groups_lib.by_path(metric.gradient)
-        diagonal = groups_lib.by_path(metric.diagonal) if metric.averaged else {}
+    def _critical(
+        self, sets: Sequence[Groups], params: optax.Params, updates: optax.Updates, metric: metrics.Metric, rate: Any
+    ) -> jax.Array:
+        """Return the lambda that decides whether each group of all sets is zero, see `Penalty.critical`: [groups]."""
+        x, slope = groups_lib.by_path(params), groups_lib.by_path(metric.gradient)
+        moved = groups_lib.by_path(updates)
+        diagonal = groups_lib.by_path(metric.diagonal) if metric.diagonal is not None else None
 
-        def slopes(groups: Groups) -> jax.Array:
-            """Return the norm of D times Adam's step for each group."""
-            steps = [gradient[path] for path in groups.paths]
-            if not metric.averaged:
-                return groups.norms(steps)
-            d = [diagonal[path] for path in groups.paths]
-            return _mean(groups, d) * groups.norms([step / a for step, a in zip(steps, d, strict=True)])
+        def of_set(groups: Groups) -> jax.Array:
+            slopes = [slope[path] for path in groups.paths]
+            d = None if diagonal is None else [diagonal[path] for path in groups.paths]
+            if metric.averaged and d is not None:
+                means = groups.spread(_mean(groups, d), d)
+                slopes = [mean * one / a for mean, one, a in zip(means, slopes, d, strict=True)]
+                d = means
+            before = [x[path] for path in groups.paths]
+            z = [a + moved[path] for a, path in zip(before, groups.paths, strict=True)]
+            return self.penalty.critical(before, z, slopes, d, rate, groups)
 
-        found = jnp.concatenate([slopes(groups) / self.penalty.factors(groups) for groups in sets])
-        return jnp.nanmedian(jnp.where(found > 0, found, jnp.nan)).astype(jnp.float32)
+        return jnp.concatenate([of_set(groups) for groups in sets])
 
     def _held(self, sets: Sequence[Groups], params: Any) -> list[str]:
         return projections.held_paths(self.projections, sets, params)

@@ -166,7 +166,8 @@ def _penalty(config):
     weights = sparsity.group_weights if _penalizes(sparsity) else "sqrt_size"
     if sparsity.penalty == "group_mcp":
         return penalties.GroupMCP(sparsity.scope, weights, sparsity.gamma, **options)
-    return penalties.GroupLasso(sparsity.scope, weights, **options)
+    kind = penalties.GroupL0 if sparsity.penalty == "group_l0" else penalties.GroupLasso
+    return kind(sparsity.scope, weights, **options)
 
 
 def _metric(sparsity):

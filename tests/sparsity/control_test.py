@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from mtl_sparse.sparsity import control, stats, transform
-from mtl_sparse.sparsity.penalties import GroupLasso, GroupMCP
+from mtl_sparse.sparsity.penalties import GroupL0, GroupLasso, GroupMCP
 from mtl_sparse.sparsity.schedules import Phases
 
 TARGET = control.Target(0.8, total_steps=100, ramp=0.5, freeze=0.8, gain=20.0, damping=0.5, slew=20.0)
@@ -119,6 +119,8 @@ def test_reaches_the_target_from_any_start(start, penalty):
         {"metric": "group"},
         {"penalty": GroupLasso(weights="none")},
         {"penalty": GroupMCP(gamma=10.0)},
+        {"penalty": GroupL0(weights="none")},
+        {"penalty": GroupL0(weights="none"), "loss_scale": 1e-4},
         {"phases": Phases(300, 50)},
         {"idle": 36, "target": 0.8},
     ],

@@ -11,7 +11,7 @@ from scipy import optimize
 
 from mtl_sparse.sparsity import control, groups, metrics, prox, stats, transform
 from mtl_sparse.sparsity.groups import ConvGroups, CoupledGroups
-from mtl_sparse.sparsity.penalties import L1, GroupLasso, GroupMCP
+from mtl_sparse.sparsity.penalties import L1, GroupL0, GroupLasso, GroupMCP
 from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest
 
 SHAPES = ((3, 3, 6, 4), (1, 1, 6, 5), (3, 8, 2))
@@ -155,6 +155,20 @@ def test_without_penalty_it_is_adamw_bit_for_bit(metric):
         ours, _ = run(transform.proximal_adam(1e-2, lambda_, penalty=penalty, **options), params)
         theirs, _ = run(optax.adamw(1e-2, weight_decay=decay), params)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_group_l0_removes_whole_groups_and_leaves_the_others_as_they_are():
+    z, d, _ = draw(np.random.default_rng(6))
+    costs = [0.5 * np.sum(gathered(d, g) * gathered(z, g) ** 2) for g in range(7)]
+    weight = float(np.median(costs))
+    found = GroupL0(weights="none", groups=(COUPLED,)).prox(
+        list(map(jnp.asarray, z)), weight, 1.0, list(map(jnp.asarray, d)), COUPLED
+    )
+    for g in range(7):
+        want = 0 * gathered(z, g) if costs[g] <= 1.0001 * weight else gathered(z, g)
+        if abs(costs[g] / weight - 1) > 1e-4:
+            np.testing.assert_allclose(gathered(found, g), want, rtol=1e-6)
+    assert sum(not gathered(found, g).any() for g in range(7)) in (3, 4)
 
 
 def test_the_metric_of_a_group_is_the_mean_over_all_its_parameters():

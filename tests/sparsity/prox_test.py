@@ -111,6 +111,23 @@ def test_group_mcp_is_optimal(dtype, tolerance, seed, spread):
 @PRECISIONS
 @SETTINGS
 @DRAWS
+def test_group_l0_is_optimal(dtype, tolerance, seed, spread):
+    """Each group is zero, at the cost |z|^2_D / 2, or that of z, at the cost of the penalty: the smaller of both."""
+    with jax.enable_x64(dtype == jnp.float64):
+        z, d, weight = as_dtype(dtype, *draw(np.random.default_rng(seed), spread))
+        weight = jnp.median(0.5 * jnp.sum(d * z**2, (0, 2))) * jnp.ones_like(weight)
+        x = prox.group_l0(z, weight, d, group_axis=1)
+        assert x.dtype == dtype
+    x, z, d, weight = as_float64(x, z, d, weight)
+    zero, of_zero = norms(x) == 0, 0.5 * (d * z**2).sum((0, 2))
+    assert 0 < zero.mean() < 1
+    np.testing.assert_array_equal(x, np.where(zero[:, None], 0, z))
+    assert (np.where(zero, of_zero, weight) <= np.minimum(of_zero, weight) * (1 + tolerance)).all()
+
+
+@PRECISIONS
+@SETTINGS
+@DRAWS
 def test_l1_is_optimal(dtype, tolerance, seed, spread):
     with jax.enable_x64(dtype == jnp.float64):
         z, d, weight = as_dtype(dtype, *draw(np.random.default_rng(seed), spread))
@@ -220,6 +237,7 @@ def test_float32_agrees_with_float64_at_every_scale(scale, d_scale):
 OPERATORS = {
     "group_lasso": lambda z, weight, d: prox.group_lasso(z, weight, d, group_axis=1),
     "group_mcp": lambda z, weight, d: prox.group_mcp(z, weight, 1e4, d, group_axis=1),
+    "group_l0": lambda z, weight, d: prox.group_l0(z, weight, d, group_axis=1),
     "l1": prox.l1,
 }
 

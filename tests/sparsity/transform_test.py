@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from mtl_sparse.sparsity import control, groups, metrics, penalties, projections, prox, reference, transform
-from mtl_sparse.sparsity.penalties import L1, GroupLasso, GroupMCP
+from mtl_sparse.sparsity.penalties import L1, GroupL0, GroupLasso, GroupMCP
 from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest
 from mtl_sparse.sparsity.schedules import Phases, phased
 
@@ -151,12 +151,13 @@ def test_lambda_grows_over_the_warm_up():
         ({"penalty": "l1"}, lambda z, d: prox.l1(z, 0.1, d)),
         ({"penalty": GroupLasso(weights="none")}, lambda z, d: prox.group_lasso(z, 0.1, d)),
         ({"metric": "uncorrected"}, lambda z, d: prox.group_lasso(z, 0.1 * 12, d * 0.001**0.5)),
+        ({"penalty": GroupL0()}, lambda z, d: prox.group_l0(z, 0.1 * 12, d)),
         (
             {"penalty": GroupMCP(gamma=5.0)},
             lambda z, d: prox.group_mcp(z, 0.1 * 12, 50.0, jnp.maximum(d, 0.04)),
         ),
     ],
-    ids=["l1", "no group weights", "uncorrected metric", "group mcp"],
+    ids=["l1", "no group weights", "uncorrected metric", "group l0", "group mcp"],
 )
 def test_first_step_of_the_other_forms(settings, operator):
     """lr 0.1, lambda 1, groups of 9 x 16 weights; v after one step is 0.001 g^2, corrected g^2."""
@@ -508,6 +509,30 @@ def test_a_targets_first_lambda_is_near_what_keeps_half_of_the_groups_zero(start
     assert float(state.lambda_) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_the_first_lambda_of_group_l0_is_just_below_what_zeroes_a_group():
+    """A group is zero if half of |z|^2 in the metric is at most the rate times lambda; D is |g| in the first step."""
+    tx = transform.proximal_adam(1e-3, 1e9, target=control.Target(0.5, 100), penalty=GroupL0(weights="none"))
+    new, state = run(tx, random_tree(0), 1)
+    w, grad = (random_tree(seed)["backbone"]["conv"]["kernel"] for seed in (0, 100))
+    lambdas = 0.5 * jnp.sum(jnp.abs(grad) * (w - 1e-3 * jnp.sign(grad)) ** 2, (0, 1, 3)) / 1e-3
+    assert float(state.lambda_) == pytest.approx(0.999 * float(jnp.min(lambdas)), rel=1e-4)
+    assert (new["backbone"]["conv"]["kernel"] != 0).any((0, 1, 3)).all()
+
+
+def test_group_l0_follows_the_schedule_step_by_step_and_zeroes_nothing_after_it():
+    """Each step zeroes what the step before lacked, rounded down, and leaves no group more zero than the schedule."""
+    target = control.Target(0.75, 40, ramp=0.5, freeze=0.6)
+    tx = transform.proximal_adam(1e-3, target=target, penalty=GroupL0(weights="none"), fixed_norm=False)
+    params = random_tree(0)
+    state, update, counts = tx.init(params), jax.jit(tx.update), []
+    for step in range(1, 41):
+        updates, state = update(random_tree(100 + step), state, params)
+        params = optax.apply_updates(params, updates)
+        counts.append(int((params["backbone"]["conv"]["kernel"] == 0).all((0, 1, 3)).sum()))
+    scheduled = [0, *(8 * float(target.scheduled(step)) for step in range(1, 25)), *[6] * 15]
+    assert counts == [int(one + 1e-5) for one in scheduled] and counts[-1] == 6
+
+
 def test_a_start_that_is_far_too_large_does_not_zero_the_network():
     """Two layers, a penalty that starts late and without a warm-up, lambda 10000 times too large."""
     params = {"a": {"kernel": random_tree(0)["backbone"]["conv"]["kernel"]}, "bn": {"scale": jnp.ones(16)}}
@@ -538,7 +563,10 @@ BAD_ARGUMENTS = {
         lambda: transform.proximal_adam(1e-3, 1.0, penalty=GroupMCP(gamma=3.0), metric="group"),
         "metric 'group' needs the group lasso",
     ),
-    "penalty": (lambda: transform.proximal_adam(1e-3, 1.0, penalty="ridge"), "'ridge'.*group_lasso, group_mcp, l1"),
+    "penalty": (
+        lambda: transform.proximal_adam(1e-3, 1.0, penalty="ridge"),
+        "'ridge'.*group_lasso, group_mcp, group_l0, l1",
+    ),
     "group weights": (lambda: GroupLasso(weights="size"), "'size'.*sqrt_size, none"),
     "norm": (lambda: HoldNorm(norm="final"), "norm 'final'.*initial, unpenalized"),
     "scope": (lambda: L1("neck"), "scope 'neck'.*backbone, all"),
