@@ -192,7 +192,8 @@ def pretrained(small: bool) -> list[Options]:
     """Return ways to leave a quarter of the multiply-accumulates of a backbone that starts from ImageNet weights.
 
     First the dense model, group lasso weighted by MACs and pruning at once by norm, both with coupled and with input
-    groups, and coupled groups pruned at once by Taylor importance. Then group lasso weighted by size, input groups
+    groups, and coupled groups pruned at once by Taylor importance. Then coupled groups, weighted alike and debiased, with
+    group l0, and with the group lasso in the metric of groups. Then group lasso weighted by size, input groups
     pruned at once by Taylor importance, fixed norms with nothing pruned, half and a tenth of the MACs, and dense
     single-task runs. Three seeds, which vary slowest in each part.
     """
@@ -207,6 +208,15 @@ def pretrained(small: bool) -> list[Options]:
 
     first = [dense, *[quarter(kind, way) for way in (by_macs, norm) for kind in ("coupled", "input")]]
     first.append(quarter("coupled", taylor))
+    gentle: Options = {
+        "sparsity.group_weights": "none",
+        "sparsity.target_ramp": 0.3,
+        "sparsity.target_freeze": 0.4,
+        "sparsity.debias_at": 0.5,
+    }
+    second = [
+        quarter("coupled", one | gentle) for one in ({"sparsity.penalty": "group_l0"}, {"sparsity.metric": "group"})
+    ]
     more: list[Options] = [
         quarter("input", {}),
         quarter("coupled", {}),
@@ -215,7 +225,7 @@ def pretrained(small: bool) -> list[Options]:
         *[base | {"sparsity.target_macs": macs, "sparsity.groups": "coupled"} | by_macs for macs in (0.5, 0.1)],
         *[dense | {"tasks": tasks} for tasks in TABLE1[:3]],
     ]
-    return [row | {"seed": seed} for rows in (first, more) for seed in range(3) for row in rows]
+    return [row | {"seed": seed} for rows in (first, second, more) for seed in range(3) for row in rows]
 
 
 def targets(small: bool) -> list[Options]:
