@@ -63,6 +63,16 @@ def test_nothing_moves_before_the_start_and_after_the_freeze(step):
     assert control.clamp(TARGET, state, 1e-9, jnp.int32(step)) == state
 
 
+@pytest.mark.parametrize(("step", "lambda_"), [(0, 0.999), (1, 3 * 0.999), (80, 3 * 0.999), (81, 0.999)])
+def test_by_rank_zeroes_the_groups_that_the_last_step_lacked(step, lambda_):
+    """Five groups, one of them zero, and a gap of 0.5: two more, the least important ones, while lambda is adjusted."""
+    state = control.ControlState(jnp.float32(0), jnp.float32(0.5))
+    found = control.by_rank(TARGET, state, jnp.array([4.0, 0.0, 1.0, 2.0, 3.0]), jnp.int32(step))
+    assert float(jnp.exp(found.log_lambda)) == pytest.approx(lambda_) and found.gap == state.gap
+    everything = control.by_rank(TARGET, state._replace(gap=jnp.float32(2)), jnp.array([1.0, 2.0]), jnp.int32(1))
+    assert float(jnp.exp(everything.log_lambda)) == pytest.approx(2 * 0.999), "the most important one stays"
+
+
 def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, phases=Phases(), **settings):  # noqa: B008
     """Noisy regression on 60 groups whose true weights fall off smoothly: every sparsity has its lambda.
 

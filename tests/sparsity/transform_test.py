@@ -520,8 +520,8 @@ def test_the_first_lambda_of_group_l0_is_just_below_what_zeroes_a_group():
 
 
 def test_group_l0_follows_the_schedule_step_by_step_and_zeroes_nothing_after_it():
-    """Each step zeroes what the step before lacked, rounded down, and leaves no group more zero than the schedule."""
-    target = control.Target(0.75, 40, ramp=0.5, freeze=0.6)
+    """Each step zeroes what the step before lacked, rounded down, whether or not lambda has a warm-up."""
+    target = control.Target(0.75, 40, ramp=0.5, freeze=0.6, phases=Phases(warmup_steps=9))
     tx = transform.proximal_adam(1e-3, target=target, penalty=GroupL0(weights="none"), fixed_norm=False)
     params = random_tree(0)
     state, update, counts = tx.init(params), jax.jit(tx.update), []
