@@ -192,9 +192,10 @@ def pretrained(small: bool) -> list[Options]:
     """Return ways to leave a quarter of the multiply-accumulates of a backbone that starts from ImageNet weights.
 
     First the dense model, group lasso weighted by MACs and pruning at once by norm, both with coupled and with input
-    groups, and coupled groups pruned at once by Taylor importance. Then coupled groups, weighted alike and debiased, with
-    group l0 and with the group lasso in the metric of groups. Then group lasso weighted by size, input groups pruned at
-    once by Taylor importance, fixed norms with nothing pruned, half and a tenth of the MACs, and dense single-task runs.
+    groups, and coupled groups pruned at once by Taylor importance. Then coupled groups, weighted alike and debiased,
+    with group l0 and with the group lasso in the metric of groups. Then group lasso weighted by size, input groups
+    pruned at once by Taylor importance, fixed norms with nothing pruned, half and a tenth of the MACs, and dense
+    single-task runs.
     Three seeds, which vary slowest in each part.
     """
     del small
