@@ -251,6 +251,19 @@ def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
         assert (study.difference([a - b for a, b in pairs]).low > 0) == (kind == "input")
 
 
+def test_the_table_of_the_pilot_runs_is_that_of_their_record():
+    docs = pathlib.Path(__file__).parents[1] / "docs"
+    rows = json.loads((docs / "benchmarks" / "pretrained_pilot.json").read_text())["rows"]
+    notes = (docs / "engineering_notes.md").read_text()
+    for row in rows:
+        ends = [f"{row[name][-1]:.4f}" for name in ("segmentation/miou", "depth/mae_normalized", "normals/cosine")]
+        assert f"| {row['name']} | {' | '.join(ends)} | {100 * row['macs_left'][-1]:.1f} % |" in notes
+    by_name = {row["name"]: row["groups_left"] for row in rows}
+    for stream in ("block4_1/expand", "block5_1/expand", "block6_1/expand"):
+        for name in ("one-shot pruning by Taylor importance", "group lasso"):
+            assert by_name[name][stream][0] == by_name[name][stream][1]
+
+
 def test_the_interval_of_delta_m_is_students():
     values = [-3.0, -1.0, 1.0]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
