@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ADAM_METRICS = ("adaptive", "group", "uncorrected", "plain")
+ADAM_METRICS = ("adaptive", "group", "fisher", "uncorrected", "plain")
 
 
 class Metric(NamedTuple):
@@ -66,6 +66,7 @@ class AdamMetric:
       b2: decay of the second moment.
       eps: Adam's epsilon, outside the square root.
       kind: "adaptive", with the bias-corrected v; "group", the mean of the same over each group (for the group lasso);
+        "fisher", D = v, a running estimate of the diagonal of the empirical Fisher information (for group l0);
         "uncorrected", the published form, which prunes harder in the first steps (31 times in the very first, at b2 =
         0.999); or "plain", D = 1.
     """
@@ -98,7 +99,10 @@ class AdamMetric:
         corrected = self.kind in ("adaptive", "group")
 
         def diagonal(v: jax.Array) -> jax.Array:
-            d = jnp.sqrt(v / (v_correction if corrected else 1)) + self.eps
+            if self.kind == "fisher":
+                d = v / v_correction + jnp.finfo(v.dtype).tiny
+            else:
+                d = jnp.sqrt(v / (v_correction if corrected else 1)) + self.eps
             return jnp.where(adam.count > 0, d, 1)  # 1 while a wrapper such as optax.apply_if_finite skips Adam's steps
 
         def gradient(m: jax.Array, v: jax.Array) -> jax.Array:

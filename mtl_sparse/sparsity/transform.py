@@ -81,6 +81,8 @@ def proximal(
     _check_gamma(penalties.make(penalty), metric, learning_rate)
     if getattr(metric, "kind", "") == "group" and type(penalties.make(penalty)) is not penalties.GroupLasso:
         raise ValueError("metric 'group' needs the group lasso; choose metric 'adaptive', or penalty 'group_lasso'")
+    if getattr(metric, "kind", "") == "fisher" and not isinstance(penalties.make(penalty), penalties.GroupL0):
+        raise ValueError("metric 'fisher' needs penalty 'group_l0'; choose that penalty, or metric 'adaptive'")
     made = _Proximal(
         optax.with_extra_args_support(inner),
         learning_rate,
