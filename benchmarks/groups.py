@@ -38,7 +38,9 @@ def form(results: Results) -> str:
         return f"lambda {sparsity['lambda_']:g}"
     way = f"pruned at once by {how}" if how else WEIGHTS[sparsity["group_weights"]]
     if not how:
-        way += ", group metric" if sparsity.get("metric") == "group" else ""
+        way = f"ℓ0, {way}" if sparsity.get("penalty") == "group_l0" else way
+        metric = sparsity.get("metric", "adaptive")
+        way += f", {metric} metric" if metric != "adaptive" else ""
         way += ", debiased" if sparsity.get("debias_at") else ""
     macs = sparsity.get("target_macs")
     wanted = f", {100 * macs:g} % of the MACs" if macs and macs != QUARTER else ""

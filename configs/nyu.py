@@ -150,7 +150,7 @@ def get_config() -> ml_collections.ConfigDict:
             warmup=0.0,
             warmup_steps=100,
             # Metric of the proximal operator: "adaptive", Adam's; "group", the mean of Adam's over each group; "plain",
-            # the Euclidean one. The last two have a closed form.
+            # the Euclidean one; or, for group_l0, "fisher", the square of Adam's.
             metric="adaptive",
             bias_correction=True,  # of v in that metric; the published method has False
             fixed_norm=True,  # keep the norm of kernels; the published method has False (docs/method.md)

@@ -278,6 +278,7 @@ def test_the_interval_of_delta_m_is_students():
         ({"target_macs": 0.1, "group_weights": "macs"}, "input groups, by MACs, 10 % of the MACs"),
         ({"group_weights": "none", "debias_at": 0.5}, "input groups, weighted alike, debiased"),
         ({"metric": "group"}, "input groups, by size, group metric"),
+        ({"penalty": "group_l0", "metric": "fisher"}, "input groups, ℓ0, by size, fisher metric"),
     ],
 )
 def test_other_ways_to_prune_are_named(tmp_path, options, name):

@@ -172,8 +172,8 @@ def _penalty(config):
 
 def _metric(sparsity):
     """Return the kind of `AdamMetric`."""
-    if sparsity.metric == "group" and not sparsity.bias_correction:
-        raise ValueError("metric 'group' needs bias_correction=True")
+    if sparsity.metric in ("group", "fisher") and not sparsity.bias_correction:
+        raise ValueError(f"metric {sparsity.metric!r} needs bias_correction=True")
     is_uncorrected = sparsity.metric == "adaptive" and not sparsity.bias_correction
     return "uncorrected" if is_uncorrected else sparsity.metric
 

@@ -152,12 +152,13 @@ def test_lambda_grows_over_the_warm_up():
         ({"penalty": GroupLasso(weights="none")}, lambda z, d: prox.group_lasso(z, 0.1, d)),
         ({"metric": "uncorrected"}, lambda z, d: prox.group_lasso(z, 0.1 * 12, d * 0.001**0.5)),
         ({"penalty": GroupL0()}, lambda z, d: prox.group_l0(z, 0.1 * 12, d)),
+        ({"penalty": GroupL0(), "metric": "fisher"}, lambda z, d: prox.group_l0(z, 0.1 * 12, d * d)),
         (
             {"penalty": GroupMCP(gamma=5.0)},
             lambda z, d: prox.group_mcp(z, 0.1 * 12, 50.0, jnp.maximum(d, 0.04)),
         ),
     ],
-    ids=["l1", "no group weights", "uncorrected metric", "group l0", "group mcp"],
+    ids=["l1", "no group weights", "uncorrected metric", "group l0", "fisher metric", "group mcp"],
 )
 def test_first_step_of_the_other_forms(settings, operator):
     """lr 0.1, lambda 1, groups of 9 x 16 weights; v after one step is 0.001 g^2, corrected g^2."""
@@ -559,6 +560,10 @@ def test_a_targets_schedule_counts_from_the_first_penalized_step():
 BAD_ARGUMENTS = {
     "lambda": (lambda: transform.proximal_adam(1e-3, -1.0), "lambda_ must be a number >= 0, got -1"),
     "metric": (lambda: transform.proximal_adam(1e-3, 1.0, metric="euclid"), "metric 'euclid'.*adaptive.*plain"),
+    "fisher metric": (
+        lambda: transform.proximal_adam(1e-3, 1.0, metric="fisher"),
+        "metric 'fisher' needs penalty 'group_l0'",
+    ),
     "metric of groups": (
         lambda: transform.proximal_adam(1e-3, 1.0, penalty=GroupMCP(gamma=3.0), metric="group"),
         "metric 'group' needs the group lasso",

@@ -55,6 +55,11 @@ BAD_CONFIGS = {
         "OPTION_SPARSITY",
         "needs the group lasso",
     ),
+    "fisher metric": (
+        lambda c: c.sparsity.update(metric="fisher"),
+        "OPTION_SPARSITY",
+        "needs penalty 'group_l0'",
+    ),
     "uncorrected metric of groups": (
         lambda c: c.sparsity.update(metric="group", bias_correction=False),
         "OPTION_SPARSITY",
