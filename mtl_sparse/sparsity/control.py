@@ -28,8 +28,9 @@ class TargetSparsity:
     change of the gap, because pruning takes a larger lambda than keeping what is pruned. From `freeze` on
     lambda stays as it is.
 
-    A penalty that does not shrink, `GroupL0`, acts at once. Then each step takes the lambda that zeroes as many groups
-    as the gap asks for, and from `freeze` on no more; `gain`, `damping`, `slew` and `initial` have no effect.
+    A penalty that does not shrink, `GroupL0`, acts at once. Then each step zeroes the least important groups, a
+    fraction of them as large as the gap, and from `freeze` on no more. `gain`, `damping`, `slew`, `initial` and the
+    warm-up of `phases` have no effect.
 
     Attributes:
       sparsity: fraction of groups (under l1: of weights) to be zero, or the value of `measure` to reach, in [0, 1).
@@ -87,25 +88,38 @@ class ControlState(NamedTuple):
     gap: jax.Array  # shape=(), dtype=jnp.float32; scheduled - measured sparsity after the last step
 
 
-def by_rank(target: TargetSparsity, state: ControlState, critical: jax.Array, step: ArrayLike) -> ControlState:
+def by_rank(
+    target: TargetSparsity, state: ControlState, critical: jax.Array, zero: jax.Array, step: ArrayLike
+) -> tuple[ControlState, jax.Array]:
     """Choose the lambda of step number `step` with a penalty that does not shrink: it zeroes the groups of lowest rank.
 
-    The gap that the last step left is the fraction of groups that is zeroed. Nothing winds up, and zero groups, which
-    seldom regrow, are not more than the target needs.
+    The gap that the last step left, taken as a fraction of the groups, is zeroed. There is no integral term, so the
+    target is not exceeded.
 
     Args:
       target: the sparsity to reach, and how.
       state: the controller after the last step.
-      critical: float [groups], the lambda that would zero each group in this step, 0 for those that are zero.
+      critical: float32 [groups], the lambda that would zero each group in this step; infinite for those that stay.
+      zero: bool [groups], which are zero.
       step: int32 [], 1 for the first step with a penalty.
 
     Returns:
-      The controller, whose lambda is just too small for the least important group that stays.
+      (the controller, lambda of the groups that are not zero: just too small for the least important one that stays).
+      The controller's lambda, that of zero groups, is the largest one so far; outside of the steps in which lambda is
+      adjusted it is unchanged, and the other one is 0.
     """
-    more = jnp.where(_adjusts(target, step), jnp.maximum(state.gap, 0), 0) * critical.size
-    zero = jnp.sum(critical == 0) + jnp.floor(more).astype(int)
-    lambda_ = _BELOW * jnp.sort(critical)[jnp.minimum(zero, critical.size - 1)]
-    return state._replace(log_lambda=jnp.log(jnp.maximum(lambda_, 1e-30)).astype(jnp.float32))
+    adjusts = _adjusts(target, step)
+    more = jnp.floor(jnp.maximum(state.gap, 0) * critical.size).astype(int)
+    order = jnp.sort(jnp.where(zero, -jnp.inf, critical).astype(jnp.float32))
+    last = jnp.maximum(jnp.sum(jnp.isfinite(critical) | zero) - 1, 0)  # of those that may be zeroed
+    least = order[jnp.minimum(jnp.sum(zero) + more, last)]
+    lambda_ = _BELOW * jnp.where(jnp.isfinite(least), least, 0)
+    log_lambda = jnp.log(jnp.maximum(lambda_, 1e-30))
+    highest = jnp.where(jnp.asarray(step) <= 1, log_lambda, jnp.maximum(state.log_lambda, log_lambda))
+    return (
+        state._replace(log_lambda=jnp.where(adjusts, highest, state.log_lambda)),
+        jnp.where(adjusts, lambda_, 0),
+    )
 
 
 def after_rank(target: TargetSparsity, state: ControlState, measured: ArrayLike, step: ArrayLike) -> ControlState:

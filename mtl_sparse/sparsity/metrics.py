@@ -100,7 +100,7 @@ class AdamMetric:
 
         def diagonal(v: jax.Array) -> jax.Array:
             if self.kind == "fisher":
-                d = v / v_correction + jnp.finfo(v.dtype).tiny
+                d = v / v_correction + 1e-20  # not 0, so that groups without gradients have a rank, too
             else:
                 d = jnp.sqrt(v / (v_correction if corrected else 1)) + self.eps
             return jnp.where(adam.count > 0, d, 1)  # 1 while a wrapper such as optax.apply_if_finite skips Adam's steps

@@ -80,23 +80,27 @@ class Penalty(abc.ABC):
         """Return the factor of lambda in the penalty of a typical group: one number, or float [groups.count]."""
 
     def critical(
-        self, x: Arrays, z: Arrays, slope: Arrays, metric: Arrays | None, learning_rate: Any, groups: Groups
+        self, z: Arrays, slope: Arrays, metric: Arrays | None, learning_rate: Any, groups: Groups
     ) -> jax.Array:
         """Return the lambda that decides whether each group is zero: [groups.count].
 
         Args:
-          x: the parameters of the groups before the step.
-          z: the same after the optimizer's step.
-          slope: D times the step of a learning rate of 1, without the penalty, of x's shapes.
-          metric: diagonal D of the metric, of x's shapes; None is 1.
+          z: the parameters of the groups after the optimizer's step.
+          slope: D times the step of a learning rate of 1, without the penalty, of z's shapes.
+          metric: diagonal D of the metric, of z's shapes; None is 1.
           learning_rate: that of this step.
           groups: the groups.
 
         Returns:
           The lambda up to which a zero group stays zero; 0 where there is none.
         """
-        del x, z, metric, learning_rate
+        del z, metric, learning_rate
         return groups.norms(slope) / self.factors(groups)
+
+    def strengths(self, z: Arrays, metric: Arrays | None, groups: Groups) -> jax.Array:
+        """Return what orders the groups by how late they are zeroed: [groups.count]; for arguments, see `critical`."""
+        ds = metric or [jnp.ones([], a.dtype) for a in z]
+        return groups.totals([jnp.square(d * a) for a, d in zip(z, ds, strict=True)])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +201,15 @@ class GroupL0(GroupLasso):
         return prox.group_l0_over(groups, z, threshold * self.factors(groups), metric)
 
     def critical(
-        self, x: Arrays, z: Arrays, slope: Arrays, metric: Arrays | None, learning_rate: Any, groups: Groups
+        self, z: Arrays, slope: Arrays, metric: Arrays | None, learning_rate: Any, groups: Groups
     ) -> jax.Array:
-        """Return the lambda that would zero each group in this step, 0 for zero groups, see `Penalty.critical`."""
+        """Return the lambda that would zero each group in this step, see `Penalty.critical`."""
         del slope
-        found = prox.half_squares(groups, z, metric) / self.factors(groups) / jnp.maximum(learning_rate, 1e-30)
-        return jnp.where(groups.zeros(x), 0, found)
+        return self.strengths(z, metric, groups) / jnp.maximum(learning_rate, 1e-30)
+
+    def strengths(self, z: Arrays, metric: Arrays | None, groups: Groups) -> jax.Array:
+        """Return what orders the groups by how late they are zeroed, see `Penalty.strengths`."""
+        return prox.half_squares(groups, z, metric) / self.factors(groups)
 
 
 @dataclasses.dataclass(frozen=True)

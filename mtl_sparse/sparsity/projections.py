@@ -101,8 +101,7 @@ class KeepStrongest:
         least = self.at_least(groups)
         if not least:
             return x
-        d = step.metric or [jnp.ones([], a.dtype) for a in z]
-        (scores,) = groups.totals([jnp.square(b * a) for a, b in zip(z, d, strict=True)])
+        scores = step.penalty.strengths(z, step.metric, groups)
         zero = groups.zeros(x)
         ranks = jnp.argsort(jnp.argsort(-jnp.where(zero, scores, jnp.inf), stable=True))  # what is not zero comes first
         back = groups.spread(zero & (ranks < least), x)

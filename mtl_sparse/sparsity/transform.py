@@ -121,16 +121,30 @@ def _check_metric(metric: metrics.Metric | None, sets: Sequence[Groups]) -> None
 
 def _mean(groups: Groups, x: Sequence[jax.Array]) -> jax.Array:
     """Return the mean of the entries of each group: [count]."""
-    return groups.totals(x)[0] / groups.sizes
+    return groups.totals([_wide(a) for a in x])[0] / groups.sizes
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Return an array in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class _Now(NamedTuple):
-    """Numbers of one step: steps taken before, learning rate, the highest learning rate so far, lambda."""
+    """Numbers of one step.
+
+    Attributes:
+      steps: steps taken before.
+      learning_rate: the learning rate.
+      peak: the highest learning rate so far.
+      lambda_: lambda, of zero groups where there are two.
+      of_nonzero: lambda of the groups that are not zero.
+    """
 
     steps: jax.Array
     learning_rate: Any
     peak: jax.Array
     lambda_: jax.Array
+    of_nonzero: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,16 +197,18 @@ class _Proximal:
         peak = jnp.maximum(state.peak_learning_rate, rate).astype(jnp.float32)
         metric = self.metric(inner, updates, rate)
         controller: Any = state.control
-        penalized = count
+        penalized, of_nonzero = count, None
         if self.target:
             penalized = count - self.target.phases.start_step
-            critical = self._critical(sets, params, updates, metric, rate)
+            critical, zero = self._critical(sets, params, updates, metric, rate)
             if self.penalty.shrinks:
                 typical = jnp.nanmedian(jnp.where(critical > 0, critical, jnp.nan)).astype(jnp.float32)
                 controller = control.clamp(self.target, controller, typical, penalized)
             else:
-                controller = control.by_rank(self.target, controller, critical, penalized)
-        now = _Now(state.count, rate, peak, self._lambda(state.count, controller))
+                controller, of_nonzero = control.by_rank(self.target, controller, critical, zero, penalized)
+        lambda_ = self._lambda(state.count, controller)
+        acts = lambda_ > 0  # not before the penalty starts, nor after it ends
+        now = _Now(state.count, rate, peak, lambda_, lambda_ if of_nonzero is None else acts * of_nonzero)
         updates, zeros = self._project(sets, updates, params, state.norms, metric, now)
         if self.target:
             measured = self._measured(zeros, optax.apply_updates(params, updates))
@@ -216,24 +232,31 @@ class _Proximal:
 
     def _critical(
         self, sets: Sequence[Groups], params: optax.Params, updates: optax.Updates, metric: metrics.Metric, rate: Any
-    ) -> jax.Array:
-        """Return the lambda that decides whether each group of all sets is zero, see `Penalty.critical`: [groups]."""
-        x, slope = groups_lib.by_path(params), groups_lib.by_path(metric.gradient)
-        moved = groups_lib.by_path(updates)
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return (lambda that decides whether each group of all sets is zero, whether it is): [groups].
+
+        See `Penalty.critical`. If the penalty does not shrink, it is infinite for groups that `KeepStrongest` keeps.
+        """
+        x, slope, moved = (groups_lib.by_path(tree) for tree in (params, metric.gradient, updates))
         diagonal = groups_lib.by_path(metric.diagonal) if metric.diagonal is not None else None
 
-        def of_set(groups: Groups) -> jax.Array:
-            slopes = [slope[path] for path in groups.paths]
-            d = None if diagonal is None else [diagonal[path] for path in groups.paths]
+        def of_set(groups: Groups) -> tuple[jax.Array, jax.Array]:
+            before, step, slopes = ([_wide(tree[path]) for path in groups.paths] for tree in (x, moved, slope))
+            d = None if diagonal is None else [_wide(diagonal[path]) for path in groups.paths]
             if metric.averaged and d is not None:
                 means = groups.spread(_mean(groups, d), d)
                 slopes = [mean * one / a for mean, one, a in zip(means, slopes, d, strict=True)]
                 d = means
-            before = [x[path] for path in groups.paths]
-            z = [a + moved[path] for a, path in zip(before, groups.paths, strict=True)]
-            return self.penalty.critical(before, z, slopes, d, rate, groups)
+            z = [a + b for a, b in zip(before, step, strict=True)]
+            found, zero = self.penalty.critical(z, slopes, d, rate, groups), groups.zeros(before)
+            least = max((one.at_least(groups) for one in self.projections if isinstance(one, KeepStrongest)), default=0)
+            if least and not self.penalty.shrinks:
+                ranks = jnp.argsort(jnp.argsort(-jnp.where(zero, -1, found), stable=True))
+                found = jnp.where((ranks < least) & ~zero, jnp.inf, found)
+            return found, zero
 
-        return jnp.concatenate([of_set(groups) for groups in sets])
+        found = [of_set(groups) for groups in sets]
+        return jnp.concatenate([one for one, _ in found]), jnp.concatenate([zero for _, zero in found])
 
     def _held(self, sets: Sequence[Groups], params: Any) -> list[str]:
         return projections.held_paths(self.projections, sets, params)
@@ -270,7 +293,8 @@ class _Proximal:
         """Return the result of the proximal step; `mean` is the metric of each group if it is averaged."""
 
         def threshold(dead: jax.Array) -> jax.Array:
-            return jnp.where(dead & self.annealed, now.peak, now.learning_rate) * now.lambda_
+            rate = jnp.where(dead & self.annealed, now.peak, now.learning_rate)
+            return rate * (now.lambda_ if self.penalty.shrinks else jnp.where(dead, now.lambda_, now.of_nonzero))
 
         thresholds = jax.tree.map(threshold, self.penalty.zeros(step.params, step.groups))
         if mean is not None:  # the Euclidean step with a threshold for each group
@@ -302,7 +326,7 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
       learning_rate: a number or an optax schedule.
       lambda_: strength of the penalty: a number >= 0, an optax schedule (see `schedules.phased`), or a
         `TargetSparsity`. With a target, the number that the search starts from; 0 takes the target's `initial`.
-      penalty: "group_lasso", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
+      penalty: "group_lasso", "group_l0", "l1", or a `Penalty` such as GroupLasso(scope="all") or GroupMCP(gamma=3.0).
       target: target for which lambda is found while training, see `TargetSparsity`. Each kernel then keeps its
         strongest group. With `optax.inject_hyperparams`, put "lambda_", "debias_step" and "weight_decay_mask" into its
         `static_args`.

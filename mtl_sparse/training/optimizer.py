@@ -71,7 +71,7 @@ def _check_prune(sparsity) -> None:
             "OPTION_CONFLICT",
             f"sparsity.prune={sparsity.prune!r} needs a target: set sparsity.target, target_macs or target_params",
         )
-    if sparsity.penalty == "l1" or sparsity.head_target > 0:
+    if sparsity.penalty != "group_lasso" or sparsity.head_target > 0:
         raise UserError(
             "OPTION_CONFLICT",
             f"sparsity.prune={sparsity.prune!r} removes groups to one target, without a penalty; set "

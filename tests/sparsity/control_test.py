@@ -63,14 +63,25 @@ def test_nothing_moves_before_the_start_and_after_the_freeze(step):
     assert control.clamp(TARGET, state, 1e-9, jnp.int32(step)) == state
 
 
-@pytest.mark.parametrize(("step", "lambda_"), [(0, 0.999), (1, 3 * 0.999), (80, 3 * 0.999), (81, 0.999)])
-def test_by_rank_zeroes_the_groups_that_the_last_step_lacked(step, lambda_):
+@pytest.mark.parametrize(
+    ("step", "of_nonzero", "of_zero"), [(0, 0, 7), (1, 2.997, 2.997), (2, 2.997, 7), (80, 2.997, 7), (81, 0, 7)]
+)
+def test_by_rank_zeroes_the_groups_that_the_last_step_lacked(step, of_nonzero, of_zero):
     """Five groups, one of them zero, and a gap of 0.5: two more, the least important ones, while lambda is adjusted."""
-    state = control.ControlState(jnp.float32(0), jnp.float32(0.5))
-    found = control.by_rank(TARGET, state, jnp.array([4.0, 0.0, 1.0, 2.0, 3.0]), jnp.int32(step))
-    assert float(jnp.exp(found.log_lambda)) == pytest.approx(lambda_) and found.gap == state.gap
-    everything = control.by_rank(TARGET, state._replace(gap=jnp.float32(2)), jnp.array([1.0, 2.0]), jnp.int32(1))
-    assert float(jnp.exp(everything.log_lambda)) == pytest.approx(2 * 0.999), "the most important one stays"
+    state = control.ControlState(jnp.log(jnp.float32(7)), jnp.float32(0.5))
+    critical, zero = jnp.array([4.0, 9.0, 1.0, 2.0, 3.0]), jnp.arange(5) == 1
+    found, lambda_ = control.by_rank(TARGET, state, critical, zero, jnp.int32(step))
+    assert float(lambda_) == pytest.approx(of_nonzero) and found.gap == state.gap
+    assert float(jnp.exp(found.log_lambda)) == pytest.approx(of_zero), "the largest so far"
+
+
+def test_by_rank_leaves_the_groups_that_are_kept():
+    state = control.ControlState(jnp.float32(0), jnp.float32(2))
+    critical = jnp.array([1.0, jnp.inf, 2.0, jnp.inf])
+    _, lambda_ = control.by_rank(TARGET, state, critical, jnp.zeros(4, bool), jnp.int32(1))
+    assert float(lambda_) == pytest.approx(2 * 0.999), "and the most important of the others"
+    _, lambda_ = control.by_rank(TARGET, state, jnp.full(4, jnp.inf), jnp.zeros(4, bool), jnp.int32(1))
+    assert float(lambda_) == 0
 
 
 def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, phases=Phases(), **settings):  # noqa: B008

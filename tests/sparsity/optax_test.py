@@ -14,6 +14,7 @@ from optax import contrib
 from mtl_sparse.sparsity import (
     AdamMetric,
     FreezeZeros,
+    GroupL0,
     GroupMCP,
     HoldNorm,
     TargetSparsity,
@@ -159,6 +160,21 @@ def test_the_second_update_does_not_compile_again(name, lambda_):
     for _ in range(3):
         params, state = step(params, state)
     assert traced == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "options", [{"metric": "group"}, {"penalty": GroupL0(weights="none")}], ids=["mean metric", "group l0"]
+)
+def test_dtypes_are_kept_in_other_forms(dtype, options):
+    params = tree(0, dtype)
+    tx = proximal_adam(SCHEDULE, TargetSparsity(0.5, 10), fixed_norm=False, **options)
+    new, state = run(tx, params, steps=10)
+    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(dtype)}
+    before = [leaf.dtype for leaf in jax.tree.leaves(tx.init(params))]
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == before
+    zero = int((new["conv"]["kernel"] == 0).all((0, 1, 3)).sum())
+    assert "metric" in options or zero == new["conv"]["kernel"].shape[2] // 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -534,6 +534,30 @@ def test_group_l0_follows_the_schedule_step_by_step_and_zeroes_nothing_after_it(
     assert counts == [int(one + 1e-5) for one in scheduled] and counts[-1] == 6
 
 
+@pytest.mark.parametrize("metric", ["adaptive", "fisher"])
+@pytest.mark.parametrize("slope", [1e-3, 1e-6])
+def test_group_l0_reaches_its_target_beside_weak_groups_that_are_kept(metric, slope):
+    """Two kernels of 32 groups, of which 8 each stay, with gradients of one far below the other's; none regrows."""
+    target = control.Target(0.7, 100)
+    keep = KeepStrongest(".*", 8)
+    tx = transform.proximal(
+        optax.adam(1e-3), 1e-3, lambda_=target, penalty=GroupL0(weights="none"), metric=metrics.AdamMetric(kind=metric),
+        projections=[keep],
+    )  # fmt: skip
+    params = {name: {"kernel": jax.random.normal(jax.random.key(i), (1, 1, 32, 4))} for i, name in enumerate("ab")}
+    state, update, counts = tx.init(params), jax.jit(tx.update), []
+    for step in range(100):
+        keys = jax.random.split(jax.random.key(step))
+        grads = {
+            "a": {"kernel": jax.random.normal(keys[0], (1, 1, 32, 4))},
+            "b": {"kernel": slope * jax.random.normal(keys[1], (1, 1, 32, 4))},
+        }
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        counts.append([int((params[name]["kernel"] == 0).all((0, 1, 3)).sum()) for name in "ab"])
+    assert sum(counts[-1]) == 44 and counts[-1] == counts[75] and max(counts[-1]) <= 24
+
+
 def test_a_start_that_is_far_too_large_does_not_zero_the_network():
     """Two layers, a penalty that starts late and without a warm-up, lambda 10000 times too large."""
     params = {"a": {"kernel": random_tree(0)["backbone"]["conv"]["kernel"]}, "bn": {"scale": jnp.ones(16)}}
