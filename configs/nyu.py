@@ -124,7 +124,7 @@ def get_config() -> ml_collections.ConfigDict:
             # of the least importance, "norm" or "taylor", until the target is reached; then train the rest.
             prune="",
             prune_at=0.5,
-            # "group_lasso"; "group_mcp"; "group_l0", the number of groups that are not zero; or "l1"
+            # "group_lasso"; "group_mcp"; "group_l0", the sum of the weights of the groups that are not zero; or "l1"
             penalty="group_lasso",
             gamma=1000.0,  # of group_mcp: groups of root mean square above gamma * lambda are not shrunk
             # Groups of weights: "input", the input channels of each kernel, as in the paper; or "coupled": for each

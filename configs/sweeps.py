@@ -192,11 +192,10 @@ def pretrained(small: bool) -> list[Options]:
     """Return ways to leave a quarter of the multiply-accumulates of a backbone that starts from ImageNet weights.
 
     First the dense model, group lasso weighted by MACs and pruning at once by norm, both with coupled and with input
-    groups, and coupled groups pruned at once by Taylor importance. Then coupled groups, weighted alike and debiased,
-    with group l0 and with the group lasso in the metric of groups. Then group lasso weighted by size, input groups
-    pruned at once by Taylor importance, fixed norms with nothing pruned, half and a tenth of the MACs, and dense
-    single-task runs.
-    Three seeds, which vary slowest in each part.
+    groups, and coupled groups pruned at once by Taylor importance. Then group l0 with coupled groups by Fisher
+    information. Then group lasso weighted by size, input groups pruned at once by Taylor importance, fixed norms with
+    nothing pruned, half and a tenth of the MACs, and dense single-task runs. Three seeds, which vary slowest in each
+    part.
     """
     del small
     base: Options = {"sparsity.target": 0.0}
@@ -209,15 +208,15 @@ def pretrained(small: bool) -> list[Options]:
 
     first = [dense, *[quarter(kind, way) for way in (by_macs, norm) for kind in ("coupled", "input")]]
     first.append(quarter("coupled", taylor))
-    gentle: Options = {
+    fisher: Options = {
+        "sparsity.penalty": "group_l0",
+        "sparsity.metric": "fisher",
         "sparsity.group_weights": "none",
         "sparsity.target_ramp": 0.3,
         "sparsity.target_freeze": 0.4,
         "sparsity.debias_at": 0.5,
     }
-    second = [
-        quarter("coupled", one | gentle) for one in ({"sparsity.penalty": "group_l0"}, {"sparsity.metric": "group"})
-    ]
+    second = [quarter("coupled", fisher)]
     more: list[Options] = [
         quarter("input", {}),
         quarter("coupled", {}),

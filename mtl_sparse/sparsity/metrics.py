@@ -18,8 +18,9 @@ class Metric(NamedTuple):
       diagonal: tree like the parameters with the positive diagonal D, or None for the Euclidean metric.
       gradient: tree like the parameters with D times the step of a learning rate of 1, without the penalty. A zero
         group stays zero while its norm in this tree is at most lambda times the group's weight.
-      averaged: whether each group has the mean of D over its weights as its metric, so that the proximal step scales
-        the group as a whole. The norm above is then that of this mean times the step.
+      averaged: whether the metric of a group is the mean of D over its weights, so that the proximal step scales the
+        group as a whole. A zero group then stays zero while this mean times the norm of the step is at most lambda
+        times the group's weight.
     """
 
     diagonal: Any
