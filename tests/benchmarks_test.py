@@ -239,9 +239,15 @@ def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
     folders = groups.finished(docs / "results" / "pretrained")
     rows = groups.summary(folders)
     assert groups.table(rows, {name: {} for name in folders}) in (docs / "baselines.md").read_text()
-    assert [len(row["seeds"]) for row in rows] == [3] * 6
+    assert [len(row["seeds"]) for row in rows] == [3] * 7
     gains = {row["form"]: row["delta_m"] for row in rows}
     text = " ".join((docs / "baselines.md").read_text().split())
+    fisher = gains["coupled groups, ℓ0, weighted alike, fisher metric, debiased"]
+    assert f"group ℓ0 {-np.mean(fisher):.1f} %" in text
+    taylor, lasso = gains["coupled groups, pruned at once by taylor"], gains["input groups, by MACs"]
+    for better, other in ((taylor, fisher), (fisher, lasso)):
+        found = study.difference([a - b for a, b in zip(better, other, strict=True)])
+        assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above" in text
     for kind in ("input", "coupled"):
         pairs = zip(gains["coupled groups, pruned at once by taylor"], gains[f"{kind} groups, by MACs"], strict=True)
         found = study.difference([a - b for a, b in pairs])
