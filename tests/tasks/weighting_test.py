@@ -488,6 +488,8 @@ def test_bad_options_are_named():
         with raises("OPTION_OUT_OF_RANGE", naming=f"loss.weights={weights}") as caught:
             weighting.check(loss_options("fixed", weights), ["a", "b"])
         assert "(a, b)" in str(caught.value)
+    with raises("OPTION_OUT_OF_RANGE", naming="loss.weights=('layer1_0',)"):
+        weighting.check(loss_options("stch", ("layer1_0",)), ["a"])
     with raises("OPTION_UNKNOWN_VALUE", naming="gradients_of='heads'"):
         weighting.check(loss_options("mgda", gradients_of="heads"), ["a", "b"])
     with raises("OPTION_CONFLICT", naming="layer1_0"):

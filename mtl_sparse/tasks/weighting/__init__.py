@@ -106,11 +106,12 @@ def check(options: Any, tasks: Sequence[str], attach: Sequence[str] = ()) -> Non
             "OPTION_UNKNOWN_VALUE",
             f"expected loss.weighting to be one of {', '.join(NAMES)}, got {name!r}; {meant}see docs/weighting.md",
         )
-    if name == "fixed" and (len(weights) != len(tasks) or not all(_is_weight(weight) for weight in weights)):
+    if (name == "fixed" and len(weights) != len(tasks)) or not all(_is_weight(weight) for weight in weights):
         raise UserError(
             "OPTION_OUT_OF_RANGE",
             f"expected one weight >= 0 in loss.weights for each of config.tasks ({', '.join(tasks)}), got "
-            f"loss.weights={tuple(weights)}; give the weights, or set loss.weighting to another value than 'fixed'",
+            f"loss.weights={tuple(weights)}; give the weights, or set loss.weights=() and another loss.weighting than "
+            "'fixed'",
         )
     if options.gradients_of not in SOURCES:
         raise UserError(
