@@ -331,7 +331,8 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
         strongest group. With `optax.inject_hyperparams`, put "lambda_", "debias_step" and "weight_decay_mask" into its
         `static_args`.
       metric: "adaptive" takes the proximal step in Adam's metric, "group" in the mean of this metric over each group,
-        "plain" the closed-form Euclidean one (eq. 5 of "Less is More"); "uncorrected", see `metrics.AdamMetric`.
+        "plain" the closed-form Euclidean one (eq. 5 of "Less is More"); "fisher" and "uncorrected", see
+        `metrics.AdamMetric`.
       fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none.
       debias_step: step from which the zero pattern stays and the rest trains without the penalty, which removes the
         shrinkage that it leaves; None is never.
