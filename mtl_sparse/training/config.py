@@ -14,6 +14,8 @@ from mtl_sparse.runtime.labels import VOID
 from mtl_sparse.tasks import registry, weighting
 from mtl_sparse.training import optimizer
 
+_LARGEST_ZOOM = 10  # of a random crop, which would have no pixels left at larger ones
+
 
 class Range(NamedTuple):
     """Values that an option may have: `least` <= value, value > `above`, and value < `below` or value <= `most`."""
@@ -37,7 +39,7 @@ class Range(NamedTuple):
 RANGES = {
     "seed": Range(0),
     "data.num_classes": Range(1, most=VOID),  # VOID is the label of pixels without a class
-    "data.max_scale": Range(1),
+    "data.max_scale": Range(1, most=_LARGEST_ZOOM),
     "data.embedded.frames": Range(0),
     "data.embedded.seed": Range(0),
     "loss.label_smoothing": Range(0, below=1),
@@ -170,8 +172,8 @@ def _check_data(data):
         known = ", ".join(map(repr, registry.DEPTH_TARGETS))
         raise UserError("OPTION_UNKNOWN_VALUE", f"data.depth_target={data.depth_target!r}: expected one of {known}")
     scales = tuple(data.scales)
-    if not all(isinstance(scale, int | float) and 1 <= scale < math.inf for scale in scales):
-        raise UserError("OPTION_OUT_OF_RANGE", f"data.scales={scales}: expected zoom factors of at least 1")
+    if not all(isinstance(scale, int | float) and 1 <= scale <= _LARGEST_ZOOM for scale in scales):
+        raise UserError("OPTION_OUT_OF_RANGE", f"data.scales={scales}: expected zoom factors from 1 to {_LARGEST_ZOOM}")
     if scales and data.max_scale > 1:
         raise UserError(
             "OPTION_CONFLICT", f"data.scales={scales} and data.max_scale={data.max_scale} both zoom: set one of them"

@@ -125,6 +125,12 @@ BAD_CONFIGS = {
     ),
     "few frames": (lambda c: c.data.embedded.update(frames=5), "OPTION_OUT_OF_RANGE", "data.embedded.frames=5"),
     "scale below 1": (lambda c: c.data.update(scales=(1.0, 0.5)), "OPTION_OUT_OF_RANGE", "data.scales=(1.0, 0.5)"),
+    "scale without pixels": (
+        lambda c: c.data.update(scales=(64, 64)),
+        "OPTION_OUT_OF_RANGE",
+        "data.scales=(64, 64)",
+    ),
+    "zoom without pixels": (lambda c: c.data.update(max_scale=1e30), "OPTION_OUT_OF_RANGE", "data.max_scale=1e+30"),
     "word as a scale": (lambda c: c.data.update(scales=("big",)), "OPTION_OUT_OF_RANGE", "data.scales=('big',)"),
     "two zooms": (lambda c: c.data.update(scales=(1.5,), max_scale=1.5), "OPTION_CONFLICT", "data.max_scale=1.5"),
     "zoom out": (lambda c: c.data.update(max_scale=0.5), "OPTION_OUT_OF_RANGE", "data.max_scale=0.5"),
