@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
             depth_target="normalized",
             unit_range=False,  # True: images in [0, 1], as in the reference implementation, not ImageNet-normalized
             flip=False,  # True mirrors training images with probability 1/2
-            max_scale=1.0,  # random zoom between 1 and this factor; 1.5 is common
+            max_scale=1.0,  # random zoom between 1 and this factor, at most 10; 1.5 is common
             scales=(),  # or random zoom by one of these factors; MTAN's are (1.0, 1.2, 1.5)
             # frames > 0 draws that many embedded images (input_pipeline/synthetic/) instead of reading data.folder.
             embedded=create(frames=0, height=0, width=0, seed=0, folder="runs/data"),

@@ -93,8 +93,8 @@ def by_rank(
 ) -> tuple[ControlState, jax.Array]:
     """Choose the lambda of step number `step` with a penalty that does not shrink: it zeroes the groups of lowest rank.
 
-    The gap that the last step left, taken as a fraction of the groups, is zeroed. There is no integral term, so the
-    target is not exceeded.
+    The gap that the last step left, taken as a fraction of the groups, is zeroed. A target in zero groups is not
+    exceeded; one in MACs or parameters can be, where the groups of a step cost more than the mean.
 
     Args:
       target: the sparsity to reach, and how.

@@ -178,17 +178,7 @@ def group_mcp_over(
 
 
 def group_l0_over(groups: Groups, z: Arrays, weight: ArrayLike, metric: Arrays | None = None) -> list[jax.Array]:
-    """Return `group_l0` over groups that may span several arrays.
-
-    Args:
-      groups: which entries of the arrays are a group.
-      z: one array for each of `groups.paths`, all float32 or all float64.
-      weight: penalty weight >= 0: a scalar, or one weight a group, shape [groups.count].
-      metric: positive arrays of the same shapes, or None.
-
-    Returns:
-      Arrays of z's shapes and dtype.
-    """
+    """Return `group_l0` over groups that may span several arrays; for the arguments, see `group_lasso_over`."""
     weight = jnp.broadcast_to(jnp.asarray(weight, z[0].dtype), groups.count)
     score = half_squares(groups, z, metric)
     broken = (jnp.isnan(score) & (weight != 0)) | jnp.isnan(weight)
