@@ -86,7 +86,7 @@ def by_losses(rooms):
         patched.setattr(weighting, "check", lambda *_: None)  # fixed weights may not be negative
         config.loss.update(weighting="fixed", weights=WEIGHTS)
         fixed = compiled(config)
-    config.loss.weighting = "equal"
+    config.loss.update(weighting="equal", weights=())
     return fixed, compiled(config)
 
 
