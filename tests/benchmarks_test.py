@@ -14,6 +14,7 @@ from scipy import stats
 
 from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox, targets
 from benchmarks import weighting as weighting_benchmark
+from benchmarks.zoo import precision
 from benchmarks.zoo import table as zoo_table
 from mtl_sparse.report import study
 from mtl_sparse.runtime.timing import timed
@@ -285,6 +286,7 @@ def test_the_interval_of_delta_m_is_students():
         ({"group_weights": "none", "debias_at": 0.5}, "input groups, weighted alike, debiased"),
         ({"metric": "group"}, "input groups, by size, group metric"),
         ({"penalty": "group_l0", "metric": "fisher"}, "input groups, ℓ0, by size, fisher metric"),
+        ({"fixed_norm": False, "debias_at": 0.5}, "input groups, by size, no fixed norm, debiased"),
     ],
 )
 def test_other_ways_to_prune_are_named(tmp_path, options, name):
@@ -324,6 +326,55 @@ def test_the_zoo_compares_with_the_models_own_rounding(difference, rounding, equ
     """Without a limit, a model without a signal, or one that is chaos, would be equal to anything."""
     part = {"against signal": difference, "own rounding": rounding, "output": "float64"}
     assert (zoo_table.problem({"patterns": {"70 %": {"float64": part}}}, "70 %") == "") == equal
+
+
+@pytest.mark.parametrize(
+    ("moved", "computed", "equal"), [(0.0, 0.0, False), (1e-3, 0.0, True), (0.0, 1e-3, True), (1e-4, 1e-4, False)]
+)
+def test_in_float32_either_measure_of_the_models_own_rounding_counts(moved, computed, equal):
+    part = {"against signal": 3e-3, "own rounding": moved, "output": "float32"}
+    double = {"against signal": 0.0, "rounding": computed, "output": "float64"}
+    found = zoo_table.problem({"patterns": {"50 %": {"float32": part, "float64": double}}}, "50 %")
+    assert found == (
+        "" if equal else "float32: differs by 0.003" + (moved > 0) * " (the full model's own rounding: 0.0001)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("padding", "stride", "dilation", "parts", "inputs", "outputs", "layout"),
+    [
+        ("SAME", 1, 1, 1, 3, 5, ("NHWC", "HWIO", "NHWC")),
+        ("SAME", 2, 1, 2, 4, 6, ("NCHW", "OIHW", "NHWC")),
+        ("VALID", 1, 2, 4, 4, 8, ("NHWC", "HWIO", "NCHW")),
+        ("VALID", 3, 2, 6, 6, 6, ("NHWC", "HWIO", "NHWC")),
+        ([(0, 2), (-1, 3)], 2, 1, 6, 6, 6, ("NCHW", "OIHW", "NCHW")),
+        ([(0, 2), (-1, 3)], 1, 2, 1, 3, 5, ("NCHW", "OIHW", "NCHW")),
+    ],
+)
+def test_the_zoos_convolutions_in_float64_are_xlas(padding, stride, dilation, parts, inputs, outputs, layout):
+    rng = np.random.default_rng(0)
+    sizes = {"N": 2, "C": inputs, "H": 9, "W": 8}, {"I": inputs // parts, "O": outputs, "H": 3, "W": 2}
+    x, w = (rng.normal(size=[size[axis] for axis in axes]) for size, axes in zip(sizes, layout, strict=False))
+
+    def convolve(kernel, images):
+        return jax.lax.conv_general_dilated(
+            images, kernel, (stride, stride), padding, rhs_dilation=(dilation, dilation), dimension_numbers=layout,
+            feature_group_count=parts,
+        )  # fmt: skip
+
+    with jax.enable_x64(True):
+        found, want = precision.fast(convolve)(w, x), convolve(w, x)
+        assert "conv_general_dilated" not in str(jax.make_jaxpr(precision.fast(convolve))(w, x))
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_zoos_convolutions_keep_a_cast_to_float32():
+    """A compact function that loses precision must not gain it in the comparison."""
+    with jax.enable_x64(True):
+        x = jnp.asarray([1 / 3])
+        found = precision.fast(lambda _, x: jax.jit(lambda y: y.astype(jnp.float32))(x).astype(jnp.float64))({}, x)
+        assert found == np.float64(np.float32(1 / 3)) != x
 
 
 def test_two_runs_that_would_be_the_same_row_are_refused(tmp_path):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.zoo import models, table, weights
-from benchmarks.zoo.precision import in_float64
+from benchmarks.zoo.precision import fast, in_float64
 from benchmarks.zoo.weights import generator, is_float
 
 PATTERNS = {"50 %": 0.5, "70 %": 0.7, "layers": 0.5}
@@ -92,8 +92,12 @@ class Model:
     def __init__(self, case, dtype, fn, drawn):
         self.case, self.dtype, self.fn, self.drawn = case, dtype, fn, drawn
         self.images = [images_of(case, 2, seed, dtype) for seed in (1, 2)]
-        self.full = jax.jit(self.fn)
+        self.full = self.jit(fn)
         self.outputs = {}  # the full model's, by pattern
+
+    def jit(self, fn):
+        """Return a compiled function of weights and images in this precision."""
+        return jax.jit(fast(fn) if self.dtype == "float64" else fn)
 
     def weights(self, pattern, whole):
         """Return the weights with a pattern of zeros."""
@@ -143,7 +147,7 @@ def compare(model, pattern, whole, compaction, rounded=None):
         whole: kernels that are wholly zero.
         compaction: the engine, or None for a function that changes nothing.
         rounded: the Model in float32 if this one is in float64, to measure how far rounding takes the full model. In
-            float64 this is measured by weights that differ in the last place.
+            both precisions this is also measured by weights that differ in the last place.
 
     Returns:
         Dictionary for the record.
@@ -160,7 +164,7 @@ def compare(model, pattern, whole, compaction, rounded=None):
         small_fn, small_params = compaction.rewrite(model.fn, plan), compaction.apply_plan(plan, arrays)
     seconds = time.perf_counter() - begin
     small_params = jax.tree.map(jnp.asarray, small_params)
-    small = jax.jit(small_fn)
+    small = model.jit(small_fn)
     after = outputs(small, small_params, *model.images)
     worst = max(distance(first, second) for first, second in zip(before, after, strict=True))
     result = {
@@ -176,10 +180,9 @@ def compare(model, pattern, whole, compaction, rounded=None):
     if rounded and pattern in rounded.outputs:
         worst = max(distance(first, second) for first, second in zip(before, rounded.outputs[pattern], strict=True))
         result["rounding"] = worst / signal if signal else math.inf
-    if rounded:
-        moved = outputs(model.full, nudge(params), *model.images)
-        worst = max(distance(first, second) for first, second in zip(before, moved, strict=True))
-        result["own rounding"] = worst / signal if signal else math.inf
+    moved = outputs(model.full, nudge(params), *model.images)
+    worst = max(distance(first, second) for first, second in zip(before, moved, strict=True))
+    result["own rounding"] = worst / signal if signal else math.inf
     if pattern in FLOAT32 and not rounded:
         images = jnp.concatenate([model.images[0], model.images[1][:1]])
         wanted = np.concatenate([before[0], before[1][: len(before[1]) // 2]])

@@ -1,4 +1,6 @@
-"""A function traced in float32, computed in float64."""
+"""A function traced in float32, computed in float64, with convolutions that are fast in float64."""
+
+import itertools
 
 import jax
 import jax.extend.core
@@ -23,37 +25,45 @@ def wide(x):
     return jnp.asarray(x, jnp.float64) if getattr(x, "dtype", None) == np.float32 else x
 
 
-def evaluate(jaxpr, consts, arguments):
-    """Evaluate a jaxpr in float64."""
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*map(wide, consts), *arguments), strict=True))
+def evaluate(jaxpr, consts, arguments, rules=None):
+    """Evaluate a jaxpr: in float64, or, if there are `rules`, as it is.
+
+    Args:
+        jaxpr: an open jaxpr.
+        consts: its constants.
+        arguments: its inputs.
+        rules: functions to call in place of primitives, by name.
+    """
+    keep = wide if rules is None else jnp.asarray
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*map(keep, consts), *arguments), strict=True))
 
     def read(atom):
         if not isinstance(atom, jax.extend.core.Literal):
             return env[atom]
-        return wide(np.asarray(atom.val, atom.aval.dtype))
+        return keep(np.asarray(atom.val, atom.aval.dtype))
 
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         body = inner(eqn)
         if eqn.primitive.name in INLINED and body is not None:
             closed = [part for part in eqn.params.values() if isinstance(part, jax.extend.core.ClosedJaxpr)]
-            results = evaluate(body, closed[0].consts if closed else [], operands)
+            results = evaluate(body, closed[0].consts if closed else [], operands, rules)
         elif eqn.primitive.name == "scan":
-            results = scanned(eqn.params, operands)
+            results = scanned(eqn.params, operands, rules)
         else:
-            params = {name: widened(value) for name, value in eqn.params.items()}
-            results = eqn.primitive.bind(*operands, **params)
+            params = {name: widened(value) for name, value in eqn.params.items()} if rules is None else eqn.params
+            results = (rules or {}).get(eqn.primitive.name, eqn.primitive.bind)(*operands, **params)
             results = results if eqn.primitive.multiple_results else [results]
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def scanned(params, operands):
-    """Evaluate lax.scan in float64."""
+def scanned(params, operands, rules):
+    """Evaluate lax.scan, see `evaluate`."""
     consts, carried, body = params["num_consts"], params["num_consts"] + params["num_carry"], params["jaxpr"]
 
     def step(carry, slices):
-        found = evaluate(body.jaxpr, body.consts, [*operands[:consts], *carry, *slices])
+        found = evaluate(body.jaxpr, body.consts, [*operands[:consts], *carry, *slices], rules)
         return found[: params["num_carry"]], found[params["num_carry"] :]
 
     options = {"length": params["length"], "reverse": params["reverse"], "unroll": params["unroll"]}
@@ -71,3 +81,55 @@ def in_float64(closed):
         return evaluate(closed.jaxpr, closed.consts, [*jax.tree.leaves(params), images])
 
     return fn
+
+
+def convolution(lhs, rhs, *, dimension_numbers, window_strides, padding, rhs_dilation, feature_group_count, **params):
+    """Return a convolution in float64 as a sum of matrix products, one for each position in the kernel.
+
+    XLA computes convolutions in float64 on a CPU by a slow loop, depthwise ones as if they were dense.
+    """
+    plain = params["batch_group_count"] == 1 and set(params["lhs_dilation"]) <= {1}
+    if not plain or lhs.dtype != np.float64:
+        return jax.lax.conv_general_dilated_p.bind(
+            lhs, rhs, dimension_numbers=dimension_numbers, window_strides=window_strides, padding=padding,
+            rhs_dilation=rhs_dilation, feature_group_count=feature_group_count, **params,
+        )  # fmt: skip
+    groups = feature_group_count
+    x = jnp.transpose(
+        lhs, (dimension_numbers.lhs_spec[0], *dimension_numbers.lhs_spec[2:], dimension_numbers.lhs_spec[1])
+    )
+    kernel = jnp.transpose(
+        rhs, (*dimension_numbers.rhs_spec[2:], dimension_numbers.rhs_spec[1], dimension_numbers.rhs_spec[0])
+    )
+    x = jax.lax.pad(x, np.float64(0), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    sizes, inputs, outputs = kernel.shape[:-2], kernel.shape[-2], kernel.shape[-1]
+    reach = [(size - 1) * rate + 1 for size, rate in zip(sizes, rhs_dilation, strict=True)]
+    ends = [length - one for length, one in zip(x.shape[1:-1], reach, strict=True)]  # of the first row or column read
+    total = 0
+    for tap in itertools.product(*map(range, sizes)):
+        starts = [index * rate for index, rate in zip(tap, rhs_dilation, strict=True)]
+        part = x[
+            (slice(None), *map(slice, starts, [a + b + 1 for a, b in zip(starts, ends, strict=True)], window_strides))
+        ]
+        weights = kernel[tap].reshape(inputs, groups, outputs // groups)
+        if inputs == 1:
+            total += (part[..., None] * weights[0]).reshape(*part.shape[:-1], outputs)
+        else:
+            part = part.reshape(*part.shape[:-1], groups, inputs)
+            total += jnp.einsum("...gi,igo->...go", part, weights).reshape(*part.shape[:-2], outputs)
+    return jnp.transpose(
+        total,
+        np.argsort((dimension_numbers.out_spec[0], *dimension_numbers.out_spec[2:], dimension_numbers.out_spec[1])),
+    )
+
+
+def fast(fn):
+    """Return `fn(params, images)` with `convolution` in place of XLA's in float64; the same equations otherwise."""
+
+    def computed(params, images):
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, images)
+        leaves = jax.tree.leaves((params, images))
+        found = evaluate(closed.jaxpr, closed.consts, leaves, {"conv_general_dilated": convolution})
+        return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+    return computed
