@@ -104,16 +104,17 @@ def by_rank(
       step: int32 [], 1 for the first step with a penalty.
 
     Returns:
-      (the controller, lambda of the groups that are not zero: just too small for the least important one that stays).
-      The controller's lambda, that of zero groups, is the largest one so far; outside of the steps in which lambda is
-      adjusted it is unchanged, and the other one is 0.
+      (the controller, lambda of the groups that are not zero: just too small for the least important one that stays, or
+      just large enough for the last one that may be zeroed). The controller's lambda, that of zero groups, is the
+      largest one so far; outside of the steps in which lambda is adjusted it is unchanged, and the other one is 0.
     """
     adjusts = _adjusts(target, step)
     more = jnp.floor(jnp.maximum(state.gap, 0) * critical.size).astype(int)
     order = jnp.sort(jnp.where(zero, -jnp.inf, critical).astype(jnp.float32))
-    last = jnp.maximum(jnp.sum(jnp.isfinite(critical) | zero) - 1, 0)  # of those that may be zeroed
-    least = order[jnp.minimum(jnp.sum(zero) + more, last)]
-    lambda_ = _BELOW * jnp.where(jnp.isfinite(least), least, 0)
+    may = jnp.sum(jnp.isfinite(critical) | zero)  # groups that are zero or may be zeroed
+    count = jnp.minimum(jnp.sum(zero) + more, may)
+    least = order[jnp.clip(count, 0, may - 1)]
+    lambda_ = jnp.where(count < may, _BELOW, 1 / _BELOW) * jnp.where(jnp.isfinite(least), least, 0)
     log_lambda = jnp.log(jnp.maximum(lambda_, 1e-30))
     highest = jnp.where(jnp.asarray(step) <= 1, log_lambda, jnp.maximum(state.log_lambda, log_lambda))
     return (

@@ -558,6 +558,20 @@ def test_group_l0_reaches_its_target_beside_weak_groups_that_are_kept(metric, sl
     assert sum(counts[-1]) == 44 and counts[-1] == counts[75] and max(counts[-1]) <= 24
 
 
+@pytest.mark.parametrize("metric", ["adaptive", "fisher"])
+def test_group_l0_can_zero_all_groups_but_the_strongest(metric):
+    """With one group kept, the other two are zeroed for a target of 0.7; the weights of the middle one matter most."""
+    target = control.Target(0.7, 60, ramp=0.5, freeze=0.75)
+    tx = transform.proximal_adam(1e-4, target=target, penalty=GroupL0(weights="none"), metric=metric, fixed_norm=False)
+    params = {"kernel": jnp.array([0.5, 2.0, 1.0]).reshape(1, 1, 3, 1) * jnp.ones((1, 1, 3, 2))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(60):
+        grads = {"kernel": (1.0 - 2 * (step % 2)) * jnp.ones((1, 1, 3, 2))}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert list(np.asarray(params["kernel"] != 0).any((0, 1, 3))) == [False, True, False]
+
+
 def test_a_start_that_is_far_too_large_does_not_zero_the_network():
     """Two layers, a penalty that starts late and without a warm-up, lambda 10000 times too large."""
     params = {"a": {"kernel": random_tree(0)["backbone"]["conv"]["kernel"]}, "bn": {"scale": jnp.ones(16)}}
