@@ -153,7 +153,8 @@ def get_config() -> ml_collections.ConfigDict:
             # the Euclidean one; or, for group_l0, "fisher", the square of Adam's.
             metric="adaptive",
             bias_correction=True,  # of v in that metric; the published method has False
-            fixed_norm=True,  # keep the norm of kernels; the published method has False (docs/method.md)
+            # Keep the norm of kernels; the published method has False. For group_l0, False is better (docs/method.md).
+            fixed_norm=True,
             # Norm of a fixed-norm kernel. False: its initial norm, which cancels weight decay. True: the norm that
             # each step gives it without the penalty, so that weight decay acts as in dense training.
             norm_decays=False,

@@ -193,9 +193,9 @@ def pretrained(small: bool) -> list[Options]:
 
     First the dense model, group lasso weighted by MACs and pruning at once by norm, both with coupled and with input
     groups, and coupled groups pruned at once by Taylor importance. Then group l0 with coupled groups by Fisher
-    information. Then group lasso weighted by size, input groups pruned at once by Taylor importance, fixed norms with
-    nothing pruned, half and a tenth of the MACs, and dense single-task runs. Three seeds, which vary slowest in each
-    part.
+    information, with fixed kernel norms and without. Then group lasso weighted by size, input groups pruned at once by
+    Taylor importance, fixed norms with nothing pruned, half and a tenth of the MACs, and dense single-task runs. Three
+    seeds, which vary slowest in each part.
     """
     del small
     base: Options = {"sparsity.target": 0.0}
@@ -208,15 +208,17 @@ def pretrained(small: bool) -> list[Options]:
 
     first = [dense, *[quarter(kind, way) for way in (by_macs, norm) for kind in ("coupled", "input")]]
     first.append(quarter("coupled", taylor))
-    fisher: Options = {
-        "sparsity.penalty": "group_l0",
-        "sparsity.metric": "fisher",
-        "sparsity.group_weights": "none",
-        "sparsity.target_ramp": 0.3,
-        "sparsity.target_freeze": 0.4,
-        "sparsity.debias_at": 0.5,
-    }
-    second = [quarter("coupled", fisher)]
+
+    def fisher(norms: Options) -> Options:
+        by_fisher: Options = {
+            "sparsity.penalty": "group_l0",
+            "sparsity.metric": "fisher",
+            "sparsity.group_weights": "none",
+        }
+        early: Options = {"sparsity.target_ramp": 0.3, "sparsity.target_freeze": 0.4, "sparsity.debias_at": 0.5}
+        return quarter("coupled", by_fisher | norms | early)
+
+    second = [fisher({}), fisher({"sparsity.fixed_norm": False})]
     more: list[Options] = [
         quarter("input", {}),
         quarter("coupled", {}),

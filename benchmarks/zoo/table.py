@@ -30,9 +30,9 @@ HEAD = """# Compaction on other packages' models
 - A difference is the largest of |compact - full| over two batches of 2 images, divided by the signal: the largest
   difference between the full model's outputs for these batches. Equal means at most {f64:g} in float64 (weights, images
   and the model), or four times what moving each weight by one unit in the last place does to the full model, but at
-  most {loosest:g} (beyond that, a model is too sensitive to be compared, and counts as failed); and in float32, at batches 2 and 3, at most {f32:g} or four times the difference between the full
-  model in float32 and in float64, or with weights that are moved in the same way. float32 is checked only at 50 %; each
-  precision has its own compaction.
+  most {loosest:g}: beyond that, a model is too sensitive to be compared, and counts as failed. In float32, at batches 2
+  and 3, it means at most {f32:g} or four times the difference between the full model in float32 and in float64, or with
+  weights that are moved in the same way. float32 is checked only at 50 %; each precision has its own compaction.
 - In float64, convolutions of the full and of the compact model are computed as sums of matrix products, one for each
   position in the kernel, because XLA has only a slow loop for them on a CPU (which the models checked before 2026-11-28
   used).

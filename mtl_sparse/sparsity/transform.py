@@ -333,7 +333,8 @@ def proximal_adam(  # noqa: PLR0913  # a preset: Adam's own arguments are among 
       metric: "adaptive" takes the proximal step in Adam's metric, "group" in the mean of this metric over each group,
         "plain" the closed-form Euclidean one (eq. 5 of "Less is More"); "fisher" and "uncorrected", see
         `metrics.AdamMetric`.
-      fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none.
+      fixed_norm: which kernels keep their norm, see `HoldNorm`; False is none, which is better for "group_l0": it does
+        not shrink what it does not zero.
       debias_step: step from which the zero pattern stays and the rest trains without the penalty, which removes the
         shrinkage that it leaves; None is never.
       b1: decay of Adam's first moment.
