@@ -8,7 +8,9 @@ that launch.py sets for itself.
 
 import importlib
 import multiprocessing
+import os
 import time
+from unittest import mock
 
 import numpy as np
 from absl import logging
@@ -38,8 +40,12 @@ def _work(pipe, module, function, settings):
 
 
 def alternate(
-    peers: dict[str, tuple[str, str, dict]], rounds: int, *, together: bool = False
-) -> dict[str, np.ndarray]:  # fmt: skip
+    peers: dict[str, tuple[str, str, dict]],
+    rounds: int,
+    *,
+    together: bool = False,
+    variables: dict[str, dict[str, str]] | None = None,
+) -> dict[str, np.ndarray]:
     """Time several functions, each once in every round.
 
     Args:
@@ -48,6 +54,7 @@ def alternate(
       rounds: number of rounds.
       together: start all processes at the same time, which is faster where there are many cores. A function that fails
         is then logged as a warning and left out.
+      variables: environment variables of single functions' processes, by name, in place of those of launch.py.
 
     Returns:
       The seconds of each round, [rounds], by name.
@@ -61,7 +68,8 @@ def alternate(
         for name, (module, function, settings) in peers.items():
             pipes[name], theirs = _CONTEXT.Pipe()
             workers.append(_CONTEXT.Process(target=_work, args=(theirs, module, function, settings), daemon=True))
-            workers[-1].start()
+            with mock.patch.dict(os.environ, (variables or {}).get(name, {})):
+                workers[-1].start()
             theirs.close()
             if not together:
                 _receive(name, pipes[name])

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import pathlib
 import time
 
@@ -13,6 +14,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import compact, compile, fixed_norm, gpu, gpu_table, groups, loader, ours, peers, prox, targets
+from benchmarks import options as options_benchmark
 from benchmarks import weighting as weighting_benchmark
 from benchmarks.zoo import precision
 from benchmarks.zoo import table as zoo_table
@@ -105,6 +107,41 @@ def test_peers_are_timed_in_alternation_in_separate_processes():
         peers.alternate({"theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}, 1)
 
 
+def test_a_process_can_have_environment_variables_of_its_own(monkeypatch):
+    """The function sleeps for as long as the variable says."""
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setenv("SECONDS_TO_SLEEP", "0.02")
+    pair = {name: ("tests.benchmarks_test", "sleeper_by_variable", {}) for name in ("short", "long")}
+    seconds = peers.alternate(pair, 3, variables={"long": {"SECONDS_TO_SLEEP": "0.1"}})
+    assert (seconds["short"] < 0.1).all() and (seconds["long"] >= 0.1).all()
+    assert os.environ["SECONDS_TO_SLEEP"] == "0.02"
+
+
+def test_options_are_compared_with_the_chosen_ones(monkeypatch):
+    asked = {}
+
+    def alternate(pairs, rounds, *, variables):
+        asked.update(pairs=pairs, variables=variables)
+        return {name: np.full(rounds, 0.1 if name == options_benchmark.CHOSEN else 0.2) for name in pairs}
+
+    monkeypatch.setattr(peers, "alternate", alternate)
+    record = options_benchmark.measure(3, size=32, batch=2)
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in options_benchmark.table(record).splitlines()[2:]
+    ]
+    assert lines[0] == [options_benchmark.CHOSEN, "100", "1.00", "1.00 .. 1.00"]
+    assert (
+        all(line[1:] == ["200", "2.00", "2.00 .. 2.00"] for line in lines[1:])
+        and len(lines) == len(options_benchmark.ROWS) + 1
+    )
+    assert asked["variables"][options_benchmark.CHOSEN] == {} and asked["pairs"][options_benchmark.CHOSEN][2] == {
+        "size": 32,
+        "batch": 2,
+    }
+    plain = "XLA's convolutions, no taps and no products"
+    assert asked["pairs"][plain][2] == {"size": 32, "batch": 2, "plain": True}
+
+
 def test_the_first_call_of_a_turn_is_not_timed():
     (seconds,) = peers.alternate({"ours": ("tests.benchmarks_test", "slow_at_first", {})}, 3).values()
     assert (seconds < 0.3).all()
@@ -114,6 +151,10 @@ def slow_at_first():
     """Return a function that is slow in its second, fourth and sixth call, the first ones of three turns."""
     pauses = iter([0, 0.4, 0, 0.4, 0, 0.4, 0])
     return lambda: time.sleep(next(pauses))
+
+
+def sleeper_by_variable():
+    return functools.partial(time.sleep, float(os.environ["SECONDS_TO_SLEEP"]))
 
 
 def sleeper(*, seconds):
@@ -240,22 +281,22 @@ def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
     folders = groups.finished(docs / "results" / "pretrained")
     rows = groups.summary(folders)
     assert groups.table(rows, {name: {} for name in folders}) in (docs / "baselines.md").read_text()
-    assert [len(row["seeds"]) for row in rows] == [3] * 7
+    assert [len(row["seeds"]) for row in rows] == [3] * 8
     gains = {row["form"]: row["delta_m"] for row in rows}
     text = " ".join((docs / "baselines.md").read_text().split())
-    fisher = gains["coupled groups, ℓ0, weighted alike, fisher metric, debiased"]
-    assert f"group ℓ0 {-np.mean(fisher):.1f} %" in text
-    taylor, lasso = gains["coupled groups, pruned at once by taylor"], gains["input groups, by MACs"]
-    for better, other in ((taylor, fisher), (fisher, lasso)):
+    fixed = gains["coupled groups, ℓ0, weighted alike, fisher metric, debiased"]
+    free = gains["coupled groups, ℓ0, weighted alike, fisher metric, no fixed norm, debiased"]
+    assert f"group ℓ0 loses {-np.mean(free):.1f} %" in text and f"group ℓ0 loses {-np.mean(fixed):.1f} %" in text
+    taylor = gains["coupled groups, pruned at once by taylor"]
+    lasso = {kind: gains[f"{kind} groups, by MACs"] for kind in ("input", "coupled")}
+    pairs = ((free, taylor), (free, fixed), (free, lasso["input"]), (taylor, lasso["input"]), (taylor, lasso["coupled"]))
+    for better, other in pairs:
         found = study.difference([a - b for a, b in zip(better, other, strict=True)])
-        assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above" in text
-    for kind in ("input", "coupled"):
-        pairs = zip(gains["coupled groups, pruned at once by taylor"], gains[f"{kind} groups, by MACs"], strict=True)
-        found = study.difference([a - b for a, b in pairs])
         assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above that" in text
+    for kind in ("input", "coupled"):
         by_norm = gains[f"{kind} groups, pruned at once by norm"]
-        pairs = zip(gains[f"{kind} groups, by MACs"], by_norm, strict=True)
-        assert (study.difference([a - b for a, b in pairs]).low > 0) == (kind == "input")
+        found = study.difference([a - b for a, b in zip(lasso[kind], by_norm, strict=True)])
+        assert (found.low > 0) == (kind == "input")
 
 
 def test_the_table_of_the_pilot_runs_is_that_of_their_record():
