@@ -6,7 +6,7 @@ Usage: python -m benchmarks
 import subprocess
 import sys
 
-COMMANDS = ("step", "inference", "prox", "compact", "loader", "compile", "scaling")
+COMMANDS = ("step", "inference", "prox", "compact", "loader", "compile", "scaling", "options")
 
 if __name__ == "__main__":
     for name in COMMANDS:

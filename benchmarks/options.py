@@ -18,9 +18,10 @@ from mtl_sparse.report.tables import markdown
 from mtl_sparse.runtime import environment
 
 CHOSEN = "as chosen"
+KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1"
 ROWS = {  # name: (environment variables, settings of the step)
     "4 KiB pages": ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {}),
-    "huge pages, returned after each call": ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, {}),
+    "huge pages, kept after each call": ({"GLIBC_TUNABLES": f"{environment.HUGE_PAGES}:{KEPT}"}, {}),
     "convolutions by YNNPACK": (
         {"XLA_FLAGS": f"{environment.LIBRARY}=+LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"},
         {},
@@ -29,9 +30,9 @@ ROWS = {  # name: (environment variables, settings of the step)
 }
 
 
-def measure(rounds: int, **settings) -> dict:
-    """Return a record: the seconds of each round of the chosen options and of each row, and the settings."""
-    rows = {CHOSEN: ({}, {}), **ROWS}
+def measure(rounds: int, rows=tuple(ROWS), **settings) -> dict:
+    """Return a record: the seconds of each round of the chosen options and of some `rows`, and the settings."""
+    rows = {CHOSEN: ({}, {}), **{name: ROWS[name] for name in rows}}
     pairs = {name: ("benchmarks.ours", "training_step", settings | more) for name, (_, more) in rows.items()}
     seconds = peers.alternate(pairs, rounds, variables={name: variables for name, (variables, _) in rows.items()})
     return {
@@ -58,9 +59,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=4, help="images in a step")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each row")
     parser.add_argument("--backbone", default="resnet", help="model.backbone")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="rows to time")
     parser.add_argument("--record", type=pathlib.Path, help="JSON file for the record")
     arguments = parser.parse_args()
-    found = measure(arguments.rounds, size=arguments.size, batch=arguments.batch, backbone=arguments.backbone)
+    shape = {"size": arguments.size, "batch": arguments.batch, "backbone": arguments.backbone}
+    found = measure(arguments.rounds, arguments.rows, **shape)
     if arguments.record:
         arguments.record.write_text(json.dumps(found) + "\n")
     print(table(found))

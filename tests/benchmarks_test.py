@@ -142,6 +142,13 @@ def test_options_are_compared_with_the_chosen_ones(monkeypatch):
     assert asked["pairs"][plain][2] == {"size": 32, "batch": 2, "plain": True}
 
 
+@pytest.mark.parametrize("name", ["options", "options_lite"])
+def test_the_tables_of_the_options_are_those_of_their_records(name):
+    docs = pathlib.Path(__file__).parents[1] / "docs"
+    record = json.loads((docs / "benchmarks" / f"{name}.json").read_text())
+    assert options_benchmark.table(record).strip() in (docs / "benchmarks.md").read_text()
+
+
 def test_the_first_call_of_a_turn_is_not_timed():
     (seconds,) = peers.alternate({"ours": ("tests.benchmarks_test", "slow_at_first", {})}, 3).values()
     assert (seconds < 0.3).all()
@@ -289,7 +296,13 @@ def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
     assert f"group ℓ0 loses {-np.mean(free):.1f} %" in text and f"group ℓ0 loses {-np.mean(fixed):.1f} %" in text
     taylor = gains["coupled groups, pruned at once by taylor"]
     lasso = {kind: gains[f"{kind} groups, by MACs"] for kind in ("input", "coupled")}
-    pairs = ((free, taylor), (free, fixed), (free, lasso["input"]), (taylor, lasso["input"]), (taylor, lasso["coupled"]))
+    pairs = (
+        (free, taylor),
+        (free, fixed),
+        (free, lasso["input"]),
+        (taylor, lasso["input"]),
+        (taylor, lasso["coupled"]),
+    )
     for better, other in pairs:
         found = study.difference([a - b for a, b in zip(better, other, strict=True)])
         assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above that" in text

@@ -8,13 +8,13 @@ import sys
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters"
 _TRITON = "--xla_gpu_enable_triton_gemm"
-_LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"
+LIBRARY = "--xla_cpu_experimental_ynn_fusion_type"
 
 # XLA ends a process whose XLA_FLAGS has an unknown flag. Each flag was tried with all jaxlib releases of its range:
 # (first release, first release outside). Raise the end after a try with a newer one.
 _JAXLIB = {
     FUSION_EMITTERS: ((0, 10, 0), (0, 11, 1)),
-    _LIBRARY: ((0, 10, 0), (0, 13, 0)),
+    LIBRARY: ((0, 10, 0), (0, 13, 0)),
     _TRITON: ((0, 10, 0), (0, 13, 0)),
 }
 
@@ -41,7 +41,7 @@ def tune() -> bool:
     if sys.platform != "linux":
         return False
     flags = os.environ.get("XLA_FLAGS", "")
-    for flag, value in ((_LIBRARY, "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"), (_TRITON, "false")):
+    for flag, value in ((LIBRARY, "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"), (_TRITON, "false")):
         if flag not in flags and knows(flag):
             flags = f"{flags} {flag}={value}".strip()
     os.environ["XLA_FLAGS"] = flags
