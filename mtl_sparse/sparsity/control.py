@@ -112,7 +112,7 @@ def by_rank(
     more = jnp.floor(jnp.maximum(state.gap, 0) * critical.size).astype(int)
     order = jnp.sort(jnp.where(zero, -jnp.inf, critical).astype(jnp.float32))
     may = jnp.sum(jnp.isfinite(critical) | zero)  # groups that are zero or may be zeroed
-    count = jnp.minimum(jnp.sum(zero) + more, may)
+    count = jnp.minimum(jnp.sum(zero) + more, jnp.minimum(may, critical.size - 1))  # one group stays in any case
     least = order[jnp.clip(count, 0, may - 1)]
     lambda_ = jnp.where(count < may, _BELOW, 1 / _BELOW) * jnp.where(jnp.isfinite(least), least, 0)
     log_lambda = jnp.log(jnp.maximum(lambda_, 1e-30))

@@ -79,7 +79,9 @@ def test_by_rank_leaves_the_groups_that_are_kept():
     state = control.ControlState(jnp.float32(0), jnp.float32(2))
     critical = jnp.array([1.0, jnp.inf, 2.0, jnp.inf])
     _, lambda_ = control.by_rank(TARGET, state, critical, jnp.zeros(4, bool), jnp.int32(1))
-    assert float(lambda_) == pytest.approx(2 * 0.999), "and the most important of the others"
+    assert float(lambda_) == pytest.approx(2 / 0.999), "and zeroes the others"
+    _, lambda_ = control.by_rank(TARGET, state, jnp.array([1.0, 3.0, 2.0]), jnp.zeros(3, bool), jnp.int32(1))
+    assert float(lambda_) == pytest.approx(3 * 0.999), "without limits, it leaves one group"
     _, lambda_ = control.by_rank(TARGET, state, jnp.full(4, jnp.inf), jnp.zeros(4, bool), jnp.int32(1))
     assert float(lambda_) == 0
 
