@@ -94,13 +94,10 @@ def convolution(lhs, rhs, *, dimension_numbers, window_strides, padding, rhs_dil
             lhs, rhs, dimension_numbers=dimension_numbers, window_strides=window_strides, padding=padding,
             rhs_dilation=rhs_dilation, feature_group_count=feature_group_count, **params,
         )  # fmt: skip
+    from_images, from_kernel = dimension_numbers.lhs_spec, dimension_numbers.rhs_spec  # where each axis is
+    x = jnp.transpose(lhs, (from_images[0], *from_images[2:], from_images[1]))  # [N, ..., C]
+    kernel = jnp.transpose(rhs, (*from_kernel[2:], from_kernel[1], from_kernel[0]))  # [..., I, O]
     groups = feature_group_count
-    x = jnp.transpose(
-        lhs, (dimension_numbers.lhs_spec[0], *dimension_numbers.lhs_spec[2:], dimension_numbers.lhs_spec[1])
-    )
-    kernel = jnp.transpose(
-        rhs, (*dimension_numbers.rhs_spec[2:], dimension_numbers.rhs_spec[1], dimension_numbers.rhs_spec[0])
-    )
     x = jax.lax.pad(x, np.float64(0), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
     sizes, inputs, outputs = kernel.shape[:-2], kernel.shape[-2], kernel.shape[-1]
     reach = [(size - 1) * rate + 1 for size, rate in zip(sizes, rhs_dilation, strict=True)]
@@ -117,10 +114,8 @@ def convolution(lhs, rhs, *, dimension_numbers, window_strides, padding, rhs_dil
         else:
             part = part.reshape(*part.shape[:-1], groups, inputs)
             total += jnp.einsum("...gi,igo->...go", part, weights).reshape(*part.shape[:-2], outputs)
-    return jnp.transpose(
-        total,
-        np.argsort((dimension_numbers.out_spec[0], *dimension_numbers.out_spec[2:], dimension_numbers.out_spec[1])),
-    )
+    to_output = dimension_numbers.out_spec
+    return jnp.transpose(total, np.argsort((to_output[0], *to_output[2:], to_output[1])))
 
 
 def fast(fn):

@@ -40,7 +40,7 @@ HEAD = """# Compaction on other packages' models
 - Besides failures, the last column names the equations that keep channels which the next weights do not read, with
   the number of such weights.
 
-{date}, {machine}, Python {python},
+{date}; the latest checks ran on {machine}, Python {python},
 {versions}. Hashes of the engine's files in mtl_sparse/compaction, with the number of models
 that were checked at each: {engines}. The present files have {current}; other hashes are of earlier
 versions; the models checked with those were not checked again.
