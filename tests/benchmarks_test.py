@@ -423,12 +423,16 @@ def test_the_zoos_convolutions_in_float64_are_xlas(padding, stride, dilation, pa
         np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
 
 
-def test_the_zoos_convolutions_keep_a_cast_to_float32():
+def test_the_zoos_convolutions_keep_casts_and_constants_in_float32():
     """A compact function that loses precision must not gain it in the comparison."""
+    third = np.array([1 / 3], np.float32)
     with jax.enable_x64(True):
         x = jnp.asarray([1 / 3])
-        found = precision.fast(lambda _, x: jax.jit(lambda y: y.astype(jnp.float32))(x).astype(jnp.float64))({}, x)
-        assert found == np.float64(np.float32(1 / 3)) != x
+        cast = precision.fast(lambda _, x: jax.jit(lambda y: y.astype(jnp.float32))(x).astype(jnp.float64))({}, x)
+        assert cast == np.float64(third) != x
+        constant = jnp.asarray(third)
+        product = precision.fast(lambda _, x: x + jnp.multiply(constant, constant).astype(jnp.float64))({}, 0 * x)
+        assert product == np.float64(third * third) != np.float64(third) ** 2
 
 
 def test_two_runs_that_would_be_the_same_row_are_refused(tmp_path):
