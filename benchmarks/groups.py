@@ -41,7 +41,8 @@ def form(results: Results) -> str:
         way = f"ℓ0, {way}" if sparsity.get("penalty") == "group_l0" else way
         metric = sparsity.get("metric", "adaptive")
         way += f", {metric} metric" if metric != "adaptive" else ""
-        way += "" if sparsity.get("fixed_norm", True) else ", no fixed norm"
+        held = f", {sparsity['norm']} norm" if sparsity.get("norm", "initial") != "initial" else ""
+        way += held if sparsity.get("fixed_norm", True) else ", no fixed norm"
         way += ", debiased" if sparsity.get("debias_at") else ""
     macs = sparsity.get("target_macs")
     wanted = f", {100 * macs:g} % of the MACs" if macs and macs != QUARTER else ""

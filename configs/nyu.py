@@ -155,9 +155,10 @@ def get_config() -> ml_collections.ConfigDict:
             bias_correction=True,  # of v in that metric; the published method has False
             # Keep the norm of kernels; the published method has False. For group_l0, False is better (docs/method.md).
             fixed_norm=True,
-            # Norm of a fixed-norm kernel. False: its initial norm, which cancels weight decay. True: the norm that
+            # Norm of a fixed-norm kernel: "initial", its norm at init; "rms", the root mean square that its nonzero
+            # weights have at init, so that the norm falls with the groups that are left; "unpenalized", the norm that
             # each step gives it without the penalty, so that weight decay acts as in dense training.
-            norm_decays=False,
+            norm="initial",
             # With a target, keep at least one group in each layer that all paths from the images to a head cross.
             keep_connected=True,
             anneal_revival=True,  # regrowth becomes harder as the learning rate falls; the published method has False

@@ -29,6 +29,7 @@ _EARLIER_OPTIONS: dict[str, dict[str, Any]] = {
         "at_least": 1,
         "max_removed": 1.0,
         "prune_at": 0.5,
+        "norm": "initial",
     },
     "model": {"backbone": "resnet"},
     "train": {"early_stop": "run"},
@@ -401,7 +402,11 @@ def migrate(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
 def _with_earlier_options(config):
     """Return a config with the options that it was made before."""
     earlier = {name: options for name, options in _EARLIER_OPTIONS.items() if name in config}
-    return {**config, **{name: options | dict(_object(config, name)) for name, options in earlier.items()}}
+    found = {**config, **{name: options | dict(_object(config, name)) for name, options in earlier.items()}}
+    if "norm_decays" in _object(found, "sparsity"):
+        decays = found["sparsity"].pop("norm_decays")
+        found["sparsity"]["norm"] = "unpenalized" if decays else "initial"
+    return found
 
 
 def _results_of_version_0(value):

@@ -18,7 +18,7 @@ from mtl_sparse.sparsity import groups as groups_lib
 from mtl_sparse.sparsity.groups import Groups
 from mtl_sparse.sparsity.penalties import GroupLasso, Penalty
 
-NORMS = ("initial", "unpenalized")
+NORMS = ("initial", "rms", "unpenalized")
 
 
 class Step(NamedTuple):
@@ -119,8 +119,10 @@ class HoldNorm:
     Attributes:
       kernels: True for the penalized kernels whose module has no other parameter: a convolution without a bias is
         followed by a normalization layer. Otherwise a regular expression of whole paths.
-      norm: "initial", the kernel's Frobenius norm at init, which cancels its weight decay; or "unpenalized", the norm
-        that the step has without the penalty, so that weight decay and the optimizer change it as in dense training.
+      norm: "initial", the kernel's Frobenius norm at init; "rms", the root mean square that its nonzero weights have at
+        init, so that the weights that stay are not scaled up where few stay; or "unpenalized", the norm that the step
+        has without the penalty, so that weight decay and the optimizer change it as in dense training. The first two
+        cancel the weight decay of the kernel.
     """
 
     kernels: bool | str = True
@@ -163,7 +165,9 @@ class HoldNorm:
     def _scaled(self, x: jax.Array, z: jax.Array, norm: jax.Array | None) -> jax.Array:
         if norm is None:
             return x
-        wanted = norm if self.norm == "initial" else jnp.linalg.norm(z)
+        wanted = jnp.linalg.norm(z) if self.norm == "unpenalized" else norm
+        if self.norm == "rms":
+            wanted = wanted * jnp.sqrt(jnp.mean(x != 0))
         length = jnp.linalg.norm(x)
         return x * jnp.where((length > 0) & (wanted > 0), wanted / jnp.where(length > 0, length, 1), 1)
 
@@ -189,10 +193,18 @@ def held_paths(projections: Sequence[Projection], groups: Sequence[Groups], para
     return holds[0].paths(groups, params) if holds else []
 
 
-def initial_norms(paths: Sequence[str], params: Any) -> jax.Array:
-    """Return the Frobenius norms of the kernels at these paths: float32 [kernels]."""
+def initial_norms(projections: Sequence[Projection], paths: Sequence[str], params: Any) -> jax.Array:
+    """Return the Frobenius norms of the kernels at these paths, which a `HoldNorm` among the projections holds.
+
+    Returns:
+      float32 [kernels]; with norm="rms", those that the kernels would have if none of their weights were zero.
+    """
     leaves = groups_lib.by_path(params)
-    norms = [jnp.linalg.norm(leaves[path].astype(jnp.float32)) for path in paths]
+    kernels = [leaves[path].astype(jnp.float32) for path in paths]
+    norms = [jnp.linalg.norm(kernel) for kernel in kernels]
+    if any(isinstance(projection, HoldNorm) and projection.norm == "rms" for projection in projections):
+        nonzero = [jnp.sqrt(jnp.mean(kernel != 0)) for kernel in kernels]
+        norms = [norm / jnp.where(part > 0, part, 1) for norm, part in zip(norms, nonzero, strict=True)]
     return jnp.stack(norms) if norms else jnp.zeros([0], jnp.float32)
 
 
@@ -231,17 +243,25 @@ def apply(
     )
 
 
-def hold_norm(kernels: bool | str = True, penalty: Penalty | None = None) -> optax.GradientTransformation:
-    """Scale kernels back to their initial norm, as a link of an `optax.chain`.
+def hold_norm(
+    kernels: bool | str = True, penalty: Penalty | None = None, norm: str = "initial"
+) -> optax.GradientTransformation:
+    """Scale kernels back to a fixed norm, as a link of an `optax.chain`.
 
     Args:
       kernels: see `HoldNorm`.
       penalty: whose kernels are meant; by default those of `GroupLasso()`.
+      norm: "initial" or "rms", see `HoldNorm`.
 
     Returns:
       An optax transformation whose update needs `params`.
+
+    Raises:
+      ValueError: norm="unpenalized": a link does not know the step without the penalty.
     """
-    return _link(HoldNorm(kernels), penalty)
+    if norm == "unpenalized":
+        raise ValueError("hold_norm does not know the norm without the penalty; use HoldNorm in proximal's projections")
+    return _link(HoldNorm(kernels, norm), penalty)
 
 
 def freeze_zeros(from_step: int, penalty: Penalty | None = None) -> optax.GradientTransformation:
@@ -262,7 +282,7 @@ def _link(projection: Projection, penalty: Penalty | None) -> optax.GradientTran
 
     def init(params: optax.Params) -> ProjectionState:
         paths = held_paths([projection], penalty.find(params), params)
-        return ProjectionState(jnp.zeros([], jnp.int32), initial_norms(paths, params))
+        return ProjectionState(jnp.zeros([], jnp.int32), initial_norms([projection], paths, params))
 
     def update(
         updates: optax.Updates, state: ProjectionState, params: optax.Params | None = None

@@ -23,7 +23,7 @@ class ProximalState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count is hidden, as in optax; shape=(), int32, steps taken
     inner: optax.OptState  # of the inner optimizer
-    norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; initial norms of the kernels that `HoldNorm` holds
+    norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; from `projections.initial_norms`
     lambda_: jax.Array  # shape=(), dtype=jnp.float32; lambda of the last step
     peak_learning_rate: jax.Array  # shape=(), dtype=jnp.float32; the highest learning rate so far
     control: control.ControlState | tuple[()]  # () without a target
@@ -171,7 +171,7 @@ class _Proximal:
         norms, inner = jnp.zeros([0], jnp.float32), self.inner.init(params)
         if self.penalizes:
             sets = self.penalty.find(params)
-            norms = projections.initial_norms(self._held(sets, params), params)
+            norms = projections.initial_norms(self.projections, self._held(sets, params), params)
             _check_metric(jax.eval_shape(lambda: self.metric(inner, params, 1.0)) if sets else None, sets)
         return ProximalState(
             jnp.zeros([], jnp.int32),

@@ -214,7 +214,7 @@ def _projections(config, total_steps):
     if sparsity.at_least > 1 or sparsity.max_removed < 1:
         found.append(groups.limit(sparsity))
     if sparsity.fixed_norm:
-        found.append(HoldNorm(sparsity.fixed_norm, "unpenalized" if sparsity.norm_decays else "initial"))
+        found.append(HoldNorm(sparsity.fixed_norm, sparsity.norm))
     return found
 
 

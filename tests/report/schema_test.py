@@ -18,7 +18,8 @@ CHOICE = {"layer": "stem_conv1", "point": "stem", "kept": ["stem_conv1"], "activ
           "folders": ["runs/a", "runs/b"]}  # fmt: skip
 # Options that runs had no names for, and what they did.
 EARLIER = {
-    "keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0, "prune_at": 0.5
+    "keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0, "prune_at": 0.5,
+    "norm": "initial",
 }  # fmt: skip
 EARLIER_LOSS = {
     "gradients_of": "params",
@@ -128,6 +129,9 @@ def test_the_first_benchmarks_are_read():
 def test_a_config_gets_the_options_that_it_was_made_before():
     config = {"seed": 0, "sparsity": {"lambda_": 1.0}}
     assert schema.migrate("config", config) == {"seed": 0, "sparsity": {"lambda_": 1.0, **EARLIER}}
+    for decays, norm in ((False, "initial"), (True, "unpenalized")):  # an option that "norm" replaced
+        found = schema.migrate("config", {"sparsity": {"norm_decays": decays}})
+        assert found == {"sparsity": {**EARLIER, "norm": norm}}
     assert config == {"seed": 0, "sparsity": {"lambda_": 1.0}}
     later = {"sparsity": {name: "another" for name in EARLIER}}
     assert schema.migrate("config", later) == later

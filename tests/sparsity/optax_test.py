@@ -372,19 +372,29 @@ def test_a_target_is_reached_around_any_optimizer(name):
     assert zero.mean() == pytest.approx(0.5, abs=0.05) and zero[20:].mean() > 0.9
 
 
-def test_links_of_a_chain_do_what_projections_do():
+@pytest.mark.parametrize("norm", ["initial", "rms"])
+def test_links_of_a_chain_do_what_projections_do(norm):
     """`hold_norm` and `freeze_zeros` after `proximal`, up to rounding; frozen zeros are exact in both."""
     params = tree(0)
     params["conv"]["kernel"] = params["conv"]["kernel"].at[:, :, 2:5].set(0)
     inner = proximal(optax.adamw(1e-2), 1e-2, lambda_=0.3, metric=AdamMetric())
-    chained, _ = run(optax.chain(inner, freeze_zeros(2), hold_norm()), params, 6)
+    chained, _ = run(optax.chain(inner, freeze_zeros(2), hold_norm(norm=norm)), params, 6)
     projected = proximal(
-        optax.adamw(1e-2), 1e-2, lambda_=0.3, metric=AdamMetric(), projections=[FreezeZeros(2), HoldNorm()]
+        optax.adamw(1e-2), 1e-2, lambda_=0.3, metric=AdamMetric(), projections=[FreezeZeros(2), HoldNorm(norm=norm)]
     )
     expected, _ = run(projected, params, 6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chained, expected)
     zero = np.asarray((chained["conv"]["kernel"] == 0).all((0, 1, 3)))
     np.testing.assert_array_equal(zero, (expected["conv"]["kernel"] == 0).all((0, 1, 3)))
+    grown = np.sqrt((chained["conv"]["kernel"] != 0).mean() / (params["conv"]["kernel"] != 0).mean())
+    assert abs(grown - 1) > 0.05
     np.testing.assert_allclose(
-        jnp.linalg.norm(chained["conv"]["kernel"]), jnp.linalg.norm(params["conv"]["kernel"]), rtol=1e-5
+        jnp.linalg.norm(chained["conv"]["kernel"]) / jnp.linalg.norm(params["conv"]["kernel"]),
+        grown if norm == "rms" else 1,
+        rtol=1e-5,
     )
+
+
+def test_a_link_of_a_chain_cannot_hold_the_unpenalized_norm():
+    with pytest.raises(ValueError, match="projections"):
+        hold_norm(norm="unpenalized")

@@ -444,7 +444,7 @@ def test_the_unpenalized_norm_is_what_the_step_has_without_the_penalty():
     params = random_tree(0)
     settings = {"weight_decay": 2.0, "eps": 1.0}  # so large that Adam's step depends on the scale of the gradient
     norms = {}
-    for norm in projections.NORMS:
+    for norm in ("initial", "unpenalized"):
         tx = transform.proximal(
             optax.adamw(1e-2, **settings),
             1e-2,
@@ -459,6 +459,20 @@ def test_the_unpenalized_norm_is_what_the_step_has_without_the_penalty():
     dense = float(jnp.linalg.norm(plain["backbone"]["conv"]["kernel"]))
     assert abs(dense / before - 1) > 0.01
     assert norms == {"initial": pytest.approx(before, rel=1e-5), "unpenalized": pytest.approx(dense, rel=1e-5)}
+
+
+def test_the_rms_norm_holds_the_size_of_the_weights_that_are_left():
+    """Also of a kernel some of whose groups are zero at init, and of weights alone (l1)."""
+    params = random_tree(0)
+    kernel = params["backbone"]["conv"]["kernel"].at[:, :, 0].set(0)
+    params["backbone"]["conv"]["kernel"] = kernel
+    before = float(jnp.sqrt(jnp.mean(kernel[kernel != 0] ** 2)))
+    for penalty, lambda_ in (("group_lasso", 0.6), ("l1", 1.2)):
+        tx = adam(1e-2, lambda_, penalty=penalty, links=[HoldNorm(norm="rms")])
+        new, _ = run(tx, params, 6)
+        left = new["backbone"]["conv"]["kernel"]
+        assert 0.1 < float(jnp.mean(left == 0)) < 0.9
+        assert float(jnp.sqrt(jnp.mean(left[left != 0] ** 2))) == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
@@ -611,7 +625,7 @@ BAD_ARGUMENTS = {
         "'ridge'.*group_lasso, group_mcp, group_l0, l1",
     ),
     "group weights": (lambda: GroupLasso(weights="size"), "'size'.*sqrt_size, none"),
-    "norm": (lambda: HoldNorm(norm="final"), "norm 'final'.*initial, unpenalized"),
+    "norm": (lambda: HoldNorm(norm="final"), "norm 'final'.*initial, rms, unpenalized"),
     "scope": (lambda: L1("neck"), "scope 'neck'.*backbone, all"),
     "regrowth": (lambda: adam(1e-3, 1.0, regrowth="never"), "regrowth 'never'.*annealed, free"),
     "no gamma": (lambda: penalties.make("group_mcp"), "group_mcp needs gamma > 0, got None"),

@@ -117,7 +117,7 @@ def projection(arguments, kind):
 # Option -> (its value, what the links get of it, that as a value).
 HANDED_ON = {
     "sparsity.penalty": ("group_l0", lambda found: type(found["penalty"]), penalties.GroupL0),
-    "sparsity.norm_decays": (True, lambda found: projection(found, HoldNorm).norm, "unpenalized"),
+    "sparsity.norm": ("unpenalized", lambda found: projection(found, HoldNorm).norm, "unpenalized"),
     "sparsity.start_at": (0.25, lambda found: [float(found["lambda_"](count)) > 0 for count in (9, 10)], [False, True]),
     "sparsity.group_weights": ("none", lambda found: found["penalty"].weights, "none"),
     "sparsity.start_step": (3, lambda found: [float(found["lambda_"](count)) > 0 for count in (2, 3)], [False, True]),
