@@ -3,10 +3,10 @@
     python launch.py --config=configs/sweeps.py:groups:demo --job=sweep --workdir=runs/groups
     python -m benchmarks.groups --sweep=runs/groups [--rounds=15] [--record=docs/benchmarks/groups.json]
 
-Also for the sweeps `baselines` and `pretrained`. Each row is one way to prune, over the seeds that all rows have
-finished; single-task runs are left out. Delta m is the mean over the tasks of the relative change of the main metric
-against the dense run of the same seed, better being positive. The compact models of the first seed are timed together
-with its dense one, round by round.
+Also for the sweeps `baselines` and `pretrained`. Each row is one way to prune, over the seeds that it and the dense
+model have finished; single-task runs are left out. Delta m is the mean over the tasks of the relative change of the
+main metric against the dense run of the same seed, better being positive. The compact models of the first seed that all
+rows have are timed together with its dense one, round by round.
 """
 
 import json
@@ -50,7 +50,7 @@ def form(results: Results) -> str:
 
 
 def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
-    """Return form -> seed -> folder of the finished runs, for the seeds that every form has."""
+    """Return form -> seed -> folder of the finished runs, for the seeds that the dense model has, too."""
     read = {path.parent: Results.read(path) for path in sorted(sweep.glob("*/results.json"))}
     runs = {folder: results for folder, results in read.items() if len(results.headlines) > 1}
     widths = {folder: results.config["model"].get("width", 0) for folder, results in runs.items()}
@@ -64,13 +64,19 @@ def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
                 "move one of them out of the folder"
             )
         ways[results.seed] = folder
-    seeds = set.intersection(*(set(folders) for folders in found.values())) if found else set()
-    if DENSE not in found or not seeds:
-        raise SystemExit(f"expected finished runs of a sweep in {sweep}, with a dense one; train it first")
-    left_out = {name: sorted(folders.keys() - seeds) for name, folders in found.items() if folders.keys() - seeds}
-    if left_out:
-        print(f"not shown, because another row lacks these seeds: {left_out}")
-    return {name: {seed: folders[seed] for seed in sorted(seeds)} for name, folders in found.items()}
+    dense = found.get(DENSE, {})
+    shown = {name: {seed: its[seed] for seed in sorted(its.keys() & dense.keys())} for name, its in found.items()}
+    if not dense or not all(shown.values()):
+        lacking = sorted(name for name, its in shown.items() if not its)
+        raise SystemExit(
+            f"expected finished runs of a sweep in {sweep}, each with a dense one of its seed, which "
+            f"{', '.join(lacking) or 'the folder'} lacks; train it first"
+        )
+    if left_out := {
+        name: sorted(its.keys() - dense.keys()) for name, its in found.items() if its.keys() - dense.keys()
+    }:
+        print(f"not shown, because the dense model lacks these seeds: {left_out}")
+    return shown
 
 
 def delta_m(results: Results, dense: Results) -> float:
@@ -84,16 +90,19 @@ def delta_m(results: Results, dense: Results) -> float:
 
 def summary(folders: dict[str, dict[int, pathlib.Path]]) -> list[dict[str, Any]]:
     """Return for each form its metrics, what is zero and what compaction leaves: lists over the seeds."""
-    runs = {name: [Results.read(path / "results.json") for path in its.values()] for name, its in folders.items()}
+    runs = {
+        name: {seed: Results.read(path / "results.json") for seed, path in its.items()} for name, its in folders.items()
+    }
     rows = []
-    for name, its in runs.items():
+    for name, by_seed in runs.items():
+        its = list(by_seed.values())
         sizes = [one.size for one in its]
         rows.append(
             {
                 "form": name,
                 "seeds": [one.seed for one in its],
                 "metrics": {h.metric: [one.test[h.metric] for one in its] for h in its[0].headlines.values()},
-                "delta_m": [delta_m(one, dense) for one, dense in zip(its, runs[DENSE], strict=True)],
+                "delta_m": [delta_m(one, runs[DENSE][seed]) for seed, one in by_seed.items()],
                 "zero_groups": [one.sparsity.group for one in its],
                 "macs_left": [size.compact.macs / size.trained.macs for size in sizes],
                 "parameters_left": [size.compact.parameters / size.trained.parameters for size in sizes],
@@ -103,10 +112,13 @@ def summary(folders: dict[str, dict[int, pathlib.Path]]) -> list[dict[str, Any]]
 
 
 def timings(folders: dict[str, dict[int, pathlib.Path]], batches: list[int], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return form -> {"batch B": {"speedup", "median_ms"}} of the whole compact models of the first seed."""
+    """Return form -> {"batch B": {"speedup", "median_ms"}} of the whole compact models of the first common seed."""
+    seeds = set.intersection(*(set(its) for its in folders.values()))
+    if not seeds:
+        raise SystemExit("expected a seed that all rows have, to time their models; train it first, or use --rounds=0")
     models, size = {}, None
     for name, its in sorted(folders.items(), key=lambda item: item[0] != DENSE):
-        folder = next(iter(its.values()))
+        folder = its[min(seeds)]
         config = run_config.get_config(str(folder))
         model, variables = setup.load_model(folder, config)
         size = tuple(config.data.size)
@@ -125,6 +137,7 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
     lines = [
         (
             "",
+            "seeds",
             *metrics,
             "Δm % (95 % interval)",
             "MACs left",
@@ -139,6 +152,7 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
         lines.append(
             (
                 row["form"],
+                str(len(row["seeds"])),
                 *(_over_seeds(row["metrics"][name], 4) for name in metrics),
                 "" if is_dense else with_interval(row["delta_m"]),
                 "" if is_dense else f"{_over_seeds([100 * x for x in row['macs_left']], 1)} %",

@@ -192,10 +192,11 @@ def pretrained(small: bool) -> list[Options]:
     """Return ways to leave a quarter of the multiply-accumulates of a backbone that starts from ImageNet weights.
 
     First the dense model, group lasso weighted by MACs and pruning at once by norm, both with coupled and with input
-    groups, and coupled groups pruned at once by Taylor importance. Then group l0 with coupled groups by Fisher
-    information, with fixed kernel norms and without. Then group lasso weighted by size, input groups pruned at once by
-    Taylor importance, fixed norms with nothing pruned, half and a tenth of the MACs, and dense single-task runs. Three
-    seeds, which vary slowest in each part.
+    groups, and coupled groups pruned at once by Taylor importance. Then, with coupled groups that have the same
+    weight and with a debiasing phase: group l0 by Fisher information, with fixed kernel norms and without, and group
+    lasso without them. Then group lasso weighted by size, input groups pruned at once by Taylor importance, fixed norms
+    with nothing pruned, half and a tenth of the MACs, and dense single-task runs. Three seeds, which vary slowest in
+    each part.
     """
     del small
     base: Options = {"sparsity.target": 0.0}
@@ -209,16 +210,13 @@ def pretrained(small: bool) -> list[Options]:
     first = [dense, *[quarter(kind, way) for way in (by_macs, norm) for kind in ("coupled", "input")]]
     first.append(quarter("coupled", taylor))
 
-    def fisher(norms: Options) -> Options:
-        by_fisher: Options = {
-            "sparsity.penalty": "group_l0",
-            "sparsity.metric": "fisher",
-            "sparsity.group_weights": "none",
-        }
+    def debiased(penalty: Options, norms: Options) -> Options:
         early: Options = {"sparsity.target_ramp": 0.3, "sparsity.target_freeze": 0.4, "sparsity.debias_at": 0.5}
-        return quarter("coupled", by_fisher | norms | early)
+        return quarter("coupled", penalty | {"sparsity.group_weights": "none"} | norms | early)
 
-    second = [fisher({}), fisher({"sparsity.fixed_norm": False})]
+    fisher: Options = {"sparsity.penalty": "group_l0", "sparsity.metric": "fisher"}
+    free: Options = {"sparsity.fixed_norm": False}
+    second = [debiased(fisher, {}), debiased(fisher, free), debiased({}, free)]
     more: list[Options] = [
         quarter("input", {}),
         quarter("coupled", {}),

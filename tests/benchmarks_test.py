@@ -268,19 +268,21 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
     for seed in (0, 1):
         finished_run(tmp_path / f"dense{seed}", seed, 0.5, 0.1 * (1 + seed), 1000, lambda_=0.0)
         finished_run(tmp_path / f"input{seed}", seed, 0.4, 0.1 * (1 + seed), 250)
-    finished_run(tmp_path / "more", 2, 0.1, 0.1, 1000, lambda_=0.0)  # of a seed that the other row has not finished
+    finished_run(tmp_path / "more", 2, 0.1, 0.1, 1000, lambda_=0.0)  # of a seed that no other row has finished
     finished_run(tmp_path / "coupled", 0, 0.5, 0.05, 200, groups="coupled", group_weights="macs")
     folders = groups.finished(tmp_path)
     assert {name: list(its) for name, its in folders.items()} == {
-        "dense": [0], "input groups, by size": [0], "coupled groups, by MACs": [0]
+        "dense": [0, 1, 2], "input groups, by size": [0, 1], "coupled groups, by MACs": [0]
     }  # fmt: skip
-    (tmp_path / "coupled" / "results.json").unlink()
     rows = {row["form"]: row for row in groups.summary(groups.finished(tmp_path))}
     np.testing.assert_allclose(rows["input groups, by size"]["delta_m"], [-10, -10])
     times = {name: {"batch 1": {"speedup": 3.0 if name != "dense" else 1.0, "median_ms": 1.0}} for name in rows}
-    first, second = groups.table(list(rows.values()), times).splitlines()[2:]
-    assert "| dense" in first and "| 3.00 (0.75)" in second and "25.0 ± 0.0 %" in second
-    assert "| -10.0 " in second
+    first, second, third = groups.table(list(rows.values()), times).splitlines()[2:]
+    assert "| dense" in first and "| 3.00 (0.75)" in third and "25.0 ± 0.0 %" in third
+    assert "| -10.0 " in third and "| 2 " in third and "| 1 " in second and "| +25.0 " in second
+    finished_run(tmp_path / "alone", 7, 0.4, 0.1, 250, groups="coupled")
+    with pytest.raises(SystemExit, match="of its seed, which coupled groups, by size lacks"):
+        groups.finished(tmp_path)
 
 
 def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
@@ -341,6 +343,7 @@ def test_the_interval_of_delta_m_is_students():
         ({"metric": "group"}, "input groups, by size, group metric"),
         ({"penalty": "group_l0", "metric": "fisher"}, "input groups, ℓ0, by size, fisher metric"),
         ({"fixed_norm": False, "debias_at": 0.5}, "input groups, by size, no fixed norm, debiased"),
+        ({"norm": "rms", "debias_at": 0.5}, "input groups, by size, rms norm, debiased"),
     ],
 )
 def test_other_ways_to_prune_are_named(tmp_path, options, name):

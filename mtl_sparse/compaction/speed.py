@@ -10,6 +10,7 @@ import numpy as np
 
 from mtl_sparse.compaction.rewritten import Model, Rewritten
 from mtl_sparse.models import backbones, costs, multitask
+from mtl_sparse.runtime import progress
 from mtl_sparse.runtime.timing import timed
 
 
@@ -79,7 +80,9 @@ def compare(
     for part in parts if not is_whole else ("model",):
         make: Callable[..., Part] = Part.backbone if part == "backbone" else Part
         timed_parts = {name: make(*model) for name, model in models.items()}
-        compiled = {name: one.compiled(images) for name, one in timed_parts.items()}
+        compiled = {
+            name: timed_parts[name].compiled(images) for name in progress.track(timed_parts, f"compiling the {part}")
+        }
         seconds = timed({name: function for name, (function, _) in compiled.items()}, rounds)
         first = next(iter(seconds.values()))
         for name, one in timed_parts.items():

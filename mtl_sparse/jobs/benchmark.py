@@ -38,6 +38,21 @@ def device() -> str:
     return f"{jax.devices()[0].device_kind}, JAX {jax.__version__}{', huge pages' if huge else ''}"
 
 
+def batch_sizes(config) -> tuple[int, ...]:
+    """Return the batch sizes to time.
+
+    Raises:
+      UserError: OPTION_OUT_OF_RANGE for benchmark.batch_sizes or benchmark.rounds.
+    """
+    sizes, rounds = tuple(config.benchmark.batch_sizes), config.benchmark.rounds
+    if not sizes or min(sizes) < 1 or rounds < 1:
+        raise UserError(
+            "OPTION_OUT_OF_RANGE",
+            f"expected numbers of at least 1, got benchmark.batch_sizes={sizes}, benchmark.rounds={rounds}",
+        )
+    return sizes
+
+
 def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
     """Time the dense, sparse and compact model of a run; write benchmark.json and plots/latency.png.
 
@@ -47,13 +62,7 @@ def run_job(config, workdir: str | pathlib.Path) -> list[dict]:
     Raises:
       UserError: OPTION_OUT_OF_RANGE for benchmark.batch_sizes or benchmark.rounds, or as `setup.load_model`.
     """
-    settings = config.benchmark
-    batches = tuple(settings.batch_sizes)
-    if not batches or min(batches) < 1 or settings.rounds < 1:
-        raise UserError(
-            "OPTION_OUT_OF_RANGE",
-            f"expected numbers of at least 1, got benchmark.batch_sizes={batches}, benchmark.rounds={settings.rounds}",
-        )
+    settings, batches = config.benchmark, batch_sizes(config)
     workdir = pathlib.Path(workdir).expanduser()
     model, variables = setup_lib.load_model(workdir, config)
     size = tuple(config.data.size)

@@ -263,6 +263,10 @@ JOBS: dict[str, tuple[Callable[[Request], Any], str]] = {
         _benchmark,
         "time a run's model: dense, with its zeros, and compact; in a sweep's folder, those of its runs",
     ),
+    "latency": (
+        _plain("latency"),
+        "time compact models with random zeros before training: which sparsity.target_macs gives which speed here",
+    ),
     "export": (_plain("export"), "write a run's model as a file that runs without this package: StableHLO or ONNX"),
     "sweep": (
         _sweep,

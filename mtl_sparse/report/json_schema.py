@@ -2,7 +2,7 @@
 
     python -m mtl_sparse.report.json_schema FOLDER
 
-writes results.json, benchmark.json, sweep.json, lomt.json and compact.json.
+writes results.json, benchmark.json, latency.json, sweep.json, lomt.json and compact.json.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from mtl_sparse.runtime import files
 KINDS: tuple[type[schema.Schema], ...] = (
     schema.Results,
     schema.Timing,
+    schema.Latency,
     schema.Sweep,
     schema.Choices,
     schema.CompactLayer,

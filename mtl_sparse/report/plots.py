@@ -9,7 +9,7 @@ import numpy as np
 
 from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import records
-from mtl_sparse.report.schema import SIZE_TARGETS, Choices, CompactLayer, Results, Timing, TimingRow
+from mtl_sparse.report.schema import SIZE_TARGETS, Choices, CompactLayer, Latency, Results, Timing, TimingRow
 from mtl_sparse.runtime.labels import VOID
 
 if TYPE_CHECKING:
@@ -272,6 +272,27 @@ def _plot_latency(axis, entries: Sequence[TimingRow]):
     axis.set_xlim(0, 1.25 * max(row.macs for row in entries) / 1e6)
     axis.set_ylim(0)
     axis.legend(frameon=False)
+
+
+def latency_by_macs(found: Latency) -> "Figure":
+    """Plot the part of the dense model's time that compact models take against the MACs that they have left."""
+    figure = new_figure(figsize=(6.5, 4.5))
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], ":", color="#7f8c99", linewidth=1, label="in proportion to MACs")
+    for line, color in zip(found.lines, itertools.cycle(COLORS), strict=False):
+        ends = [min(row.macs_left for row in found.rows), 1]
+        axis.plot(ends, [line.time_left(end) for end in ends], color=color, label=f"batch {line.batch}, fitted")
+        for uneven in (False, True):
+            rows = [row for row in found.rows if row.batch == line.batch and (row.pattern == "uneven") == uneven]
+            x, y = [row.macs_left for row in rows], [row.time_left for row in rows]
+            face, label = ("none", f"batch {line.batch}, uneven") if uneven else (color, f"batch {line.batch}, even")
+            axis.scatter(x, y, 28, facecolors=face, edgecolors=color, label=label, zorder=3)
+    axis.set(xlabel="MACs left", ylabel="time of the dense model", xlim=(0, 1.05), ylim=(0, None))
+    for of_axis in (axis.xaxis, axis.yaxis):
+        of_axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axis.set_title(f"{found.device}, {'x'.join(map(str, found.size))}, {found.groups} groups", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    return plain(figure)
 
 
 def attachments(choices: Choices) -> "Figure":

@@ -292,6 +292,73 @@ class Timing(Schema):
 
 
 @dataclasses.dataclass(frozen=True)
+class PatternTiming(Schema):
+    """Time of one compact model with random zero groups.
+
+    Attributes:
+      pattern: "dense", "even" for the same fraction of zero groups in all layers, "uneven" for a random one in each.
+      batch: images per call.
+      macs_left: multiply-accumulates left after compaction, as a fraction.
+      median_ms: median latency of a call, in milliseconds.
+      time_left: median over the rounds of the latency as a fraction of the dense model's.
+    """
+
+    pattern: str
+    batch: int
+    macs_left: float
+    median_ms: float
+    time_left: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyLine(Schema):
+    """The part of the dense model's time that a compact model takes, as a line over the MACs that it has left.
+
+    Attributes:
+      batch: images per call.
+      constant: the part at no MACs.
+      per_macs: the slope.
+      errors: (predicted - measured) / measured of each uneven pattern, to which the line was not fitted.
+    """
+
+    batch: int
+    constant: float
+    per_macs: float
+    errors: tuple[float, ...]
+
+    def time_left(self, macs_left: float) -> float:
+        """Return the predicted part of the dense model's time."""
+        return self.constant + self.per_macs * macs_left
+
+    def macs_left(self, time_left: float) -> float:
+        """Return the MACs that may be left for a part of the dense model's time; 0 or less if none may."""
+        return (time_left - self.constant) / self.per_macs
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency(Schema):
+    """latency.json: how the time of compact models depends on the multiply-accumulates that they have left.
+
+    Attributes:
+      device: what the models were timed on.
+      size: (height, width) of the images.
+      rounds: calls of each model.
+      groups: which groups are zero, "input" or "coupled".
+      rows: an entry for each batch size and model.
+      lines: an entry for each batch size.
+    """
+
+    kind: ClassVar[str] = "latency"
+
+    device: str
+    size: tuple[int, ...]
+    rounds: int
+    groups: str
+    rows: tuple[PatternTiming, ...]
+    lines: tuple[LatencyLine, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Sweep(Schema):
     """sweep.json: name of each trial's folder -> options of the trial, by dotted path."""
 
@@ -374,8 +441,8 @@ def migrate(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object in the newest version; the one given stays as it is.
 
     Args:
-      kind: stem of the file's name: "results", "benchmark", "sweep", "lomt", "compact", or "config", whose version is
-        in the options that it has.
+      kind: stem of the file's name: "results", "benchmark", "latency", "sweep", "lomt", "compact", or "config", whose
+        version is in the options that it has.
       value: the object, of any version up to the newest.
 
     Raises:

@@ -38,23 +38,40 @@ def prune(run: Run, state: TrainState) -> TrainState:
       The state on the devices, with zeros.
     """
     config, host = run.config, jax.device_get(state)
-    sets = _sets(config, host.params)
+    sets = penalized(config, host.params)
     gradients = _gradients(run, state) if config.sparsity.prune == "taylor" else []
     scores = processes.from_first(_scores(sets, host.params, gradients))
-    for one, score in zip(sets, scores, strict=True):
-        score[np.argsort(-score, kind="stable")[: _kept(config, one)]] = np.inf
-    pruned, reached = _threshold(config, sets, scores, host.params)
+    params, zeroed, reached = zero_lowest(config, sets, scores, host.params)
     logging.info(
         "Pruned by %s: %d of %d groups zeroed, sparsity %.3f (target %.3f); they stay zero from here on",
-        config.sparsity.prune, sum(int((s <= pruned).sum()) for s in scores), sum(s.size for s in scores), reached,
-        groups.aim(config.sparsity),
+        config.sparsity.prune, zeroed, sum(one.count for one in sets), reached, groups.aim(config.sparsity),
     )  # fmt: skip
-    params = _zeroed(sets, scores, host.params, pruned)
     return loader.replicate(host.replace(params=jax.device_get(params)))
 
 
-def _sets(config, params) -> Sequence[Groups]:
+def penalized(config, params: Any) -> Sequence[Groups]:
+    """Return the groups that a run's target is about, for the tree of the optimizer."""
     return groups.find(config) or sparsity_groups.find(params, config.sparsity.scope)
+
+
+def zero_lowest(config, sets: Sequence[Groups], scores: Sequence[np.ndarray], params: Any) -> tuple[Any, int, float]:
+    """Zero the groups of the lowest scores until the target is reached, within the limits of config.sparsity.
+
+    Args:
+      config: the config of a run with a target.
+      sets: its groups.
+      scores: float [groups] of each set, not negative and not infinite.
+      params: the tree of the optimizer.
+
+    Returns:
+      (the parameters with zeros, number of groups that were zeroed, sparsity reached: less than the target if no group
+      is left that may be zeroed).
+    """
+    scores = [score.copy() for score in scores]
+    for one, score in zip(sets, scores, strict=True):
+        score[np.argsort(-score, kind="stable")[: _kept(config, one)]] = np.inf
+    highest, reached = _threshold(config, sets, scores, params)
+    return _zeroed(sets, scores, params, highest), sum(int((s <= highest).sum()) for s in scores), reached
 
 
 def _kept(config, one: Groups) -> int:

@@ -454,7 +454,7 @@ COUNTS = {
     "groups": 5,
     "weighting": 2 * 19 + 3,
     "baselines": 8 + 3,
-    "pretrained": 6 + 2 + 9,
+    "pretrained": 6 + 3 + 9,
     "targets": 3 * 3 * 2,
 }
 

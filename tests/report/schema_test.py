@@ -18,8 +18,8 @@ CHOICE = {"layer": "stem_conv1", "point": "stem", "kept": ["stem_conv1"], "activ
           "folders": ["runs/a", "runs/b"]}  # fmt: skip
 # Options that runs had no names for, and what they did.
 EARLIER = {
-    "keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0, "prune_at": 0.5,
-    "norm": "initial",
+    "keep_connected": False, "groups": "input", "macs_exponent": 0.5, "at_least": 1, "max_removed": 1.0,
+    "prune_at": 0.5, "norm": "initial",
 }  # fmt: skip
 EARLIER_LOSS = {
     "gradients_of": "params",

@@ -67,7 +67,7 @@ def test_taylor_importance_is_the_square_of_the_change_of_the_loss(pruned):
     state = state_lib.initial(run)
     gradients = pruning._gradients(run, loader.replicate(state))
     assert len(gradients) == run.steps_per_epoch < pruning._BATCHES
-    sets = pruning._sets(pruned, jax.device_get(state.params))
+    sets = pruning.penalized(pruned, jax.device_get(state.params))
     scores = dict(zip((one.name for one in sets), pruning._scores(sets, state.params, gradients), strict=True))
     name = next(name for name in scores if "layer2_0/conv1" in name)
     batches = run.batches.train(0)
