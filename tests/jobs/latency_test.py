@@ -1,5 +1,7 @@
 """`--job=latency`: random zeros that leave the MACs that were asked for, and a line that predicts times."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +109,22 @@ def test_rounds_are_checked_first(config, tmp_path):
     config.benchmark.rounds = 0
     with raises("OPTION_OUT_OF_RANGE", naming="benchmark.rounds=0"):
         latency.run_job(config, tmp_path)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_records():
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    found = schema.Latency.read(docs / "benchmarks" / "latency_target" / "latency.json")
+    page = (docs / "groups.md").read_text()
+    _, times, targets, _ = latency.text(found).split("\n\n")
+    assert times in page and targets in page
+    rows = schema.Timing.read(docs / "benchmarks" / "latency_target" / "benchmark.json").rows
+    models = {(row.batch, row.model): row for row in rows if row.part == "model"}
+    left = models[1, "compact"].macs / models[1, "dense"].macs
+    text = " ".join(page.split())
+    assert f"has {100 * left:.1f} % of the MACs left" in text
+    for line in found.lines:
+        predicted, measured = line.time_left(0.3), 1 / models[line.batch, "compact"].speedup
+        assert (
+            f"{100 * measured:.0f} %" in text and f"at batch {line.batch} ({100 * predicted:.0f} % predicted)" in text
+        )
+        assert f"{100 * max(map(abs, line.errors)):.0f} % at batch {line.batch}" in text
