@@ -196,7 +196,8 @@ def pretrained(small: bool) -> list[Options]:
     weight and with a debiasing phase: group l0 by Fisher information, with fixed kernel norms and without, and group
     lasso without them. Then group lasso weighted by size, input groups pruned at once by Taylor importance, fixed norms
     with nothing pruned, half and a tenth of the MACs, and dense single-task runs. Three seeds, which vary slowest in
-    each part.
+    each part; last, two more of the dense model, of Taylor importance and of group lasso without fixed norms, all with
+    coupled groups.
     """
     del small
     base: Options = {"sparsity.target": 0.0}
@@ -225,7 +226,8 @@ def pretrained(small: bool) -> list[Options]:
         *[base | {"sparsity.target_macs": macs, "sparsity.groups": "coupled"} | by_macs for macs in (0.5, 0.1)],
         *[dense | {"tasks": tasks} for tasks in TABLE1[:3]],
     ]
-    return [row | {"seed": seed} for rows in (first, second, more) for seed in range(3) for row in rows]
+    parts = [(rows, range(3)) for rows in (first, second, more)] + [([dense, first[-1], second[-1]], range(3, 5))]
+    return [row | {"seed": seed} for rows, seeds in parts for seed in seeds for row in rows]
 
 
 def targets(small: bool) -> list[Options]:
@@ -281,12 +283,12 @@ def short_demo() -> ml_collections.ConfigDict:
 def lite() -> ml_collections.ConfigDict:
     """Return the base config of `pretrained`: NYU-v2 at 96x128 in six epochs, from weights that the user has to name.
 
-    The weights are good from the start and the run is short, so prune early, which leaves time to recover.
+    It prunes as early as configs/nyu_lite.py, by input groups weighted by size, with fixed norms and no debiasing.
     """
     config = nyu_lite.get_config()
     config.model.init_from = "LITE0"  # no such file, so that the sweep asks for the user's
-    config.train.epochs = 6
-    config.sparsity.update(start_at=0.1, target_ramp=0.4, prune_at=0.3)
+    config.sparsity.update(target_macs=0.0, groups="input", group_weights="sqrt_size", fixed_norm=True)
+    config.sparsity.update(target_ramp=0.4, target_freeze=0.75, debias_at=0.0, prune_at=0.3)
     config.benchmark.batch_sizes = (1, 8)
     return config
 

@@ -15,7 +15,7 @@ import submitit
 
 from configs import sweeps
 from mtl_sparse.jobs import benchmark, cli, sweep
-from mtl_sparse.report import study
+from mtl_sparse.report import records, schema, study
 from mtl_sparse.report.schema import Timing, TimingRow
 from mtl_sparse.runtime import files, logs, progress
 from mtl_sparse.runtime.errors import Stopped
@@ -473,7 +473,8 @@ def test_named_sweeps_hold_valid_runs(name):
             "targets": {"": 1, ":demo": 1},
         }.get(name, {})
         trials = sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size))
-        more = 2 * 3 if name == "evidence" and size != ":demo" else 0  # the first two rows have six seeds
+        # Two rows of `evidence` have six seeds, three of `pretrained` five.
+        more = 2 * 3 if (name == "evidence" and size != ":demo") or name == "pretrained" else 0
         assert len(trials) == COUNTS[name] * seeds[size] + more
         first = [trial.config for trial in trials if trial.config.seed == 0]  # other seeds are alike
         assert len(first) == COUNTS[name]
@@ -481,6 +482,21 @@ def test_named_sweeps_hold_valid_runs(name):
             config_lib.check(config)
         assert len({trial.config.to_json() for trial in trials}) == len(trials)
         assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
+
+
+def test_the_records_of_the_pretrained_sweep_are_of_its_runs():
+    trials = {
+        trial.name: records.flat(json.loads(trial.config.to_json()))
+        for trial in sweep.make_trials(sweeps.get_config("pretrained"), sweeps.trials("pretrained"))
+    }
+    folder = pathlib.Path(__file__).parents[2] / "docs" / "results" / "pretrained"
+    found = sorted(folder.glob("*/results.json"))
+    assert len(found) >= 24
+    for path in found:
+        ours = trials[path.parent.name]
+        theirs = records.flat(schema.migrate("config", schema.Results.read(path).config))
+        differing = {name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)}
+        assert not [name for name in differing if not name.startswith(records.FREE)], path
 
 
 def test_the_benchmark_of_a_sweep_times_its_finished_runs_once(config, tmp_path, trained, monkeypatch):
