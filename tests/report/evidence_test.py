@@ -251,3 +251,21 @@ def test_the_text_on_fixed_norms():
     gain = study.compare_gain(row(found, **T70), row(found, lambda_=sweeps.NORMS_HELD))
     said = f"{gain.mean:+.1f} % ({gain.low:+.1f} to {gain.high:+.1f}) over that row, {NUMBERS[gain.n]} seeds"
     assert TEXT.count(said) == 1
+
+
+def test_the_table_of_fixed_and_free_norms():
+    page = (DOCS / "fixed_norm.md").read_text()
+    found = {}
+    for fixed, name in ((True, "initial norm (default)"), (False, "no fixed norm")):
+        runs = [
+            schema.Results.read(DOCS / f"results/norms/fixed_norm={fixed}__seed={seed}/results.json") for seed in (0, 1)
+        ]
+        assert [(run.config["sparsity"]["fixed_norm"], run.seed) for run in runs] == [(fixed, 0), (fixed, 1)]
+        metrics = ("segmentation/miou", "depth/mae_normalized", "normals/cosine")
+        cells = [", ".join(f"{run.test[metric]:.4f}" for run in runs) for metric in metrics]
+        left = ", ".join(f"{100 * run.size.compact.macs / run.size.trained.macs:.1f} %" for run in runs)
+        assert f"| {name} | {' | '.join(cells)} | {left} |" in page
+        found[fixed] = [[run.test[metric] for run in runs] for metric in metrics]
+    (miou, mae, cosine), (free_miou, free_mae, free_cosine) = found[True], found[False]
+    assert min(miou) > max(free_miou) and max(mae) < min(free_mae)
+    assert all(fixed > free for fixed, free in zip(cosine, free_cosine, strict=True))
