@@ -20,7 +20,7 @@ from absl import app, flags
 
 from configs import run as run_config
 from mtl_sparse.compaction import speed
-from mtl_sparse.report import study, tables
+from mtl_sparse.report import schema, study, tables
 from mtl_sparse.report.schema import Results
 from mtl_sparse.runtime import environment
 from mtl_sparse.training import setup
@@ -31,7 +31,8 @@ WEIGHTS = {"sqrt_size": "by size", "macs": "by MACs", "none": "weighted alike"}
 
 def form(results: Results) -> str:
     """Return the name of a run's row."""
-    sparsity, how = results.config["sparsity"], results.config["sparsity"].get("prune")
+    sparsity = schema.migrate("config", results.config)["sparsity"]
+    how = sparsity.get("prune")
     if sparsity["lambda_"] == 0 and not how:
         return DENSE
     if not any(sparsity.get(name) for name in ("target", "target_macs", "target_params")):
@@ -69,8 +70,8 @@ def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
     if not dense or not all(shown.values()):
         lacking = sorted(name for name, its in shown.items() if not its)
         raise SystemExit(
-            f"expected finished runs of a sweep in {sweep}, each with a dense one of its seed, which "
-            f"{', '.join(lacking) or 'the folder'} lacks; train it first"
+            f"expected finished runs of a sweep in {sweep}, each with a dense one of its seed, which is missing for "
+            f"{', '.join(lacking) or 'all'}; train it first"
         )
     if left_out := {
         name: sorted(its.keys() - dense.keys()) for name, its in found.items() if its.keys() - dense.keys()
@@ -111,14 +112,20 @@ def summary(folders: dict[str, dict[int, pathlib.Path]]) -> list[dict[str, Any]]
     return rows
 
 
-def timings(folders: dict[str, dict[int, pathlib.Path]], batches: list[int], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return form -> {"batch B": {"speedup", "median_ms"}} of the whole compact models of the first common seed."""
+def timed_seed(folders: dict[str, dict[int, pathlib.Path]]) -> int:
+    """Return the first seed that all rows have."""
     seeds = set.intersection(*(set(its) for its in folders.values()))
     if not seeds:
         raise SystemExit("expected a seed that all rows have, to time their models; train it first, or use --rounds=0")
+    return min(seeds)
+
+
+def timings(folders: dict[str, dict[int, pathlib.Path]], batches: list[int], rounds: int) -> dict[str, dict[str, Any]]:
+    """Return form -> {"batch B": {"speedup", "median_ms"}} of the whole compact models of `timed_seed`."""
+    seed = timed_seed(folders)
     models, size = {}, None
     for name, its in sorted(folders.items(), key=lambda item: item[0] != DENSE):
-        folder = its[min(seeds)]
+        folder = its[seed]
         config = run_config.get_config(str(folder))
         model, variables = setup.load_model(folder, config)
         size = tuple(config.data.size)
@@ -130,8 +137,8 @@ def timings(folders: dict[str, dict[int, pathlib.Path]], batches: list[int], rou
     return found
 
 
-def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
-    """Return the record as a Markdown table."""
+def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]], seed: int = 0) -> str:
+    """Return the record as a Markdown table; `seed` is that of the models which were timed."""
     metrics = list(rows[0]["metrics"])
     batches = list(next(iter(times.values())))
     lines = [
@@ -146,8 +153,8 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]]) -> str:
         )
     ]
     for row in sorted(rows, key=lambda row: row["form"] != DENSE):
-        ratio = 1 / row["macs_left"][0]
         speedups = [times[row["form"]][batch]["speedup"] for batch in batches]
+        ratio = 1 / row["macs_left"][row["seeds"].index(seed)] if batches else 1
         is_dense = row["form"] == DENSE
         lines.append(
             (
@@ -181,9 +188,10 @@ def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:
     folders = finished(pathlib.Path(sweep))
     rows = summary(folders)
     times = timings(folders, batches, rounds) if rounds else {name: {} for name in folders}
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; {rounds} rounds\n{table(rows, times)}")
+    seed = timed_seed(folders) if rounds else 0
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; {rounds} rounds\n{table(rows, times, seed)}")
     if record:
-        numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rounds": rounds}
+        numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rounds": rounds, "timed_seed": seed}
         pathlib.Path(record).write_text(json.dumps(numbers | {"rows": rows, "times": times}, indent=1) + "\n")
 
 

@@ -4,7 +4,8 @@
     python launch.py --config=configs/nyu_lite.py --config.data.folder=/data/NYUD_MT --config.model.init_from=LITE0.pth
 
 LITE0.pth is the file that the extra `efficientnet` installs (docs/backbones.md). The options are those of the best row
-of the table in docs/baselines.md. Compare its results only with other results of this config.
+of the table in docs/baselines.md. For another target, or a dense model, also set --config.sparsity.target_macs=0.
+Compare the results of this config only with each other.
 """
 
 import ml_collections

@@ -277,11 +277,12 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
     rows = {row["form"]: row for row in groups.summary(groups.finished(tmp_path))}
     np.testing.assert_allclose(rows["input groups, by size"]["delta_m"], [-10, -10])
     times = {name: {"batch 1": {"speedup": 3.0 if name != "dense" else 1.0, "median_ms": 1.0}} for name in rows}
+    assert groups.timed_seed(groups.finished(tmp_path)) == 0
     first, second, third = groups.table(list(rows.values()), times).splitlines()[2:]
     assert "| dense" in first and "| 3.00 (0.75)" in third and "25.0 ± 0.0 %" in third
     assert "| -10.0 " in third and "| 2 " in third and "| 1 " in second and "| +25.0 " in second
     finished_run(tmp_path / "alone", 7, 0.4, 0.1, 250, groups="coupled")
-    with pytest.raises(SystemExit, match="of its seed, which coupled groups, by size lacks"):
+    with pytest.raises(SystemExit, match="missing for coupled groups, by size;"):
         groups.finished(tmp_path)
 
 
@@ -296,12 +297,12 @@ def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
     free = gains["coupled groups, weighted alike, no fixed norm, debiased"]
     l0 = gains["coupled groups, ℓ0, weighted alike, fisher metric, no fixed norm, debiased"]
     taylor = gains["coupled groups, pruned at once by taylor"]
-    for name, values in (("Taylor importance", taylor), ("Fisher information", l0)):
+    for name, values in (("Taylor importance", taylor), ("Fisher information without fixed norms", l0)):
         found = study.difference(values)
         assert f"{name} {-found.mean:.1f} % ({found.low:+.1f} to {found.high:+.1f})" in text
     found = study.difference(free)
-    said = f"loses {-found.mean:.1f} % over the dense model (Δm, 95 % interval {found.low:+.1f} to {found.high:+.1f})"
-    assert said in text
+    interval = f"(95 % interval {found.low:+.1f} to {found.high:+.1f})"
+    assert f"loses {-found.mean:.1f} % relative to the dense model {interval}" in text
     lasso = {kind: gains[f"{kind} groups, by MACs"] for kind in ("input", "coupled")}
     assert np.mean(free) == max(np.mean(values) for name, values in gains.items() if name != "dense")
     pairs = (
@@ -311,6 +312,7 @@ def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
         (taylor, lasso["input"]),
         (taylor, lasso["coupled"]),
     )
+    assert all(row["seeds"] == [0, 1, 2] for row in rows)
     for better, other in pairs:
         found = study.difference([a - b for a, b in zip(better, other, strict=True)])
         assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above that" in text

@@ -13,32 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from scipy.optimize import nnls
 
 from mtl_sparse import tasks as tasks_lib
 from mtl_sparse.compaction import rewritten, speed
 from mtl_sparse.jobs import benchmark
 from mtl_sparse.report import plots, tables
-from mtl_sparse.report.schema import Latency, LatencyLine, PatternTiming
+from mtl_sparse.report.schema import DENSE, EVEN, UNEVEN, Latency, PatternTiming
 from mtl_sparse.runtime import progress
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import config as config_lib
 from mtl_sparse.training import pruning
 from mtl_sparse.training import setup as setup_lib
 
-DENSE, EVEN, UNEVEN = "dense", "even", "uneven"
 _MACS = {EVEN: (0.75, 0.5, 0.35, 0.25, 0.15), UNEVEN: (0.5, 0.35, 0.25)}  # left, of the models that are timed
 _TIMES = (0.75, 0.5, 1 / 3, 0.25)  # parts of the dense model's time to give a target for
 _Models = dict[str, tuple[Any, Mapping[str, Any]]]
 
 
 def run_job(config, workdir: str | pathlib.Path) -> Latency:
-    """Time compact models, fit a line to their times, and print the targets for some parts of the dense model's time.
+    """Time compact models, and print the targets in MACs for some parts of the dense model's time.
 
     Writes latency.json and plots/latency_by_macs.png.
 
     Args:
-      config: a run's config; its groups, scope, limits and options of compaction are used, its target is not.
+      config: a run's config; its groups, scope, limits, compact.multiple and compact.drop_taps are used, its targets
+        and compact.tasks are not.
       workdir: the run's folder, which need not exist.
 
     Raises:
@@ -57,29 +56,15 @@ def run_job(config, workdir: str | pathlib.Path) -> Latency:
         rounds=config.benchmark.rounds,
         groups=config.sparsity.groups,
         rows=tuple(rows),
-        lines=tuple(fit([row for row in rows if row.batch == batch]) for batch in batches),
     )
     found.write(workdir / "latency.json")
     print(f"{text(found)}\n{plots.save(plots.latency_by_macs(found), workdir / 'plots' / 'latency_by_macs.png')}")
     return found
 
 
-def fit(rows: list[PatternTiming]) -> LatencyLine:
-    """Fit a line to the dense and the even models of one batch size, by least squares of the relative errors.
-
-    Neither the constant nor the slope is negative.
-    """
-    fitted = [row for row in rows if row.pattern != UNEVEN]
-    terms = np.array([[1, row.macs_left] for row in fitted]) / [[row.time_left] for row in fitted]
-    (constant, slope), _ = nnls(terms, np.ones(len(fitted)))
-    line = LatencyLine(rows[0].batch, float(constant), float(slope), ())
-    errors = [line.time_left(row.macs_left) / row.time_left - 1 for row in rows if row.pattern == UNEVEN]
-    return LatencyLine(line.batch, line.constant, line.per_macs, tuple(errors))
-
-
 def text(found: Latency) -> str:
     """Return the tables that a user reads: times of the models, and the targets."""
-    batches = [line.batch for line in found.lines]
+    batches = found.batches
     lines = [("zero groups", "MACs left", *(x for b in batches for x in (f"batch {b}: ms", "of dense")))]
     by_model = itertools.groupby(
         sorted(found.rows, key=lambda row: (-row.macs_left, row.pattern)), lambda row: (row.pattern, row.macs_left)
@@ -90,26 +75,30 @@ def text(found: Latency) -> str:
     head = ("time of the dense model", *(f"sparsity.target_macs, batch {batch}" for batch in batches))
     targets = [head]
     for time in _TIMES:
-        targets.append((f"{100 * time:.0f} %", *(_target(found, line, time) for line in found.lines)))
-    errors = ", ".join(f"{_worst(line)} at batch {line.batch}" for line in found.lines)
+        targets.append((f"{100 * time:.0f} %", *(_target(found, batch, time) for batch in batches)))
     size = "x".join(map(str, found.size))
     return (
         f"{found.device}, images {size}, {found.groups} groups, {found.rounds} rounds\n\n{tables.markdown(lines)}\n\n"
         f"{tables.markdown(targets)}\n\n"
-        "The line behind the targets is fitted to the dense and the even models. It misses the uneven ones, in which "
-        f"each layer has its own fraction of zero groups, by at most {errors}."
+        f"The targets are interpolated between the dense and the even models. {_accuracy(found)}"
     )
 
 
-def _worst(line: LatencyLine) -> str:
-    return f"{100 * max(map(abs, line.errors), default=0):.0f} %"
+def _accuracy(found: Latency) -> str:
+    errors = {batch: found.errors(batch) for batch in found.batches}
+    if not all(errors.values()):
+        return "There is no uneven model to check them on."
+    worst = " and ".join(f"{100 * max(map(abs, values)):.0f} % at batch {batch}" for batch, values in errors.items())
+    return (
+        "For the uneven models, in which each layer has its own fraction of zero groups, the predicted times are off "
+        f"by at most {worst}."
+    )
 
 
-def _target(found: Latency, line: LatencyLine, time: float) -> str:
+def _target(found: Latency, batch: int, time: float) -> str:
     """Return the target for a part of the dense model's time, within the range that was timed."""
-    least = min(row.macs_left for row in found.rows)
-    macs = line.macs_left(time) if line.per_macs > 0 else 0.0
-    return f"{macs:.2f}" if macs >= least else f"below {least:.2f}"
+    macs, least = found.macs_left(batch, time), found.curve(batch)[0][0]
+    return f"below {least:.2f}" if np.isnan(macs) else f"{macs:.2f}"
 
 
 def _models(config) -> tuple[_Models, dict[str, float]]:
@@ -125,7 +114,7 @@ def _models(config) -> tuple[_Models, dict[str, float]]:
         params, reached = _zeroed(config, variables["params"], macs, pattern, len(models))
         if abs(reached - macs) < 0.1:  # otherwise what is not penalized, or a limit, leaves more
             name = f"{pattern} {macs}"
-            models[name] = setup_lib.compact(config, model, {**variables, "params": params})
+            models[name] = setup_lib.compact(config, model, {**variables, "params": params}, tasks=config.tasks)
             left[name] = reached
     if sum(name.startswith(EVEN) for name in models) < 2:
         raise UserError(

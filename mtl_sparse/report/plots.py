@@ -9,7 +9,7 @@ import numpy as np
 
 from mtl_sparse.models import layers as layer_names
 from mtl_sparse.report import records
-from mtl_sparse.report.schema import SIZE_TARGETS, Choices, CompactLayer, Latency, Results, Timing, TimingRow
+from mtl_sparse.report.schema import SIZE_TARGETS, UNEVEN, Choices, CompactLayer, Latency, Results, Timing, TimingRow
 from mtl_sparse.runtime.labels import VOID
 
 if TYPE_CHECKING:
@@ -279,13 +279,12 @@ def latency_by_macs(found: Latency) -> "Figure":
     figure = new_figure(figsize=(6.5, 4.5))
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], ":", color="#7f8c99", linewidth=1, label="in proportion to MACs")
-    for line, color in zip(found.lines, itertools.cycle(COLORS), strict=False):
-        ends = [min(row.macs_left for row in found.rows), 1]
-        axis.plot(ends, [line.time_left(end) for end in ends], color=color, label=f"batch {line.batch}, fitted")
+    for batch, color in zip(found.batches, itertools.cycle(COLORS), strict=False):
+        axis.plot(*found.curve(batch), color=color, linewidth=1)
         for uneven in (False, True):
-            rows = [row for row in found.rows if row.batch == line.batch and (row.pattern == "uneven") == uneven]
+            rows = [row for row in found.rows if row.batch == batch and (row.pattern == UNEVEN) == uneven]
             x, y = [row.macs_left for row in rows], [row.time_left for row in rows]
-            face, label = ("none", f"batch {line.batch}, uneven") if uneven else (color, f"batch {line.batch}, even")
+            face, label = ("none", f"batch {batch}, uneven") if uneven else (color, f"batch {batch}, even")
             axis.scatter(x, y, 28, facecolors=face, edgecolors=color, label=label, zorder=3)
     axis.set(xlabel="MACs left", ylabel="time of the dense model", xlim=(0, 1.05), ylim=(0, None))
     for of_axis in (axis.xaxis, axis.yaxis):

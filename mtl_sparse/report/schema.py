@@ -1,18 +1,21 @@
 """Typed schemas of the JSON files in the folders of runs and sweeps.
 
-A class for each kind of file: `Results` (results.json), `Timing` (benchmark.json), `Sweep` (sweep.json), `Choices`
-(lomt.json), and `CompactLayer`, of which compact.json is a list. Each file has the integer key "version". Files without
-it are of version 0, and `migrate` brings them to the newest version. Names of fields are those of the keys, without a
-trailing underscore.
+A class for each kind of file: `Results` (results.json), `Timing` (benchmark.json), `Latency` (latency.json), `Sweep`
+(sweep.json), `Choices` (lomt.json), and `CompactLayer`, of which compact.json is a list. Each file has the integer key
+"version". Files without it are of version 0, and `migrate` brings them to the newest version. Names of fields are those
+of the keys, without a trailing underscore.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from mtl_sparse.runtime import files
 from mtl_sparse.runtime.errors import UserError
@@ -20,6 +23,7 @@ from mtl_sparse.runtime.errors import UserError
 VERSION = 1  # of every kind of file; when a key changes, raise it and extend `migrate`
 # Targets of what compaction leaves: option of config.sparsity, name in `ModelSize`, name in texts.
 SIZE_TARGETS = (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters"))
+DENSE, EVEN, UNEVEN = "dense", "even", "uneven"  # patterns of zero groups, see `PatternTiming`
 # Options that are on by default, and what runs did that were made before these options existed.
 _EARLIER_OPTIONS: dict[str, dict[str, Any]] = {
     "sparsity": {
@@ -311,31 +315,6 @@ class PatternTiming(Schema):
 
 
 @dataclasses.dataclass(frozen=True)
-class LatencyLine(Schema):
-    """The part of the dense model's time that a compact model takes, as a line over the MACs that it has left.
-
-    Attributes:
-      batch: images per call.
-      constant: the part at no MACs.
-      per_macs: the slope.
-      errors: (predicted - measured) / measured of each uneven pattern, to which the line was not fitted.
-    """
-
-    batch: int
-    constant: float
-    per_macs: float
-    errors: tuple[float, ...]
-
-    def time_left(self, macs_left: float) -> float:
-        """Return the predicted part of the dense model's time."""
-        return self.constant + self.per_macs * macs_left
-
-    def macs_left(self, time_left: float) -> float:
-        """Return the MACs that may be left for a part of the dense model's time; 0 or less if none may."""
-        return (time_left - self.constant) / self.per_macs
-
-
-@dataclasses.dataclass(frozen=True)
 class Latency(Schema):
     """latency.json: how the time of compact models depends on the multiply-accumulates that they have left.
 
@@ -345,7 +324,6 @@ class Latency(Schema):
       rounds: calls of each model.
       groups: which groups are zero, "input" or "coupled".
       rows: an entry for each batch size and model.
-      lines: an entry for each batch size.
     """
 
     kind: ClassVar[str] = "latency"
@@ -355,7 +333,36 @@ class Latency(Schema):
     rounds: int
     groups: str
     rows: tuple[PatternTiming, ...]
-    lines: tuple[LatencyLine, ...]
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes."""
+        return tuple(dict.fromkeys(row.batch for row in self.rows))
+
+    def curve(self, batch: int) -> tuple[list[float], list[float]]:
+        """Return (MACs left, time left) of the dense and the even models, both ascending.
+
+        Where noise makes a smaller model slower than a larger one, it gets the larger one's time.
+        """
+        rows = sorted(
+            (row for row in self.rows if row.batch == batch and row.pattern != UNEVEN), key=lambda row: -row.macs_left
+        )
+        times = itertools.accumulate((row.time_left for row in rows), min)
+        return [row.macs_left for row in rows][::-1], list(times)[::-1]
+
+    def time_left(self, batch: int, macs_left: float) -> float:
+        """Return the predicted part of the dense model's time, by interpolation between the models that were timed."""
+        return float(np.interp(macs_left, *self.curve(batch)))
+
+    def macs_left(self, batch: int, time_left: float) -> float:
+        """Return the MACs that may be left for a part of the dense model's time; NaN where no model was so fast."""
+        macs, times = self.curve(batch)
+        return float(np.interp(time_left, times, macs, left=np.nan))
+
+    def errors(self, batch: int) -> list[float]:
+        """Return (predicted - measured) / measured of each uneven model, which the prediction does not use."""
+        rows = [row for row in self.rows if row.batch == batch and row.pattern == UNEVEN]
+        return [self.time_left(batch, row.macs_left) / row.time_left - 1 for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,7 +478,7 @@ def _with_earlier_options(config):
     earlier = {name: options for name, options in _EARLIER_OPTIONS.items() if name in config}
     found = {**config, **{name: options | dict(_object(config, name)) for name, options in earlier.items()}}
     if "norm_decays" in _object(found, "sparsity"):
-        decays = found["sparsity"].pop("norm_decays")
+        decays = found["sparsity"].pop("norm_decays") and found["sparsity"].get("fixed_norm", True)
         found["sparsity"]["norm"] = "unpenalized" if decays else "initial"
     return found
 

@@ -32,7 +32,7 @@ class Step(NamedTuple):
       z: the parameters after the optimizer's step, before the proximal one.
       metric: diagonals of the metric, of z's shapes; None is 1. For an averaged metric, the mean over each group, of
         shapes that broadcast against z's.
-      norms: float32 [], the initial norms where `HoldNorm` holds them; None elsewhere.
+      norms: float32 [], those of `initial_norms` where `HoldNorm` holds them; None elsewhere.
     """
 
     groups: Groups
@@ -184,7 +184,7 @@ class ProjectionState(NamedTuple):
     """State of `hold_norm` and `freeze_zeros`."""
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count is hidden, as in optax; shape=(), int32, steps taken
-    norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; initial norms of the kernels that are held
+    norms: jax.Array  # shape=(kernels,), dtype=jnp.float32; from `initial_norms`, of the kernels that are held
 
 
 def held_paths(projections: Sequence[Projection], groups: Sequence[Groups], params: Any) -> list[str]:

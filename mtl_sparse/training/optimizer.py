@@ -11,7 +11,7 @@ from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import metrics, penalties, reference, transform
 from mtl_sparse.sparsity.control import TargetSparsity
 from mtl_sparse.sparsity.groups import path_name
-from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest, Projection, freeze_zeros
+from mtl_sparse.sparsity.projections import NORMS, FreezeZeros, HoldNorm, KeepStrongest, Projection, freeze_zeros
 from mtl_sparse.sparsity.schedules import Phases, phased
 from mtl_sparse.training import groups
 
@@ -120,6 +120,10 @@ def links(config, total_steps: int, learning_rate: optax.ScalarOrSchedule) -> op
     """
     options, sparsity = config.optimizer, config.sparsity
     penalty = _penalty(config)
+    if sparsity.norm not in NORMS:
+        raise ValueError(f"unknown norm {sparsity.norm!r}; expected one of {', '.join(NORMS)}")
+    if sparsity.norm != "initial" and not sparsity.fixed_norm:
+        raise ValueError(f"norm {sparsity.norm!r} needs fixed_norm=True, which chooses the kernels whose norm is held")
     if sparsity.penalty_in_gradient and sparsity.penalty != "group_lasso":
         raise ValueError(f"penalty_in_gradient requires penalty 'group_lasso', not {sparsity.penalty!r}")
     inner = optax.adamw(

@@ -27,40 +27,37 @@ def config():
     return found
 
 
-def rows_of(line, left):
-    times = [1.0, *(line(x) for x in left)]
-    return [
-        schema.PatternTiming(latency.EVEN if x < 1 else latency.DENSE, 4, x, 10 * time, time)
-        for x, time in zip([1.0, *left], times, strict=True)
-    ]
+def timed(times, batch=4):
+    """Return a record of models that take these parts of the dense model's time, by (pattern, MACs left)."""
+    rows = [schema.PatternTiming(pattern, batch, left, 10 * time, time) for (pattern, left), time in times.items()]
+    return schema.Latency("cpu", (32, 48), 2, "input", tuple(rows))
 
 
-def test_the_line_goes_through_times_that_lie_on_one():
-    rows = rows_of(lambda macs: 0.2 + 0.8 * macs, (0.75, 0.5, 0.25))
-    rows.append(schema.PatternTiming(latency.UNEVEN, 4, 0.5, 5.0, 0.5))
-    found = latency.fit(rows)
-    assert (found.batch, found.constant, found.per_macs) == (4, pytest.approx(0.2), pytest.approx(0.8))
-    assert found.errors == (pytest.approx(0.6 / 0.5 - 1),)
-    assert found.macs_left(found.time_left(0.3)) == pytest.approx(0.3)
+TIMES = {("dense", 1.0): 1.0, ("even", 0.75): 0.9, ("uneven", 0.5): 0.8, ("even", 0.5): 0.6, ("even", 0.25): 0.5}
 
 
-def test_neither_part_of_the_line_is_negative():
-    found = latency.fit(rows_of(lambda macs: -0.2 + 1.2 * macs, (0.75, 0.5, 0.25)))
-    assert found.constant == 0 and 0 < found.per_macs <= 1
-    constant = latency.fit(rows_of(lambda macs: 1.5 - 0.5 * macs, (0.75, 0.5, 0.25)))
-    assert constant.per_macs == 0 and constant.constant > 0
+def test_times_are_interpolated_between_the_dense_and_the_even_models():
+    found = timed(TIMES)
+    assert [found.time_left(4, left) for left in (1.0, 0.75, 0.625, 0.25)] == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert [found.macs_left(4, time) for time in (1.0, 0.75, 0.55, 0.5)] == pytest.approx([1.0, 0.625, 0.375, 0.25])
+    assert np.isnan(found.macs_left(4, 0.49)), "no model was so fast"
+    assert found.errors(4) == pytest.approx([0.6 / 0.8 - 1])
+
+
+def test_a_smaller_model_is_never_predicted_to_be_slower():
+    found = timed({**TIMES, ("even", 0.25): 0.7})
+    assert found.time_left(4, 0.25) == pytest.approx(0.6)
+    assert all(found.macs_left(4, found.time_left(4, left)) >= left - 1e-9 for left in (0.3, 0.5, 0.6, 0.9))
 
 
 def test_a_target_is_given_only_where_models_were_timed():
-    rows = rows_of(lambda macs: 0.2 + 0.8 * macs, (0.75, 0.5, 0.25))
-    found = schema.Latency("cpu", (32, 48), 2, "input", tuple(rows), (latency.fit(rows),))
-    text = latency.text(found)
-    assert "| 50 %                    | 0.38" in text and "| 33 %                    | below 0.25" in text
-    flat = schema.Latency("cpu", (32, 48), 2, "input", tuple(rows), (schema.LatencyLine(4, 1.0, 0.0, ()),))
-    assert latency.text(flat).count("below 0.25") == 4
+    text = latency.text(timed(TIMES))
+    assert "| 75 %                    | 0.62" in text and "| 50 %                    | 0.25" in text
+    assert "| 33 %                    | below 0.25" in text and "off by at most 25 % at batch 4" in text
+    assert "no uneven model" in latency.text(timed({key: TIMES[key] for key in TIMES if key[0] != "uneven"}))
 
 
-@pytest.mark.parametrize(("kind", "pattern"), [("input", latency.EVEN), ("coupled", latency.UNEVEN)])
+@pytest.mark.parametrize(("kind", "pattern"), [("input", schema.UNEVEN), ("coupled", schema.EVEN)])
 def test_the_zeros_leave_what_was_asked_for(config, kind, pattern):
     config.sparsity.groups = kind
     model = rewritten.build(config.model, tasks.resolve(config))
@@ -78,27 +75,28 @@ def test_the_zeros_leave_what_was_asked_for(config, kind, pattern):
         one.zero_groups / one.groups for one in sets if one.groups >= 16 and "head_" not in getattr(one, "path", "")
     ]
     spread = max(fractions) - min(fractions)
-    assert spread < 0.07 if pattern == latency.EVEN else spread > 0.2
+    assert spread < 0.07 if pattern == schema.EVEN else spread > 0.2
 
 
 def test_the_job_writes_a_record_and_a_plot(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(latency, "_MACS", {latency.EVEN: (0.5, 0.25), latency.UNEVEN: (0.4,)})
-    config.sparsity.update(groups="coupled", target=0.0, target_params=0.3)  # the target is not used
+    monkeypatch.setattr(latency, "_MACS", {schema.EVEN: (0.5, 0.25), schema.UNEVEN: (0.4,)})
+    config.sparsity.update(groups="coupled")
+    config.compact.tasks = "depth"  # which --job=compact would leave; the targets are for all tasks
     config.benchmark.batch_sizes = (2,)
     found = latency.run_job(config, tmp_path / "run")
     assert found == schema.Latency.read(tmp_path / "run" / "latency.json")
     assert (tmp_path / "run" / "plots" / "latency_by_macs.png").stat().st_size > 1000
     assert "| sparsity.target_macs, batch 2 |" in capsys.readouterr().out
     assert [(row.pattern, row.batch) for row in found.rows] == [
-        (pattern, 2) for pattern in (latency.DENSE, latency.EVEN, latency.EVEN, latency.UNEVEN)
+        (pattern, 2) for pattern in (schema.DENSE, schema.EVEN, schema.EVEN, schema.UNEVEN)
     ]
     assert found.rows[0].macs_left == found.rows[0].time_left == 1
     np.testing.assert_allclose([row.macs_left for row in found.rows], [1, 0.5, 0.25, 0.4], atol=0.03)
-    assert [(line.batch, len(line.errors)) for line in found.lines] == [(2, 1)]
+    assert found.batches == (2,) and len(found.errors(2)) == 1
 
 
 def test_a_network_of_which_little_can_go_is_named(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "_MACS", {latency.EVEN: (0.5, 0.25)})
+    monkeypatch.setattr(latency, "_MACS", {schema.EVEN: (0.5, 0.25)})
     config.sparsity.max_removed = 0.05
     config.sparsity.target = 0.02
     with raises("OPTION_CONFLICT", naming="max_removed=0.05"):
@@ -122,9 +120,12 @@ def test_the_tables_of_the_docs_are_those_of_the_records():
     left = models[1, "compact"].macs / models[1, "dense"].macs
     text = " ".join(page.split())
     assert f"has {100 * left:.1f} % of the MACs left" in text
-    for line in found.lines:
-        predicted, measured = line.time_left(0.3), 1 / models[line.batch, "compact"].speedup
-        assert (
-            f"{100 * measured:.0f} %" in text and f"at batch {line.batch} ({100 * predicted:.0f} % predicted)" in text
-        )
-        assert f"{100 * max(map(abs, line.errors)):.0f} % at batch {line.batch}" in text
+    measured = {batch: 1 / models[batch, "compact"].speedup for batch in (1, 8)}
+    predicted = {batch: found.time_left(batch, 0.3) for batch in (1, 8)}
+    assert (
+        f"predicts {100 * predicted[1]:.0f} % of the dense model's latency at batch 1 "
+        f"and {100 * predicted[8]:.0f} % at batch 8"
+    ) in text
+    assert f"takes {100 * measured[1]:.0f} % at batch 1 and {100 * measured[8]:.0f} % at batch 8" in text
+    worst = [100 * max(map(abs, found.errors(batch))) for batch in (1, 8)]
+    assert f"by at most {worst[0]:.0f} % at batch 1 and {worst[1]:.0f} % at batch 8" in text

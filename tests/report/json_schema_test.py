@@ -14,14 +14,7 @@ BY_KIND = {cls.kind: cls for cls in json_schema.KINDS}
 ROW = schema.TimingRow("model", "dense", 1, 2, 3, 1.5, 2.0, 1.0, 9.0, 0.5, 4.0)
 WRITTEN = {
     "benchmark": schema.Timing("cpu", (32, 48), 3, {}, group_sparsity=0.5, rows=(ROW,)).to_json(),
-    "latency": schema.Latency(
-        "cpu",
-        (32, 48),
-        3,
-        "input",
-        (schema.PatternTiming("even", 1, 0.5, 2.0, 0.6),),
-        (schema.LatencyLine(1, 0.1, 0.9, (0.05,)),),
-    ).to_json(),
+    "latency": schema.Latency("cpu", (32, 48), 3, "input", (schema.PatternTiming("even", 1, 0.5, 2.0, 0.6),)).to_json(),
     "sweep": schema.Sweep({"seed=0": {"seed": 0}}).to_json(),
     "lomt": schema.Choices(
         18, 0.1, 1.0, {"depth": schema.Choice("stem", "stem", ("stem",), {"stem": (0.5,)}, ("a",))}

@@ -132,6 +132,8 @@ def test_a_config_gets_the_options_that_it_was_made_before():
     for decays, norm in ((False, "initial"), (True, "unpenalized")):  # an option that "norm" replaced
         found = schema.migrate("config", {"sparsity": {"norm_decays": decays}})
         assert found == {"sparsity": {**EARLIER, "norm": norm}}
+    free = schema.migrate("config", {"sparsity": {"norm_decays": True, "fixed_norm": False}})
+    assert free == {"sparsity": {**EARLIER, "norm": "initial", "fixed_norm": False}}, "it had no effect there"
     assert config == {"seed": 0, "sparsity": {"lambda_": 1.0}}
     later = {"sparsity": {name: "another" for name in EARLIER}}
     assert schema.migrate("config", later) == later
