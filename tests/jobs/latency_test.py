@@ -83,6 +83,13 @@ def test_the_job_writes_a_record_and_a_plot(config, tmp_path, capsys, monkeypatc
     config.sparsity.update(groups="coupled")
     config.compact.tasks = "depth"  # which --job=compact would leave; the targets are for all tasks
     config.benchmark.batch_sizes = (2,)
+    heads = set()
+
+    def compare(models, *args, compare=latency.speed.compare, **options):
+        heads.update(tuple(task for task, *_ in model.heads) for model, _ in models.values())
+        return compare(models, *args, **options)
+
+    monkeypatch.setattr(latency.speed, "compare", compare)
     found = latency.run_job(config, tmp_path / "run")
     assert found == schema.Latency.read(tmp_path / "run" / "latency.json")
     assert (tmp_path / "run" / "plots" / "latency_by_macs.png").stat().st_size > 1000
@@ -90,6 +97,7 @@ def test_the_job_writes_a_record_and_a_plot(config, tmp_path, capsys, monkeypatc
     assert [(row.pattern, row.batch) for row in found.rows] == [
         (pattern, 2) for pattern in (schema.DENSE, schema.EVEN, schema.EVEN, schema.UNEVEN)
     ]
+    assert heads == {tuple(config.tasks)}
     assert found.rows[0].macs_left == found.rows[0].time_left == 1
     np.testing.assert_allclose([row.macs_left for row in found.rows], [1, 0.5, 0.25, 0.4], atol=0.03)
     assert found.batches == (2,) and len(found.errors(2)) == 1
