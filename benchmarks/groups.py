@@ -6,7 +6,8 @@
 Also for the sweeps `baselines` and `pretrained`. Each row is one way to prune, over the seeds that it and the dense
 model have finished; single-task runs are left out. Delta m is the mean over the tasks of the relative change of the
 main metric against the dense run of the same seed, better being positive. The compact models of the first seed that all
-rows have are timed together with its dense one, round by round.
+rows have are timed together with its dense one, round by round. A second table compares each row's Delta m with that of
+the row with the highest one, seed by seed.
 """
 
 import json
@@ -35,6 +36,8 @@ def form(results: Results) -> str:
     how = sparsity.get("prune")
     if sparsity["lambda_"] == 0 and not how:
         return DENSE
+    if how and how not in schema.IMPORTANCES:
+        return f"{sparsity['groups']} groups, zeros of a pruned run from the start"
     if not any(sparsity.get(name) for name in ("target", "target_macs", "target_params")):
         return f"lambda {sparsity['lambda_']:g}"
     way = f"pruned at once by {how}" if how else WEIGHTS[sparsity["group_weights"]]
@@ -170,6 +173,19 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]], seed: in
     return tables.markdown(lines)
 
 
+def behind_best(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: Delta m of the best row minus that of each other row, paired over their common seeds."""
+    pruned = [row for row in rows if row["form"] != DENSE]
+    best = max(pruned, key=lambda row: np.mean(row["delta_m"]))
+    gains = dict(zip(best["seeds"], best["delta_m"], strict=True))
+    lines = [(f"points of Δm behind: {best['form']}", "seeds", "mean (95 % interval)")]
+    for row in sorted(pruned, key=lambda row: -np.mean(row["delta_m"])):
+        pairs = [gains[seed] - own for seed, own in zip(row["seeds"], row["delta_m"], strict=True) if seed in gains]
+        if row is not best and pairs:
+            lines.append((row["form"], str(len(pairs)), with_interval(pairs)))
+    return tables.markdown(lines)
+
+
 def _over_seeds(values: list[float], digits: int) -> str:
     """Return the mean, and the standard deviation where there are several values."""
     mean = f"{np.mean(values):.{digits}f}"
@@ -190,6 +206,8 @@ def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:
     times = timings(folders, batches, rounds) if rounds else {name: {} for name in folders}
     seed = timed_seed(folders) if rounds else 0
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; {rounds} rounds\n{table(rows, times, seed)}")
+    if len(rows) > 2:
+        print(f"\n{behind_best(rows)}")
     if record:
         numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rounds": rounds, "timed_seed": seed}
         pathlib.Path(record).write_text(json.dumps(numbers | {"rows": rows, "times": times}, indent=1) + "\n")

@@ -121,7 +121,8 @@ def get_config() -> ml_collections.ConfigDict:
             # the penalty. The best checkpoint is chosen from this phase. 0: no debiasing.
             debias_at=0.0,
             # A baseline without a penalty: train dense, and after the fraction prune_at of the epochs zero the groups
-            # of the least importance, "norm" or "taylor", until the target is reached; then train the rest.
+            # of the least importance, "norm" or "taylor", until the target is reached; then train the rest. Or the
+            # folder of a pruned run: what is zero there is zero from the first step on, and the target must be 0.
             prune="",
             prune_at=0.5,
             # "group_lasso"; "group_mcp"; "group_l0", the sum of the weights of the groups that are not zero; or "l1"

@@ -354,6 +354,7 @@ def test_the_interval_of_delta_m_is_students():
     ("options", "name"),
     [
         ({"lambda_": 0.0, "prune": "taylor", "groups": "coupled"}, "coupled groups, pruned at once by taylor"),
+        ({"prune": "runs/demo", "target_macs": 0.0}, "input groups, zeros of a pruned run from the start"),
         ({"lambda_": 1e-12, "target_macs": 0.0}, "lambda 1e-12"),
         ({"target_macs": 0.1, "group_weights": "macs"}, "input groups, by MACs, 10 % of the MACs"),
         ({"group_weights": "none", "debias_at": 0.5}, "input groups, weighted alike, debiased"),

@@ -23,6 +23,7 @@ from mtl_sparse.runtime.errors import UserError
 VERSION = 1  # of every kind of file; when a key changes, raise it and extend `migrate`
 # Targets of what compaction leaves: option of config.sparsity, name in `ModelSize`, name in texts.
 SIZE_TARGETS = (("target_macs", "macs", "MACs"), ("target_params", "parameters", "parameters"))
+IMPORTANCES = ("norm", "taylor")  # of groups, for config.sparsity.prune; its other values are folders of runs
 DENSE, EVEN, UNEVEN = "dense", "even", "uneven"  # patterns of zero groups, see `PatternTiming`
 # Options that are on by default, and what runs did that were made before these options existed.
 _EARLIER_OPTIONS: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+from mtl_sparse.report import schema
 from mtl_sparse.report import study as study_lib
 
 _MOST_PHRASES = 3
@@ -57,11 +58,12 @@ def form(row: study_lib.Row, without: Collection[str] = ()) -> str:
         return "" if _LAMBDA in without else "dense"
     words = [_PENALTIES.get(options["penalty"], options["penalty"])]
     words.append("published form" if _is_published(options) else "")
-    words.append(f"pruned at once by {options['prune']}" if options.get("prune") else "")
+    if prune := options.get("prune"):
+        words.append(f"pruned at once by {prune}" if prune in schema.IMPORTANCES else f"zeros of {prune}")
     targets = {key: options.get(key.rpartition(".")[2], 0) for key in _TARGETS}
     if any(targets.values()):
         words += [f"target {value:g}{_TARGETS[key]}" for key, value in targets.items() if value and key not in without]
-    elif _LAMBDA not in without:
+    elif _LAMBDA not in without and not prune:
         words.append(f"λ {options['lambda_']:g}")
     return ", ".join(filter(None, words))
 

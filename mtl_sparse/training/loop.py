@@ -84,7 +84,8 @@ def fit(run: Run, evaluator: Evaluator, workdir: pathlib.Path, saved: Checkpoint
     if start >= run.total_steps or progress.stopped:
         return
     step_fn = _make_step(run, progress)
-    current = loader.replicate(current)
+    pruned_first = run.prune_step == start == 0
+    current = pruning.prune(run, current) if pruned_first else loader.replicate(current)
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(metric_log.reporting(run, workdir, start))
         page = stack.enter_context(run_page.Live(workdir, results.headlines(run.tasks), run.total_steps))

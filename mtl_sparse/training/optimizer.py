@@ -1,12 +1,14 @@
 """The optimizer of a run, from its config."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_sparse.report.schema import IMPORTANCES
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import metrics, penalties, reference, transform
 from mtl_sparse.sparsity.control import TargetSparsity
@@ -16,7 +18,6 @@ from mtl_sparse.sparsity.schedules import Phases, phased
 from mtl_sparse.training import groups
 
 SCHEDULES = ("constant", "cosine", "plateau", "step")
-PRUNE = ("norm", "taylor")  # importance of groups, see `pruning.prune`
 LONG = 10**9  # steps of a run of unknown length, which leave room for every phase
 
 
@@ -60,13 +61,22 @@ def check(config) -> None:
 
 
 def _check_prune(sparsity) -> None:
-    if sparsity.prune not in ("", *PRUNE):
-        raise UserError(
-            "OPTION_UNKNOWN_VALUE", f"unknown sparsity.prune={sparsity.prune!r}; expected '', {', '.join(PRUNE)}"
-        )
     if not sparsity.prune:
         return
-    if not any(sparsity[name] > 0 for name in ("target", *groups.TARGETS)):
+    by_importance = sparsity.prune in IMPORTANCES
+    if not by_importance and not pathlib.Path(sparsity.prune).expanduser().is_dir():
+        raise UserError(
+            "OPTION_UNKNOWN_VALUE",
+            f"unknown sparsity.prune={sparsity.prune!r}; expected '', {', '.join(IMPORTANCES)} or the folder of a run",
+        )
+    targets = [name for name in ("target", *groups.TARGETS) if sparsity[name] > 0]
+    if targets and not by_importance:
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"sparsity.prune={sparsity.prune!r} zeroes what is zero in that run, whatever the target; set "
+            f"sparsity.{targets[0]}=0",
+        )
+    if by_importance and not targets:
         raise UserError(
             "OPTION_CONFLICT",
             f"sparsity.prune={sparsity.prune!r} needs a target: set sparsity.target, target_macs or target_params",
@@ -74,7 +84,7 @@ def _check_prune(sparsity) -> None:
     if sparsity.penalty != "group_lasso" or sparsity.head_target > 0:
         raise UserError(
             "OPTION_CONFLICT",
-            f"sparsity.prune={sparsity.prune!r} removes groups to one target, without a penalty; set "
+            f"sparsity.prune={sparsity.prune!r} removes groups without a penalty, and none inside the heads; set "
             "sparsity.penalty='group_lasso' and sparsity.head_target=0",
         )
 
@@ -228,9 +238,12 @@ def start_step(config, total_steps: int) -> int:
 
 
 def prune_step(config, total_steps: int) -> int | None:
-    """Return the steps after which a run with sparsity.prune is pruned, at the end of an epoch; None for other runs."""
-    if not config.sparsity.prune:
-        return None
+    """Return the steps after which a run with sparsity.prune is pruned; None for other runs.
+
+    By importance, this is the end of an epoch; with the zeros of another run, it is 0.
+    """
+    if config.sparsity.prune not in IMPORTANCES:
+        return 0 if config.sparsity.prune else None
     epochs = config.train.epochs
     return max(1, round(config.sparsity.prune_at * epochs)) * max(1, total_steps // epochs)
 

@@ -1,5 +1,6 @@
-"""One-shot pruning by importance, a baseline: dense training, then the least important groups are zeroed for good."""
+"""One-shot pruning, a baseline: zero the least important groups, or those that are zero in another run, for good."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import loader
+from mtl_sparse.models import multitask
+from mtl_sparse.report.schema import IMPORTANCES
 from mtl_sparse.runtime import processes
+from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import groups as sparsity_groups
 from mtl_sparse.sparsity.groups import Groups
 from mtl_sparse.sparsity.projections import KeepStrongest
-from mtl_sparse.training import groups
+from mtl_sparse.training import checkpoints, groups
 from mtl_sparse.training import step as step_lib
 from mtl_sparse.training.setup import AXIS, Run
 from mtl_sparse.training.state import TrainState
@@ -22,7 +26,7 @@ _BATCHES = 16  # of Taylor importance
 
 
 def prune(run: Run, state: TrainState) -> TrainState:
-    """Zero the least important groups until the run's target is reached.
+    """Zero the least important groups until the run's target is reached, or those that are zero in another run.
 
     The groups of all kernels are ranked together. Importance "norm" is the Euclidean norm of a group, divided by the
     mean norm in its set of groups, as in DepGraph (Fang et al. 2023, arXiv 2301.12900). "taylor" is the square of the
@@ -31,14 +35,24 @@ def prune(run: Run, state: TrainState) -> TrainState:
     that all paths to a head pass.
 
     Args:
-      run: a run with a target and sparsity.prune.
+      run: a run with sparsity.prune, and a target if this is an importance.
       state: the training state, on the host or on the devices.
 
     Returns:
       The state on the devices, with zeros.
+
+    Raises:
+      UserError: sparsity.prune is a folder without a best checkpoint, of another model or without a zero group.
     """
     config, host = run.config, jax.device_get(state)
     sets = penalized(config, host.params)
+    if config.sparsity.prune not in IMPORTANCES:
+        scores = processes.from_first(_nonzero(run, sets))
+        logging.info(
+            "Zeroed the %d of %d groups that are zero in %s; they stay zero from here on",
+            sum(int((score == 0).sum()) for score in scores), sum(one.count for one in sets), config.sparsity.prune,
+        )  # fmt: skip
+        return loader.replicate(host.replace(params=jax.device_get(_zeroed(sets, scores, host.params, 0.0))))
     gradients = _gradients(run, state) if config.sparsity.prune == "taylor" else []
     scores = processes.from_first(_scores(sets, host.params, gradients))
     params, zeroed, reached = zero_lowest(config, sets, scores, host.params)
@@ -110,6 +124,21 @@ def _scores(sets: Sequence[Groups], params: Any, gradients: Sequence[Any]) -> li
             continue
         changes = [one.totals([a * grads[path] for a, path in zip(x, one.paths, strict=True)])[0] for grads in slopes]
         found.append(np.mean(np.square(np.array(changes, np.float64)), 0))
+    return found
+
+
+def _nonzero(run, sets) -> list[np.ndarray]:
+    """Return 0 for each group that is zero in the best checkpoint of the run that sparsity.prune names, otherwise 1."""
+    folder = run.config.sparsity.prune
+    variables = checkpoints.read_variables(pathlib.Path(folder).expanduser(), multitask.shapes(run.model))
+    leaves = sparsity_groups.by_path({"model": variables["params"]})
+    found = [1.0 - np.asarray(one.zeros([jnp.asarray(leaves[path]) for path in one.paths])) for one in sets]
+    if all(score.all() for score in found):
+        raise UserError(
+            "OPTION_CONFLICT",
+            f"sparsity.prune={folder!r}: no group is zero in this run; name a pruned one, and set sparsity.groups as "
+            "it does",
+        )
     return found
 
 

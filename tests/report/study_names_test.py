@@ -40,6 +40,7 @@ def test_forms_of_sparsity(make):
         make(1e-5, sparsity={"target_params": 0.1}),
         make(1e-5, sparsity={"target": 0.9, "penalty": "l1"}),
         make(1e-5, sparsity={"target_macs": 0.25, "prune": "taylor"}),
+        make(1e-5, sparsity={"prune": "runs/demo"}),
         make(1e-5, sparsity=PUBLISHED),
     )
     assert found == [
@@ -50,6 +51,7 @@ def test_forms_of_sparsity(make):
         "target 0.1 of parameters",
         "ℓ1, target 0.9",
         "pruned at once by taylor, target 0.25 of MACs",
+        "zeros of runs/demo",
         "published form, λ 1e-05",
     ]
 

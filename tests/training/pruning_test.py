@@ -9,9 +9,10 @@ import pytest
 
 from input_pipeline import loader
 from mtl_sparse.jobs import train
+from mtl_sparse.models import multitask
 from mtl_sparse.sparsity import stats
+from mtl_sparse.training import checkpoints, groups, optimizer, pruning
 from mtl_sparse.training import config as config_lib
-from mtl_sparse.training import groups, optimizer, pruning
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
 from mtl_sparse.training import step as step_lib
@@ -114,7 +115,10 @@ def test_limits_hold(pruned):
 
 
 def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path):
-    """Two of four epochs. Pruned groups stay zero while the rest trains, and the best checkpoint is a pruned one."""
+    """Two of four epochs. Pruned groups stay zero while the rest trains, and the best checkpoint is a pruned one.
+
+    Another run with the zeros of the first has them before its first step.
+    """
     pruned.run.num_workers = 0
     train.train(pruned, tmp_path)
     run = setup_lib.setup(pruned)
@@ -127,6 +131,35 @@ def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path)
     assert results["step"] > 2 * per_epoch and results["sparsity"]["group"] == found[1][1]
     assert results["sparsity"]["lambda"] == 0
 
+    first = checkpoints.read_variables(tmp_path, multitask.shapes(run.model))["params"]
+    pruned.sparsity.update(prune=str(tmp_path), target=0.0)
+    pruned.update(seed=5)
+    pruned.train.epochs = 1
+    train.train(pruned, tmp_path / "again")
+    assert setup_lib.setup(pruned).settled_step == 1
+    again = checkpoints.read_variables(tmp_path / "again", multitask.shapes(run.model))["params"]
+    for name, norms in groups_of({"model": again}).items():
+        np.testing.assert_array_equal(norms == 0, groups_of({"model": first})[name] == 0, err_msg=name)
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["sparsity"]["group"] == found[1][1]
+
+
+def test_the_zeros_of_another_run_are_there_before_the_first_step(pruned, monkeypatch):
+    """The weights that stay are the new run's own; a run without a zero group, or of another model, is refused."""
+    pruned.sparsity.update(prune=".", target=0.0)
+    run = setup_lib.setup(pruned)
+    before = jax.device_get(state_lib.initial(run))
+    other = jax.tree.map(np.ones_like, before.variables)
+    monkeypatch.setattr(pruning.checkpoints, "read_variables", lambda folder, shapes: other)
+    with raises("OPTION_CONFLICT", naming="no group is zero"):
+        pruning.prune(run, before)
+    other["params"]["backbone"]["layer2_0"]["conv1"]["kernel"][:, :, 1:3] = 0
+    after = jax.device_get(pruning.prune(run, before))
+    expected = before.params["model"]["backbone"]["layer2_0"]["conv1"]["kernel"].copy()
+    expected[:, :, 1:3] = 0
+    np.testing.assert_array_equal(after.params["model"]["backbone"]["layer2_0"]["conv1"]["kernel"], expected)
+    zeros = [int((norms == 0).sum()) for norms in groups_of(after.params).values()]
+    assert sum(zeros) == 2 and run.prune_step == 0
+
 
 @pytest.mark.parametrize(
     ("options", "code", "naming"),
@@ -134,6 +167,7 @@ def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path)
         ({"prune": "magnitude"}, "OPTION_UNKNOWN_VALUE", "'magnitude'"),
         ({"prune": "norm", "target": 0.0}, "OPTION_CONFLICT", "needs a target"),
         ({"prune": "norm", "penalty": "l1"}, "OPTION_CONFLICT", "group_lasso"),
+        ({"prune": ".", "target": 0.0, "target_macs": 0.5}, "OPTION_CONFLICT", "sparsity.target_macs=0"),
     ],
 )
 def test_options_that_cannot_work_are_named(pruned, options, code, naming):
