@@ -26,8 +26,8 @@ the evaluation (`triton_tiling_propagation.cc: Check failed: subdim_size_accumul
 `XLA_FLAGS=--xla_gpu_enable_triton_gemm=false` it trained: 198 of 550 steps, 61.6 % of the groups zero, validation mIoU
 0.36. The run was stopped there (log: docs/benchmarks/gpu/demo.txt). `launch.py` and these benchmarks now set this flag;
 in a notebook, call `mtl_sparse.runtime.environment.tune()` before JAX starts. The flag's cost in speed has not been
-measured; the tables below were made without it. setup.cfg excludes JAX 0.11.2, the version that was available on that
-machine; no other version was tried on a GPU.
+measured; the tables below were made without it. setup.cfg now excludes JAX 0.11.2, so pip does not install the version
+that was measured here. The versions that pip does install have not been run on a GPU.
 
 In the table of losses, the difference grows after the first update. The likely cause, which was not checked in float64,
 is that Adam's first updates divide each gradient by its size, so that rounding in small gradients changes these
@@ -148,10 +148,10 @@ def part(record: dict[str, Any]) -> str:
 
 
 def write(folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Write docs/gpu.md from the records of a folder; parts without a record are named as not measured."""
+    """Write docs/gpu.md from the records of a folder; parts without a record are named."""
     records = [json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").exists()]
     both = {key: ", ".join(sorted({record[key] for record in records})) for key in ("device", "jax", "date")}
     head = HEAD.format(devices=both["device"], versions=both["jax"], dates=both["date"])
     missing = [name for name in names if name not in {record["part"] for record in records}]
-    end = f"\nNot measured: {', '.join(missing)}.\n" if missing else ""
+    end = f"\nNo record yet: {', '.join(missing)}.\n" if missing else ""
     PAGE.write_text(head + "\n" + "\n".join(map(part, records)) + end)

@@ -214,7 +214,7 @@ def test_a_gpu_part_keeps_a_record_and_is_not_run_again(tmp_path, monkeypatch):
     gpu_table.write(tmp_path, list(gpu.PARTS))
     page = (tmp_path / "gpu.md").read_text()
     assert gpu_table._ratio([2, 2], of=[1, 1]) == "0.50 (0.50 .. 0.50)"
-    assert "| group_lasso, adaptive" in page and "Not measured: parity, equality, demo, step" in page
+    assert "| group_lasso, adaptive" in page and "No record yet: parity, equality, demo, step" in page
 
 
 @pytest.mark.slow
