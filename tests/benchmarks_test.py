@@ -18,7 +18,6 @@ from benchmarks import options as options_benchmark
 from benchmarks import weighting as weighting_benchmark
 from benchmarks.zoo import precision
 from benchmarks.zoo import table as zoo_table
-from mtl_sparse.report import study
 from mtl_sparse.runtime.timing import timed
 from mtl_sparse.sparsity.groups import CoupledGroups
 
@@ -286,58 +285,52 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
         groups.finished(tmp_path)
 
 
-def test_the_table_of_the_pretrained_sweep_is_that_of_its_records():
+@pytest.mark.parametrize(
+    ("name", "forms", "best"),
+    [("pretrained", 3, "ℓ0, weighted alike"), ("pretrained_1e-3", 9, "weighted alike, no fixed")],
+)
+def test_the_tables_of_the_pretrained_sweep_are_those_of_its_records(name, forms, best):
     docs = pathlib.Path(__file__).parents[1] / "docs"
-    folders = groups.finished(docs / "results" / "pretrained")
-    rows = groups.summary(folders)
-    assert groups.table(rows, {name: {} for name in folders}) in (docs / "baselines.md").read_text()
-    assert [len(row["seeds"]) for row in rows] == [3] * 9
-    gains = {row["form"]: row["delta_m"] for row in rows}
-    text = " ".join((docs / "baselines.md").read_text().split())
-    free = gains["coupled groups, weighted alike, no fixed norm, debiased"]
-    l0 = gains["coupled groups, ℓ0, weighted alike, fisher metric, no fixed norm, debiased"]
-    taylor = gains["coupled groups, pruned at once by taylor"]
-    for name, values in (("Taylor importance", taylor), ("Fisher information without fixed norms", l0)):
-        found = study.difference(values)
-        assert f"{name} {-found.mean:.1f} % ({found.low:+.1f} to {found.high:+.1f})" in text
-    found = study.difference(free)
-    interval = f"(95 % interval {found.low:+.1f} to {found.high:+.1f})"
-    assert f"loses {-found.mean:.1f} % relative to the dense model {interval}" in text
-    lasso = {kind: gains[f"{kind} groups, by MACs"] for kind in ("input", "coupled")}
-    assert np.mean(free) == max(np.mean(values) for name, values in gains.items() if name != "dense")
-    pairs = (
-        (free, taylor),
-        (free, l0),
-        (free, lasso["input"]),
-        (taylor, lasso["input"]),
-        (taylor, lasso["coupled"]),
-    )
-    assert all(row["seeds"] == [0, 1, 2] for row in rows)
-    for better, other in pairs:
-        found = study.difference([a - b for a, b in zip(better, other, strict=True)])
-        assert f"{found.mean:.1f} points ({found.low:+.1f} to {found.high:+.1f}) above that" in text
-    for kind in ("input", "coupled"):
-        by_norm = gains[f"{kind} groups, pruned at once by norm"]
-        found = study.difference([a - b for a, b in zip(lasso[kind], by_norm, strict=True)])
-        assert (found.low > 0) == (kind == "input")
+    folders = groups.finished(docs / "results" / name)
+    rows, text = groups.summary(folders), (docs / "baselines.md").read_text()
+    assert sorted(row["seeds"] for row in rows) == ([[0]] if name == "pretrained" else []) + [[0, 1, 2]] * forms
+    record = docs / "benchmarks" / f"{name}.json"
+    times = json.loads(record.read_text())["times"] if name == "pretrained" else {form: {} for form in folders}
+    assert groups.table(rows, times) in text
+    assert groups.behind_best(rows) in text
+    first = groups.behind_best(rows).splitlines()[0]
+    assert best in first
 
 
-def test_the_table_of_the_pilot_runs_is_that_of_their_record():
+def test_a_row_is_compared_with_the_best_one_seed_by_seed():
+    rows = [
+        {"form": "dense", "seeds": [0, 1], "delta_m": [0.0, 0.0]},
+        {"form": "a", "seeds": [0, 1], "delta_m": [-5.0, -7.0]},
+        {"form": "b", "seeds": [0, 1, 2], "delta_m": [-1.0, -2.0, -3.0]},
+        {"form": "c", "seeds": [2], "delta_m": [-4.0]},
+    ]
+    head, _, *lines = groups.behind_best(rows).splitlines()
+    assert "behind: b " in head
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["c", "1", "+1.0"],
+        ["a", "2", "+4.5 (-1.9 to +10.9)"],
+    ]
+
+
+def test_the_tables_of_the_pilot_runs_are_those_of_their_record():
     docs = pathlib.Path(__file__).parents[1] / "docs"
     rows = json.loads((docs / "benchmarks" / "pretrained_pilot.json").read_text())["rows"]
     notes = (docs / "engineering_notes.md").read_text()
+    signs = {"segmentation/miou": 1, "depth/mae_normalized": -1, "normals/cosine": 1}
+    base = next(row for row in rows if row["name"] == "dense, learning rate 2e-3")
     for row in rows:
-        ends = [f"{row[name][-1]:.4f}" for name in ("segmentation/miou", "depth/mae_normalized", "normals/cosine")]
-        assert f"| {row['name']} | {' | '.join(ends)} | {100 * row['macs_left'][-1]:.1f} % |" in notes
-    dense, *others = (row for row in rows if row.get("learning_rate") == 2e-3 and "RMS" not in row["name"])
-    assert (dense["name"], len(others)) == ("dense, learning rate 2e-3", 2)
-    for row, way in zip(others, ("Taylor importance has a", "and the group lasso one"), strict=True):
-        gains = [
-            sign * (row[name][-1] / dense[name][-1] - 1)
-            for name, sign in (("segmentation/miou", 1), ("depth/mae_normalized", -1), ("normals/cosine", 1))
-        ]
-        said = f"{'Δm of' if 'has' in way else 'of'} {100 * np.mean(gains):.1f} %"
-        assert f"{way} {said}" in " ".join(notes.split())
+        line = f"| {row['name']} | {' | '.join(f'{row[name][-1]:.4f}' for name in signs)} "
+        line += f"| {100 * row['macs_left'][-1]:.1f} % |"
+        assert line in notes
+        if "score" in row:
+            gains = [sign * (row[name][-1] / base[name][-1] - 1) for name, sign in signs.items()]
+            gain = f"{100 * np.mean(gains):+.1f}" if row is not base else ""
+            assert f"{line} {gain} | {min(row['score']):.4f} |" in notes
     by_name = {row["name"]: row["groups_left"] for row in rows}
     for stream in ("block4_1/expand", "block5_1/expand", "block6_1/expand"):
         for name in ("one-shot pruning by Taylor importance", "group lasso"):

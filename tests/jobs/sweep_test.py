@@ -484,14 +484,17 @@ def test_named_sweeps_hold_valid_runs(name):
         assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
 
 
-def test_the_records_of_the_pretrained_sweep_are_of_its_runs():
+@pytest.mark.parametrize(("name", "rate", "runs"), [("pretrained", 4e-3, 9), ("pretrained_1e-3", 1e-3, 27)])
+def test_the_records_of_the_pretrained_sweep_are_of_its_runs(name, rate, runs):
+    config = sweeps.get_config("pretrained")
+    config.optimizer.learning_rate = rate
     trials = {
         trial.name: records.flat(json.loads(trial.config.to_json()))
-        for trial in sweep.make_trials(sweeps.get_config("pretrained"), sweeps.trials("pretrained"))
+        for trial in sweep.make_trials(config, sweeps.trials("pretrained"))
     }
-    folder = pathlib.Path(__file__).parents[2] / "docs" / "results" / "pretrained"
-    found = sorted(folder.glob("*/results.json"))
-    assert len(found) >= 24
+    folder = pathlib.Path(__file__).parents[2] / "docs" / "results" / name
+    found = [path for path in sorted(folder.glob("*/results.json")) if "prune=l0" not in path.parent.name]  # a control
+    assert len(found) == runs
     for path in found:
         ours = trials[path.parent.name]
         theirs = records.flat(schema.migrate("config", schema.Results.read(path).config))
