@@ -96,6 +96,7 @@ def lookup(config: Mapping[str, Any]) -> Published | None:
     data, model, sparsity = config["data"], config["model"], config["sparsity"]
     backbone = model.get("backbone", "resnet"), model["depth"], model["width"]
     is_papers = (list(data["size"]), *backbone) == ([256, 256], "resnet", 50, 64)
-    if not is_papers or model.get("attach") or data["embedded"]["frames"] or sparsity["target"]:
+    is_other = sparsity["target"] or sparsity.get("prune") or model.get("attach")
+    if not is_papers or is_other or data["embedded"]["frames"]:
         return None
     return TABLES.get((data["name"], frozenset(config["tasks"]), sparsity["penalty"], sparsity["lambda_"]))

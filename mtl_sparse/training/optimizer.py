@@ -64,7 +64,8 @@ def _check_prune(sparsity) -> None:
     if not sparsity.prune:
         return
     by_importance = sparsity.prune in IMPORTANCES
-    if not by_importance and not pathlib.Path(sparsity.prune).expanduser().is_dir():
+    # A path is read where a run starts: the other run may be gone when this one is resumed or evaluated.
+    if not by_importance and "/" not in sparsity.prune and not pathlib.Path(sparsity.prune).is_dir():
         raise UserError(
             "OPTION_UNKNOWN_VALUE",
             f"unknown sparsity.prune={sparsity.prune!r}; expected '', {', '.join(IMPORTANCES)} or the folder of a run",
