@@ -56,14 +56,16 @@ def form(row: study_lib.Row, without: Collection[str] = ()) -> str:
     options = row.config["sparsity"]
     if row.is_dense:
         return "" if _LAMBDA in without else "dense"
+    prune = options.get("prune")
+    if prune and prune not in schema.IMPORTANCES:
+        return f"zeros of {prune}"
     words = [_PENALTIES.get(options["penalty"], options["penalty"])]
     words.append("published form" if _is_published(options) else "")
-    if prune := options.get("prune"):
-        words.append(f"pruned at once by {prune}" if prune in schema.IMPORTANCES else f"zeros of {prune}")
+    words.append(f"pruned at once by {prune}" if prune else "")
     targets = {key: options.get(key.rpartition(".")[2], 0) for key in _TARGETS}
     if any(targets.values()):
         words += [f"target {value:g}{_TARGETS[key]}" for key, value in targets.items() if value and key not in without]
-    elif _LAMBDA not in without and not prune:
+    elif _LAMBDA not in without:
         words.append(f"λ {options['lambda_']:g}")
     return ", ".join(filter(None, words))
 

@@ -82,7 +82,7 @@ def _check_prune(sparsity) -> None:
             "OPTION_CONFLICT",
             f"sparsity.prune={sparsity.prune!r} needs a target: set sparsity.target, target_macs or target_params",
         )
-    if sparsity.penalty != "group_lasso" or sparsity.head_target > 0:
+    if (by_importance and sparsity.penalty != "group_lasso") or sparsity.head_target > 0:
         raise UserError(
             "OPTION_CONFLICT",
             f"sparsity.prune={sparsity.prune!r} removes groups without a penalty, and none inside the heads; set "

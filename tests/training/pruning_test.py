@@ -144,7 +144,7 @@ def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path)
 
 
 def test_the_zeros_of_another_run_are_there_before_the_first_step(pruned, monkeypatch):
-    """The weights that stay are the new run's own; a run without a zero group, or of another model, is refused."""
+    """The other weights are those of the new run; a source without a zero group is refused."""
     pruned.sparsity.update(prune=".", target=0.0)
     run = setup_lib.setup(pruned)
     before = jax.device_get(state_lib.initial(run))
@@ -174,6 +174,14 @@ def test_options_that_cannot_work_are_named(pruned, options, code, naming):
     pruned.sparsity.update(options)
     with raises(code, naming=naming):
         config_lib.check(pruned)
+
+
+def test_a_source_with_another_penalty_works_and_may_be_gone_after_the_start(pruned):
+    pruned.sparsity.update(prune="runs/gone", target=0.0, penalty="group_l0", metric="fisher", fixed_norm=False)
+    config_lib.check(pruned)
+    run = setup_lib.setup(pruned)
+    with raises("CHECKPOINT_MISSING", naming="runs/gone"):
+        pruning.prune(run, state_lib.initial(run))
 
 
 def test_a_pruning_without_an_epoch_after_it_is_refused(pruned):
