@@ -484,10 +484,10 @@ def test_named_sweeps_hold_valid_runs(name):
         assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
 
 
-@pytest.mark.parametrize(("name", "rate", "runs"), [("pretrained", 4e-3, 9), ("pretrained_1e-3", 1e-3, 27)])
+@pytest.mark.parametrize(("name", "rate", "runs"), [("pretrained", None, 9), ("pretrained_1e-3", 1e-3, 27)])
 def test_the_records_of_the_pretrained_sweep_are_of_its_runs(name, rate, runs):
     config = sweeps.get_config("pretrained")
-    config.optimizer.learning_rate = rate
+    config.optimizer.learning_rate = rate or config.optimizer.learning_rate
     trials = {
         trial.name: records.flat(json.loads(trial.config.to_json()))
         for trial in sweep.make_trials(config, sweeps.trials("pretrained"))
