@@ -486,6 +486,7 @@ def test_published_figures_are_for_runs_with_the_papers_options():
     assert (found.group, found.parameter) == pytest.approx((0.6972, 0.7672))
     changes = (
         ("sparsity", {"target": 0.7}),
+        ("sparsity", {"prune": "runs/demo"}),
         ("data", {"size": [96, 128]}),
         ("data", {"embedded": config["data"]["embedded"] | {"frames": 480}}),
         ("model", {"depth": 18}),
