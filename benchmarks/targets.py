@@ -2,6 +2,9 @@
 
     python launch.py --config=configs/sweeps.py:targets:demo --job=sweep --workdir=runs/targets
     python -m benchmarks.targets --sweep=runs/targets [--record=docs/benchmarks/targets.json]
+    python -m benchmarks.targets --least
+
+With `--least`: what is left where each penalized kernel keeps a single group, at the size of configs/nyu.py.
 
 "Reached" is what the best checkpoint has: the fraction of groups that are zero, or of the multiply-accumulates or the
 parameters of the trained model that its compact model has.
@@ -15,8 +18,11 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from configs import sweeps
+from mtl_sparse.jobs import sweep as sweep_lib
 from mtl_sparse.report import tables
 from mtl_sparse.report.schema import SIZE_TARGETS, Results
+from mtl_sparse.training import groups
 
 
 def row(results: Results) -> dict[str, Any]:
@@ -41,6 +47,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return tables.markdown(lines)
 
 
+def least() -> str:
+    """Return the least that the same networks leave without zeroing whole kernels, as a Markdown table."""
+    lines = [("network", "groups", "MACs left", "parameters left")]
+    for trial in sweep_lib.make_trials(sweeps.get_config("targets"), sweeps.trials("targets")):
+        model, sparsity = trial.config.model, trial.config.sparsity
+        if sparsity.target:  # one trial for each network and kind of groups
+            left = groups.least(trial.config)
+            network = f"ResNet-{model.depth}" if model.backbone == "resnet" else model.backbone
+            lines.append((network, sparsity.groups, *(f"{100 * left[key]:.1f} %" for key in ("macs", "parameters"))))
+    return tables.markdown(lines)
+
+
 def main(sweep: str, record: str) -> None:
     """Print the table, and write the numbers to a file if one is named."""
     paths = sorted(pathlib.Path(sweep).glob("*/results.json"))
@@ -56,4 +74,5 @@ def main(sweep: str, record: str) -> None:
 if __name__ == "__main__":  # here, because flags of other benchmarks have the same names
     _SWEEP = flags.DEFINE_string("sweep", "runs/targets", "Folder of the sweep.")
     _RECORD = flags.DEFINE_string("record", "", "A JSON file to write.")
-    app.run(lambda _: main(_SWEEP.value, _RECORD.value))
+    _LEAST = flags.DEFINE_bool("least", False, "Print the least that targets can leave instead.")
+    app.run(lambda _: print(least()) if _LEAST.value else main(_SWEEP.value, _RECORD.value))

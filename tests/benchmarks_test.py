@@ -386,6 +386,17 @@ def test_a_target_is_compared_with_what_was_reached(tmp_path, capsys):
     assert [row["reached"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == [0.26, 0.2, 0.5]
 
 
+def test_the_least_of_a_target_is_of_each_network_and_kind_of_groups(monkeypatch):
+    monkeypatch.setattr(targets.groups, "least", lambda config: {"macs": config.model.depth / 100, "parameters": 0.5})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets.least().splitlines()[2:]]
+    assert lines[:3] == [
+        ["ResNet-18", "input", "18.0 %", "50.0 %"],
+        ["ResNet-18", "coupled", "18.0 %", "50.0 %"],
+        ["ResNet-50", "input", "50.0 %", "50.0 %"],
+    ]
+    assert [line[1] for line in lines if line[0] == "efficientnet_lite0"] == ["input", "coupled"]
+
+
 @pytest.mark.parametrize(
     ("difference", "rounding", "equal"),
     [(1e-11, 0.0, True), (1e-9, 1e-12, False), (1e-9, 1e-9, True), (1e-3, 1.0, False), (math.inf, math.inf, False)],

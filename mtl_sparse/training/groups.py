@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
 from mtl_sparse.compaction import channels as channels_lib
 from mtl_sparse.compaction import groups as groups_lib
@@ -63,8 +65,10 @@ def check(config) -> None:
             "penalty='group_lasso' and penalty_in_gradient=False; with scope='all' one target is for both",
         )
     find(config)  # names what cannot work
-    if any(sparsity[name] for name in ("target", *TARGETS)) and (sparsity.max_removed < 1 or sparsity.at_least > 1):
+    if given and (sparsity.max_removed < 1 or sparsity.at_least > 1):
         _check_limits(config)
+    elif given and given[0] in TARGETS:
+        _warn_of_least(config, given[0])
 
 
 def has_target(sparsity) -> bool:
@@ -90,8 +94,23 @@ def left(config, params) -> dict[str, float]:
     """Return {"macs_left", "parameters_left"}, fractions, for the tree of the optimizer; {} without such a target."""
     if not any(config.sparsity[name] > 0 for name in TARGETS):
         return {}
-    found = _jitted(*_model(config))(params)
-    return {f"{key}_left": float(value) for key, value in found.items()}
+    return {f"{key}_left": value for key, value in _left(config, by_path(params)).items()}
+
+
+def least(config) -> dict[str, float]:
+    """Return what is left if each penalized kernel keeps as few groups as the limits of a run allow.
+
+    Without limits, that is one group, the first one of each. Excluded layers keep all of theirs.
+
+    Returns:
+      {"macs", "parameters"}: fractions of the dense model's, in [0, 1].
+    """
+    leaves = {kernel.path: jnp.ones(kernel.shape) for kernel in _channels(config).kernels}
+    for one, kept in _kept(config):
+        x = [leaves[path] for path in one.paths]
+        masks = one.spread(jnp.arange(one.count) < kept, x)
+        leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
+    return _left(config, leaves)
 
 
 def cost(config) -> Cost:
@@ -243,18 +262,14 @@ def _check_limits(config) -> None:
       UserError: it cannot.
     """
     sparsity = config.sparsity
-    sets = _in_scope(config)
-    left_alone = excluded(config)
-    keep = {
-        one.name: one.count if left_alone.intersection(one.paths) else limit(sparsity).at_least(one) for one in sets
-    }
     if sparsity.target > 0:
-        most = 1 - sum(keep.values()) / sum(one.count for one in sets)
+        kept = _kept(config)
+        most = 1 - sum(count for _, count in kept) / sum(one.count for one, _ in kept)
         reached, wanted = f"{100 * most:.1f} % of groups zero", sparsity.target <= most
     else:
         name = next(name for name in TARGETS if sparsity[name] > 0)
-        least = float(_left(config, sets, keep)[TARGETS[name]])
-        reached, wanted = f"{100 * least:.1f} % of {TARGETS[name]} left", sparsity[name] >= least
+        found = least(config)[TARGETS[name]]
+        reached, wanted = f"{100 * found:.1f} % of {TARGETS[name]} left", sparsity[name] >= found
     if not wanted:
         name = next(name for name in ("target", *TARGETS) if sparsity[name] > 0)
         raise UserError(
@@ -265,6 +280,28 @@ def _check_limits(config) -> None:
         )
 
 
+def _warn_of_least(config, name: str) -> None:
+    """Warn of a target in MACs or parameters that is reached only if whole kernels become zero."""
+    found, wanted = least(config)[TARGETS[name]], config.sparsity[name]
+    if wanted < found:
+        advice = "" if config.sparsity.groups == "coupled" else ", or sparsity.groups=coupled"
+        logging.warning(
+            "sparsity.%s=%s: one group in each penalized kernel leaves %.1f %% of %s, so the target can be reached "
+            "only by zeroing whole kernels; set a larger target%s",
+            name,
+            wanted,
+            100 * found,
+            TARGETS[name],
+            advice,
+        )
+
+
+def _kept(config) -> list[tuple[Groups, int]]:
+    """Return the sets of groups in scope with how many of each stay in any case: all of those of excluded layers."""
+    left_alone, at_least = excluded(config), limit(config.sparsity).at_least
+    return [(one, one.count if left_alone.intersection(one.paths) else at_least(one)) for one in _in_scope(config)]
+
+
 def _in_scope(config):
     """Return the groups in sparsity.scope, those of excluded layers among them."""
     sparsity = config.sparsity
@@ -272,15 +309,11 @@ def _in_scope(config):
     return groups_lib.of(_channels(config), coupled=sparsity.groups == "coupled", kernels=kernels)
 
 
-def _left(config, sets, keep):
-    """Return what is left where each set of groups has its first groups alone."""
-    shapes = {kernel.path: kernel.shape for kernel in _channels(config).kernels}
-    leaves = {path: jnp.ones(shape) for path, shape in shapes.items()}
-    for one in sets:
-        x = [leaves[path] for path in one.paths]
-        masks = one.spread(jnp.arange(one.count) < keep[one.name], x)
-        leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
-    return cost(config).left(leaves)
+def _left(config, leaves: Mapping[str, Any]) -> dict[str, float]:
+    """Return the result of `Cost.left` for the arrays by path, of which it reads the kernels."""
+    kernels = {kernel.path: np.asarray(leaves[kernel.path]) for kernel in _channels(config).kernels}
+    found = _jitted(*_model(config))(kernels)
+    return {key: float(value) for key, value in found.items()}
 
 
 def limit(sparsity) -> KeepStrongest:

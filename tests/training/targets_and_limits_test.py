@@ -37,11 +37,11 @@ def tree(variables):
 
 
 def with_zeros(params, sets, fraction, seed=0):
-    """Return the tree with that fraction of the groups of each set zero, and each set with at least one left."""
+    """Return the tree with that fraction of the groups of each set zero, and each set with at least its first one."""
     rng, leaves = np.random.default_rng(seed), groups_lib.by_path(params)
     for one in sets:
         alive = rng.random(one.count) >= fraction
-        alive[rng.integers(one.count)] = True
+        alive[0] = True
         x = [leaves[path] for path in one.paths]
         masks = one.spread(jnp.asarray(alive), x)
         leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
@@ -155,3 +155,26 @@ def test_bad_options_are_named(sparsity, code, naming):
 @pytest.mark.parametrize("sparsity", [{"target": 0.7, "max_removed": 0.8}, {"target_macs": 0.4, "max_removed": 0.8}])
 def test_limits_that_fit_a_target_are_accepted(sparsity):
     config_lib.check(settings(**sparsity))
+
+
+@pytest.mark.parametrize("name", groups.TARGETS)
+def test_a_target_that_takes_whole_kernels_is_warned_of(name, caplog):
+    with_sets = {"group_weights": "macs", name: 0.9}
+    least = {kind: left_of_one_group(settings(groups=kind, **with_sets))[name] for kind in groups.KINDS}
+    assert least["coupled"] < least["input"]
+    wanted = (least["coupled"] + least["input"]) / 2
+    groups.check(settings(**{name: wanted}, groups="coupled"))
+    groups.check(settings(**{name: least["input"] + 0.01}))
+    assert not caplog.messages
+    groups.check(settings(**{name: wanted}))
+    (message,) = caplog.messages
+    assert f"sparsity.{name}={wanted}" in message
+    assert f"{100 * least['input']:.1f} %" in message
+    assert "groups=coupled" in message
+
+
+def left_of_one_group(config):
+    """Return {target: fraction left} of a model with one group left in each penalized kernel, after compaction."""
+    params = with_zeros(tree(initial(config)[1]), groups.find(config), 1.0)
+    found = groups.left(config, params)
+    return {name: found[f"{key}_left"] for name, key in groups.TARGETS.items()}
