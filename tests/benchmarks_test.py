@@ -97,6 +97,7 @@ def failing(**settings):
     raise ValueError(f"no such {settings['thing']}")
 
 
+@pytest.mark.slow
 def test_peers_are_timed_in_alternation_in_separate_processes():
     pair = {"ours": ("tests.benchmarks_test", "sleeper", {"seconds": 0.02}),
             "theirs": ("tests.benchmarks_test", "sleeper", {"seconds": 0.1})}  # fmt: skip
@@ -106,6 +107,7 @@ def test_peers_are_timed_in_alternation_in_separate_processes():
         peers.alternate({"theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}, 1)
 
 
+@pytest.mark.slow
 def test_a_process_can_have_environment_variables_of_its_own(monkeypatch):
     """The function sleeps for as long as the variable says."""
     monkeypatch.setenv("GLIBC_TUNABLES", "")
@@ -201,6 +203,7 @@ def test_pytorchs_step_is_the_same_step():
     np.testing.assert_allclose(kernel.detach().numpy().transpose(2, 3, 1, 0), expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_gpu_part_keeps_a_record_and_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_table, "PAGE", tmp_path / "gpu.md")
     gpu.run(["proximal", "step"], gpu.SMALL, tmp_path, seconds=100)  # a step does not fit
@@ -228,6 +231,7 @@ def test_gpu_checks_compare_what_they_name():
     assert shares == {4: pytest.approx(4 / 9), 7: pytest.approx((1 + 2 * 1 / 8) ** 2 / 9)}
 
 
+@pytest.mark.slow
 def test_peers_that_start_together_leave_a_failed_one_out():
     pair = {"ours": ("tests.benchmarks_test", "sleeper", {"seconds": 0.02}),
             "theirs": ("tests.benchmarks_test", "failing", {"thing": "thing"})}  # fmt: skip

@@ -46,6 +46,7 @@ def quickstart(tmp_path_factory):
     return execute("quickstart", SMALL, folder), folder
 
 
+@pytest.mark.slow
 def test_quickstart_ends_with_a_smaller_model_and_plots(quickstart):
     notebook, folder = quickstart
     assert len(outputs(notebook, "image/png")) == 4
@@ -56,6 +57,7 @@ def test_quickstart_ends_with_a_smaller_model_and_plots(quickstart):
     assert (folder / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_patterns_of_two_runs(quickstart):
     _, folder = quickstart
     shutil.copytree(folder / "run", folder / "again")

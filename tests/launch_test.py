@@ -151,6 +151,7 @@ def in_a_terminal(*arguments, signal_at=(), **environment):
     return process.wait(timeout=60), output.decode()
 
 
+@pytest.mark.slow
 def test_training_in_a_terminal(rooms, tmp_path):
     workdir = tmp_path / "run"
     code, output = in_a_terminal(*tiny_run(rooms, workdir))

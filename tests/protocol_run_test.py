@@ -34,6 +34,7 @@ def launch(*arguments):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_run_ends_with_all_metrics_of_the_protocol(name, tmp_path):
     config, draw, size = CASES[name]
     folder = draw(18, *size, seed=0, folder=str(tmp_path))

@@ -68,6 +68,7 @@ def test_the_readmes_snippets_are_those_of_the_tutorial():
     assert len(found) == 2 and found == blocks("docs/your_model.md")[:2]
 
 
+@pytest.mark.slow
 def test_the_tutorial(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     train, compact, timing, plan, save, further, wrap, rules = blocks("docs/your_model.md")
@@ -142,6 +143,7 @@ def test_a_custom_task(config, monkeypatch):
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(np.isfinite(leaf).all()), state.params))
 
 
+@pytest.mark.slow
 def test_a_custom_data_set(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "DATASETS", dict(datasets.DATASETS))
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,7 @@ from mtl_sparse.tasks import resolve
 
 KINDS = ("input", "coupled")
 TARGETS = {option: key for option, key, _ in SIZE_TARGETS}  # option -> key of `Cost.left`
+_LEAST: dict[Any, dict[str, float]] = {}  # results of `least`, which many trials of a sweep share
 _PREFIX = "model/"  # of the model's parameters in the tree that the optimizer gets
 
 
@@ -105,12 +106,16 @@ def least(config) -> dict[str, float]:
     Returns:
       {"macs", "parameters"}: fractions of the dense model's, in [0, 1].
     """
-    leaves = {kernel.path: jnp.ones(kernel.shape) for kernel in _channels(config).kernels}
-    for one, kept in _kept(config):
-        x = [leaves[path] for path in one.paths]
-        masks = one.spread(jnp.arange(one.count) < kept, x)
-        leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
-    return _left(config, leaves)
+    sparsity, names = config.sparsity, ("groups", "scope", "at_least", "max_removed")
+    key = (*_model(config), tuple(sparsity.exclude), *(sparsity[name] for name in names))
+    if key not in _LEAST:
+        leaves = {kernel.path: jnp.ones(kernel.shape) for kernel in _channels(config).kernels}
+        for one, kept in _kept(config):
+            x = [leaves[path] for path in one.paths]
+            masks = one.spread(jnp.arange(one.count) < kept, x)
+            leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
+        _LEAST[key] = _left(config, leaves)
+    return dict(_LEAST[key])
 
 
 def cost(config) -> Cost:

@@ -283,6 +283,7 @@ def test_scan_is_unrolled_where_it_is_asked():
     assert small["layers"].shape == (3, 3, 3)
 
 
+@pytest.mark.slow
 def test_a_compact_model_trains_on_as_the_dense_one_does():
     """Train mode by the same plan: BatchNorm statistics, dropout, optimizer state and gradients."""
     fn, variables = linen()
@@ -383,7 +384,7 @@ def test_larger_inputs_that_need_more_are_refused_unless_they_were_given():
         assert_equal(fn, variables, both, both_params, inputs)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
 def test_the_engine_agrees_with_the_compaction_of_our_own_models(depth):
     """Two independent implementations: equal counts of parameters, equal outputs."""
     model, variables = multitask_test.with_zeros(depth, 3, 0.6)

@@ -126,6 +126,7 @@ def check_outputs_and_idempotence(depth, seed, share, scope, dead, multiple, tap
 # A logit near 0.
 @example(depth=18, seed=142, share=0.1, scope="backbone", dead=[], multiple=1, taps=False, attach=(), stem="deep")
 @example(depth=18, seed=3, share=None, scope="all", dead=["stem"], multiple=4, taps=True, attach=(), stem="resnet_d")
+@pytest.mark.slow
 def test_the_outputs_stay_and_compacting_twice_changes_nothing(**case):
     check_outputs_and_idempotence(**case)
 
@@ -141,7 +142,9 @@ def test_the_outputs_stay_for_many_patterns(**case):
     ("depth", "share", "scope", "dead"),
     [
         (18, 0.7, "all", []),
-        (50, 0.7, "backbone", ["layer2_1/conv1", "layer3_2/conv2", "layer4_1/conv3"]),
+        pytest.param(
+            50, 0.7, "backbone", ["layer2_1/conv1", "layer3_2/conv2", "layer4_1/conv3"], marks=pytest.mark.slow
+        ),
         (50, 0.5, "all", ["layer3_0/downsample", "aspp1", "head_depth/conv"]),
         (18, 0.5, "backbone", ["stem_conv2", "layer3"]),
     ],
@@ -260,8 +263,9 @@ def independent_count(depth, params):
     return total
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize(
+    ("depth", "share"), [(18, 0.2), (18, 0.6), (50, 0.6), pytest.param(50, 0.2, marks=pytest.mark.slow)]
+)
 def test_the_remaining_parameters_match_an_independent_count(depth, share):
     model, variables = with_zeros(depth, 7, share)
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
@@ -315,6 +319,7 @@ def test_dead_blocks_and_branches_are_removed():
     assert_same_outputs(model, variables, small, small_variables, 1e-5)
 
 
+@pytest.mark.slow
 def test_heads_inside_blocks_keep_what_they_read():
     """The branch of a block is dead after a head, at a head, and only a head reads it."""
     attach = ("layer4_1/conv1", "layer3_2/conv2", "layer2_1")
@@ -423,6 +428,7 @@ def test_a_head_of_another_kind_keeps_its_features(monkeypatch):
     assert_same_outputs(model, given, small, small_variables, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_of_another_kind_is_kept_or_dropped(monkeypatch):
     monkeypatch.setitem(multitask.HEADS, "mean", MeanHead)
     model, given = with_a_mean_head()
@@ -447,6 +453,7 @@ def test_a_head_of_another_kind_is_kept_or_dropped(monkeypatch):
 
 @settings(max_examples=2, **UNHURRIED)
 @given(first=st.sampled_from([1, 4]), second=st.sampled_from([1, 4, 8]), seed=st.integers(0, 2**16), **DEPTH)
+@pytest.mark.slow
 def test_a_compact_model_that_lost_more_groups_is_compacted_further(depth, first, second, seed):
     model, variables = with_zeros(depth, seed, 0.5)
     small, small_variables = compact(model, variables, multiple=first)

@@ -189,6 +189,7 @@ def check_gradients(network, zeros=False):
 
 @fixed(10)
 @given(networks.networks())
+@pytest.mark.slow
 def test_gradients_are_equal(network):
     note(repr(network))
     check_gradients(network)

@@ -43,7 +43,7 @@ def compacted(model, variables, **options):
     ("depth", "attach"),
     [
         (18, RAW),
-        (50, ("layer3_3/conv1:raw", "layer4_0/conv1:raw", "layer2_3/conv2:raw")),
+        pytest.param(50, ("layer3_3/conv1:raw", "layer4_0/conv1:raw", "layer2_3/conv2:raw"), marks=pytest.mark.slow),
         pytest.param(50, ("layer4_2/conv3:raw", "layer3_4/conv3:raw", "layer3_0/conv2:raw"), marks=pytest.mark.slow),
     ],
 )
@@ -94,6 +94,7 @@ def test_a_channel_that_no_reader_needs_goes_with_its_filter():
     assert backbone["layer3_0"]["bn1"]["scale"].shape == (30,)
 
 
+@pytest.mark.slow
 def test_a_raw_output_without_weights_is_zero_and_one_after_batch_norm_is_not():
     for end, kept in ((":raw", 60), ("", 64)):
         attach = ("layer3_1", "layer4_0/conv1" + end, "layer3_0")
@@ -102,6 +103,7 @@ def test_a_raw_output_without_weights_is_zero_and_one_after_batch_norm_is_not():
         assert backbone["layer4_0"]["conv1"]["kernel"].shape[3] == kept
 
 
+@pytest.mark.slow
 def test_heads_of_dead_convolutions():
     """All of a raw output is zero, or a map of a constant: its head reads nothing, or a map of ones."""
     attach = ("layer3_1/conv2:raw", "layer4_0/conv1:raw", "layer3_0/conv2:raw")
@@ -118,6 +120,7 @@ def test_heads_of_dead_convolutions():
     multitask_test.check_outputs_and_idempotence(18, 5480, 0.9, "backbone", [], 1, False, places(18, attach))
 
 
+@pytest.mark.slow
 def test_compacting_twice_changes_nothing_and_widths_are_multiples():
     multitask_test.check_outputs_and_idempotence(18, 4, 0.7, "all", [], 4, False, places(18, RAW))
     model, variables = with_zeros(18, 4, 0.7, "all", attach=RAW)

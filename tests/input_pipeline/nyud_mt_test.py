@@ -49,6 +49,7 @@ def test_stored_samples_equal_the_folder(rooms):
             np.testing.assert_array_equal(frame[kind], np.load(rooms / kind / f"{name}.npy"))
 
 
+@pytest.mark.slow
 def test_drawing_preparing_and_training_need_no_tensorflow(tmp_path):
     script = f"""
 import importlib.machinery as machinery

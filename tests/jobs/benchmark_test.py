@@ -4,6 +4,7 @@ import shutil
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 
 from mtl_sparse.compaction import speed
 from mtl_sparse.jobs import benchmark
@@ -40,6 +41,7 @@ def test_the_backbone_is_timed_with_each_map_once():
     assert [x.shape for x in outputs] == [(1, 4, 4, 32)]
 
 
+@pytest.mark.slow
 def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
     config, original = sparse_run
     folder = shutil.copytree(original, tmp_path / "run")
@@ -67,6 +69,7 @@ def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
     assert "| compact" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_finished_is_timed_without_its_page(sparse_run, tmp_path, caplog):
     config, original = sparse_run
     folder = shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("results.json", "report"))

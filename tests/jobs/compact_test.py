@@ -61,6 +61,7 @@ def test_the_compact_run_has_the_runs_test_metrics(compacted):
     assert table.splitlines()[-1].startswith("| all") and "stem_conv1" in table
 
 
+@pytest.mark.slow
 def test_the_compact_run_is_an_ordinary_run(compacted):
     _, _, small = compacted
     before = json.loads((small / "results.json").read_text())["test"]
@@ -83,6 +84,7 @@ def reduced(sparse_run, tmp_path_factory):
     return config, folder, compact_job.run_job(config, folder)
 
 
+@pytest.mark.slow
 def test_a_compact_run_of_fewer_tasks_has_their_test_metrics(reduced, compacted):
     _, folder, small = reduced
     expected, found = (schema.Results.read(path / "results.json") for path in (folder, small))
@@ -99,6 +101,7 @@ def test_a_compact_run_of_fewer_tasks_has_their_test_metrics(reduced, compacted)
     assert not any("dropped" in text for text in every.values())
 
 
+@pytest.mark.slow
 def test_a_compact_run_of_fewer_tasks_is_an_ordinary_run(reduced):
     original, folder, small = reduced
     config = run_config.get_config(str(small))
@@ -119,6 +122,7 @@ def test_a_compact_run_of_fewer_tasks_is_an_ordinary_run(reduced):
     assert {name for name in leaves if name.startswith("params/weighting")} == {"params/weighting/depth"}
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_has_all_its_tasks(reduced):
     config, folder, small = reduced
     expected = schema.Results.read(folder / "results.json")
@@ -305,6 +309,7 @@ def explained(model, variables, **options):
     return {row["layer"]: row for row in explain.explain(model, variables, small, small_variables, (32, 48))}
 
 
+@pytest.mark.slow
 def test_the_table_gives_the_reason():
     dead = ["layer3_2/conv2", "layer4_1/conv1"]
     model, variables = multitask_test.with_zeros(50, 1, 0.3, dead=dead)

@@ -58,6 +58,7 @@ def test_a_target_is_given_only_where_models_were_timed():
 
 
 @pytest.mark.parametrize(("kind", "pattern"), [("input", schema.UNEVEN), ("coupled", schema.EVEN)])
+@pytest.mark.slow
 def test_the_zeros_leave_what_was_asked_for(config, kind, pattern):
     config.sparsity.groups = kind
     model = rewritten.build(config.model, tasks.resolve(config))
@@ -78,6 +79,7 @@ def test_the_zeros_leave_what_was_asked_for(config, kind, pattern):
     assert spread < 0.07 if pattern == schema.EVEN else spread > 0.2
 
 
+@pytest.mark.slow
 def test_the_job_writes_a_record_and_a_plot(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(latency, "_MACS", {schema.EVEN: (0.5, 0.25), schema.UNEVEN: (0.4,)})
     config.sparsity.update(groups="coupled")

@@ -39,6 +39,7 @@ def run(rooms, tmp_path_factory):
     return config, folder
 
 
+@pytest.mark.slow
 def test_every_job_works_on_it(run, capsys):
     config, folder = run
     results = Results.read(folder / "results.json")

@@ -241,6 +241,7 @@ def test_a_trial_is_trained_in_a_process_of_its_own(rooms, no_weights, tmp_path)
     assert (done / "plots" / "samples.png").exists() and "first step compiles" in (done / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_cluster_runs_the_trials_through_submitit(config, no_weights, tmp_path):
     """submitit's local executor takes the same path as its SLURM executor; the trial fails early and is reported."""
     with raises("SWEEP_RUNS_FAILED", naming="notes.txt (exit code 2: expected"):
@@ -460,7 +461,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
-def test_named_sweeps_hold_valid_runs(name):
+def test_named_sweeps_have_their_runs(name):
     for size in sweeps.SWEEPS[name][1]:
         seeds = {"": 5, ":demo": 2} | {
             "lomt": {":demo": 3},
@@ -476,12 +477,22 @@ def test_named_sweeps_hold_valid_runs(name):
         # Two rows of `evidence` have six seeds, three of `pretrained` five.
         more = 2 * 3 if (name == "evidence" and size != ":demo") or name == "pretrained" else 0
         assert len(trials) == COUNTS[name] * seeds[size] + more
-        first = [trial.config for trial in trials if trial.config.seed == 0]  # other seeds are alike
-        assert len(first) == COUNTS[name]
-        for config in first:
-            config_lib.check(config)
+        assert sum(trial.config.seed == 0 for trial in trials) == COUNTS[name]
         assert len({trial.config.to_json() for trial in trials}) == len(trials)
         assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
+
+
+TRACED = ("groups", "baselines", "pretrained", "targets")  # their checks trace a model for each backbone and size
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x in TRACED else ()) for x in sweeps.SWEEPS]
+)
+def test_the_runs_of_named_sweeps_are_valid(name):
+    for size in sweeps.SWEEPS[name][1]:
+        for trial in sweep.make_trials(sweeps.get_config(name + size), sweeps.trials(name + size)):
+            if trial.config.seed == 0:  # other seeds are alike
+                config_lib.check(trial.config)
 
 
 @pytest.mark.parametrize(("name", "rate", "runs"), [("pretrained", None, 9), ("pretrained_1e-3", 1e-3, 27)])

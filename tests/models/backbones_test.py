@@ -90,6 +90,7 @@ def test_inner_points_end_a_block():
     assert features.shape == (1, 8, 8, 16) and float(features.max()) <= 6
 
 
+@pytest.mark.slow
 def test_training_updates_the_statistics_of_every_batch_norm():
     model = multitask.MultiTaskModel(HEADS, backbone="narrow", head_features=4, bn_momentum=0.0)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 48, 3)), jnp.float32)

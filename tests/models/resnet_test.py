@@ -58,6 +58,7 @@ def test_outputs_are_raw_predictions_at_an_eighth():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_the_same_function():
     heads = (("depth", "deeplab", 1),)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -80,6 +81,7 @@ def test_dilation_and_strides_of_the_stages():
     assert (resnet.STRIDES, resnet.DILATIONS) == ((1, 2, 1, 1), (1, 1, 2, 4))
 
 
+@pytest.mark.slow
 def test_a_head_reads_where_it_is_attached_and_nothing_is_built_after():
     """Inside a block after a ReLU, on the stream after a block, after the stem; average-pooled to the head's stride."""
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
@@ -106,6 +108,7 @@ def test_a_head_reads_where_it_is_attached_and_nothing_is_built_after():
     assert {features.shape[1:3] for features in odd} == {(3, 6)}, "as the backbone's end"
 
 
+@pytest.mark.slow
 def test_a_head_reads_a_convolution_before_its_batch_norm_and_relu():
     """Of every place in a block; the last of them ends the network, and its BatchNorm is not built."""
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))

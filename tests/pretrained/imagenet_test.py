@@ -23,7 +23,9 @@ REFERENCE = dict(np.load(PATH)) if PATH.exists() else {}
 KINDS = {"resnet18": "7x7", "resnet50": "7x7", "resnet18d": "resnet_d", "resnet50d": "resnet_d"}
 
 
-@pytest.mark.parametrize("network", KINDS)
+@pytest.mark.parametrize(
+    "network", [pytest.param(x, marks=pytest.mark.slow if x == "resnet50d" else ()) for x in KINDS]
+)
 def test_features_are_those_of_torchvision_and_timm(network):
     state = weights_of(network, REFERENCE)
     model, variables = imagenet.from_state_dict(state)

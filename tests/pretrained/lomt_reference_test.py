@@ -143,6 +143,7 @@ def test_an_imported_run_is_compacted_evaluated_and_exported_like_any_other(impo
         np.testing.assert_allclose(program.call(batch)[task], raw, atol=1e-4 * float(np.abs(raw).max()), err_msg=task)
 
 
+@pytest.mark.slow
 def test_the_points_of_the_command_line_are_those_of_its_tasks(imported, rooms, tmp_path):
     _, folder, _ = imported
     config = tiny(rooms)

@@ -102,7 +102,7 @@ def shapes_of(case, reference=REFERENCE):
     return {name: tuple(shape) for name, shape in json.loads(str(reference[f"{case}/shapes"])).items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow if x == "101" else ()) for x in CASES])
 def test_outputs_are_pytorchs(case):
     """Depths 18, 50, 101, each head, odd and even sizes, one at which every atrous tap meets the map."""
     state = weights_of(case)
@@ -153,6 +153,7 @@ def first_losses(model, variables, steps):
     return {decoder: np.array([float(losses[decoder]) for losses in seen]) for decoder in labels}
 
 
+@pytest.mark.slow
 def test_the_first_ten_steps_from_pytorchs_start_have_pytorchs_losses():
     model, variables = import_reference.from_state_dict(drawn_start(shapes_of("start")))
     with jax.enable_x64(True):
@@ -161,6 +162,7 @@ def test_the_first_ten_steps_from_pytorchs_start_have_pytorchs_losses():
         np.testing.assert_allclose(losses, REFERENCE[f"start/{decoder}"], rtol=1e-4, err_msg=decoder)
 
 
+@pytest.mark.slow
 def test_a_fresh_model_starts_near_the_losses_of_a_fresh_pytorch_model():
     """No head starts saturated: a cross entropy near log 40 = 3.69, and a depth near the middle of its range.
 
@@ -257,6 +259,7 @@ def test_a_checkpoint_is_imported_with_a_config_whose_penalty_starts_late(rooms,
     assert run_config.get_config(str(tmp_path / "run")).sparsity.target == 0.6
 
 
+@pytest.mark.slow
 def test_an_imported_run_exports_with_the_same_outputs(imported, tmp_path):
     config, folder, state = imported
     config = config.copy_and_resolve_references()

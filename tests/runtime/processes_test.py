@@ -88,7 +88,8 @@ def one(rooms, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "resumes"), [(1, 4, True), (2, 2, False), pytest.param(1, 4, False, marks=pytest.mark.slow)]
+    ("count", "devices", "resumes"),
+    [(2, 2, False), *(pytest.param(1, 4, resumes, marks=pytest.mark.slow) for resumes in (True, False))],
 )
 def test_four_devices_give_the_losses_and_the_evaluation_of_one(one, rooms, tmp_path, count, devices, resumes):
     """From the start, or from a checkpoint that one device wrote; up to rounding, which may move a pixel at a limit."""

@@ -124,7 +124,7 @@ def reach(start=1e-5, target=0.7, steps=1500, loss_scale=1.0, idle=0, size=4, ph
 
 
 @pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
-@pytest.mark.parametrize("start", [1e-8, 1e-5, 1e-3])
+@pytest.mark.parametrize("start", [1e-8, pytest.param(1e-5, marks=pytest.mark.slow), 1e-3])
 def test_reaches_the_target_from_any_start(start, penalty):
     found, lambdas = reach(start, penalty=penalty)
     assert (found.weight if penalty == "l1" else found.group) == pytest.approx(0.7, abs=0.02)
@@ -135,10 +135,7 @@ def test_reaches_the_target_from_any_start(start, penalty):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"metric": "plain"},
         {"metric": "plain", "loss_scale": 1e-4},
-        {"loss_scale": 1e-4},
-        {"metric": "uncorrected"},
         {"metric": "group"},
         {"penalty": GroupLasso(weights="none")},
         {"penalty": GroupMCP(gamma=10.0)},
@@ -146,6 +143,10 @@ def test_reaches_the_target_from_any_start(start, penalty):
         {"penalty": GroupL0(weights="none"), "loss_scale": 1e-4},
         {"phases": Phases(300, 50)},
         {"idle": 36, "target": 0.8},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"metric": "plain"}, {"loss_scale": 1e-4}, {"metric": "uncorrected"})
+        ),
     ],
     ids=str,
 )

@@ -56,6 +56,7 @@ def test_a_batch_has_the_labels_of_the_tasks_alone(run):
     }
 
 
+@pytest.mark.slow
 def test_metrics_do_not_depend_on_the_batch_size(run):
     variables = loader.replicate(state_lib.initial(run).variables)
     evaluator = evaluation.Evaluator(run).evaluate
@@ -110,6 +111,7 @@ def test_a_run_ends_with_its_attributes_in_table_samples_and_records(finished, c
     assert json.loads((folder / "config.json").read_text())["data"]["classes"][2] == ["hair", ["hair"]]
 
 
+@pytest.mark.slow
 def test_the_compact_run_has_the_same_metrics_and_exports(finished):
     config, folder, found = finished
     small_folder = compact.run_job(run_config.get_config(str(folder)), folder)

@@ -143,7 +143,7 @@ def raises_now(error):
     return fault
 
 
-@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_a_signal_saves_the_step_and_the_run_resumes(whole, rooms, tmp_path, faults, every, drawn):
     """Also between two lines of the log and two checkpoints, and more than once."""
     config = depth(rooms)
@@ -320,6 +320,7 @@ def _read(workdir, step):
     return step, {name: leaf.tobytes() for name, leaf in leaves.items()}, progress
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(whole, rooms, tmp_path, monkeypatch):
     draw, real = random.Random(0), time.time
 
@@ -347,6 +348,7 @@ def test_a_disk_that_is_full_loses_nothing(whole, rooms, tmp_path, faults):
     assert_ends_as(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_loses_nothing(whole, rooms, tmp_path, faults):
     """Root can write to every folder, so as root the test changes the user, too."""
     folders = [tmp_path / "checkpoints" / kind for kind in checkpoints.KINDS]

@@ -114,6 +114,7 @@ def test_limits_hold(pruned):
     assert sum(layer.zero_groups for layer in layers) > 5
 
 
+@pytest.mark.slow
 def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path):
     """Two of four epochs. Pruned groups stay zero while the rest trains, and the best checkpoint is a pruned one.
 

@@ -148,6 +148,7 @@ def test_the_score_is_the_geometric_mean_of_the_losses(rooms):
     assert loop.validation_score(values, tasks) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_task_without_labels_keeps_its_loss_weight_and_has_no_loss(rooms):
     """Adam's momentum from the steps before would change its log variance; those of other tasks do change."""
     config = tiny(rooms)

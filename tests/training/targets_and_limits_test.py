@@ -49,7 +49,7 @@ def with_zeros(params, sets, fraction, seed=0):
 
 
 @pytest.mark.parametrize("kind", groups.KINDS)
-@pytest.mark.parametrize("depth", [10, 50])
+@pytest.mark.parametrize("depth", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_what_is_left_is_what_compaction_leaves(kind, depth):
     """MACs and parameters as results.json has them, where each layer gathers its channels."""
     config = settings(depth, groups=kind, target_macs=0.25, group_weights="macs")
@@ -93,7 +93,7 @@ def test_input_groups_are_found_by_name_as_before_and_by_the_graph_alike():
     assert all((one.costs > 0).all() for one in by_graph)
 
 
-@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("coupled", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_excluded_layers_stay(coupled):
     config = settings(groups="coupled" if coupled else "input", exclude=("backbone/stem_.*", "backbone/layer4_0/conv2"))
     paths = {path for one in groups.find(config) for path in one.paths}

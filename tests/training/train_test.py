@@ -77,6 +77,7 @@ def test_uncertainty_weights_are_trained(finished):
     assert (np.abs(np.diff(values, axis=0)) > 0).all()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_the_statistics_of_one_large_batch(finished, rooms, tmp_path):
     """Evaluated, it gives what it gives on that batch in training mode; the training itself is not changed."""
     config = tiny(rooms)
@@ -153,6 +154,7 @@ def test_other_data_in_the_same_folder_are_refused(finished, own_rooms):
         evaluate.run_job(tiny(own_rooms), finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_whose_validation_is_never_finite_is_an_error(rooms, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "validation_score", lambda *_: float("nan"))
     with raises("NO_BEST_CHECKPOINT", naming="sparsity.fixed_norm"):
@@ -183,6 +185,7 @@ def test_a_run_whose_validation_is_never_finite_is_an_error(rooms, tmp_path, mon
     ],
     ids=["depth in metres, plain prox", "bfloat16 with augmentation, equal weights, an earlier head"],
 )
+@pytest.mark.slow
 def test_variants_run_to_their_report(config, tmp_path, options):
     config.update_from_flattened_dict(options)
     config.train.epochs = 1

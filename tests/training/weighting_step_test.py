@@ -111,7 +111,7 @@ def test_the_backbone_follows_the_weighted_gradients_and_each_head_its_own(plain
     assert [weighted[f"{task}/weight"] for task in plain.tasks] == list(WEIGHTS)
 
 
-@pytest.mark.parametrize("source", weighting.SOURCES)
+@pytest.mark.parametrize("source", [pytest.param("params", marks=pytest.mark.slow), "features"])
 def test_the_gradients_do_not_depend_on_the_number_of_devices(plain, source, monkeypatch):
     """Neither their inner products, nor their sum: a batch of eight on one device, and on two."""
     plain.loss.update(weighting="mgda", gradients_of=source)
@@ -126,6 +126,7 @@ def test_the_gradients_do_not_depend_on_the_number_of_devices(plain, source, mon
     assert_close(two.params, one.params, 1e-4)
 
 
+@pytest.mark.slow
 def test_heads_at_different_layers_have_gradients_of_their_own(plain):
     """The cotangents of features of different shapes are kept apart."""
     plain.model.update(backbone="resnet", attach=("layer4_0", "layer1_0", "layer3_0"))
@@ -140,6 +141,7 @@ def test_heads_at_different_layers_have_gradients_of_their_own(plain):
     assert moved("layer4_0") > 0 and moved("layer1_0") > 0
 
 
+@pytest.mark.slow
 def test_with_one_task_a_gradient_weighting_is_equal(config):
     config.tasks, config.model.backbone = ("depth",), "resnet"  # whose steps are equal bit for bit
     config.loss.weighting = "equal"
@@ -159,6 +161,7 @@ def test_one_task_is_reported_as_equal(config, monkeypatch):
     assert any("loss.weighting=mgda" in line and "equal" in line for line in lines), lines
 
 
+@pytest.mark.slow
 def test_a_state_of_the_weighting_moves_and_is_restored(config, tmp_path):
     config.loss.weighting = "famo"
     _, after, _ = compiled(config, count=2)
@@ -197,6 +200,7 @@ def final(folder, config):
         saved.close()
 
 
+@pytest.mark.slow
 def test_an_epoch_ends_for_the_weighting_with_a_step_that_is_skipped(config, monkeypatch):
     """The second of two steps is not finite: DWA's means of the epoch are those of the first one."""
     config.loss.weighting = "dwa"
@@ -224,6 +228,7 @@ def test_a_loss_of_zero_is_named(tmp_path):
     saved.close()
 
 
+@pytest.mark.slow
 def test_a_loss_of_zero_is_not_finite_where_the_method_needs_more(config, monkeypatch):
     """So that the loop sees it."""
     config.loss.weighting = "gls"
@@ -240,6 +245,7 @@ def test_a_loss_of_zero_is_not_finite_where_the_method_needs_more(config, monkey
 
 
 @pytest.mark.parametrize("name", ["uncertainty", "mgda"])
+@pytest.mark.slow
 def test_a_task_that_has_stopped_keeps_its_head_and_its_loss_weight(config, name):
     """Its loss is not reported, and the others' gradients are those without it."""
     config.loss.weighting = name
