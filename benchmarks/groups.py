@@ -174,9 +174,13 @@ def table(rows: list[dict[str, Any]], times: dict[str, dict[str, Any]], seed: in
 
 
 def behind_best(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: Delta m of the best row minus that of each other row, paired over their common seeds."""
-    pruned = [row for row in rows if row["form"] != DENSE]
-    best = max(pruned, key=lambda row: np.mean(row["delta_m"]))
+    """Return a Markdown table: Delta m of the best row minus that of each other row, paired over their common seeds.
+
+    The best row is one of those that have the most seeds.
+    """
+    pruned = [row for row in rows if row["form"] != DENSE and np.isfinite(np.mean(row["delta_m"]))]
+    most = max(len(row["seeds"]) for row in pruned)
+    best = max((row for row in pruned if len(row["seeds"]) == most), key=lambda row: np.mean(row["delta_m"]))
     gains = dict(zip(best["seeds"], best["delta_m"], strict=True))
     lines = [(f"points of Δm behind: {best['form']}", "seeds", "mean (95 % interval)")]
     for row in sorted(pruned, key=lambda row: -np.mean(row["delta_m"])):

@@ -311,12 +311,13 @@ def test_a_row_is_compared_with_the_best_one_seed_by_seed():
         {"form": "dense", "seeds": [0, 1], "delta_m": [0.0, 0.0]},
         {"form": "a", "seeds": [0, 1], "delta_m": [-5.0, -7.0]},
         {"form": "b", "seeds": [0, 1, 2], "delta_m": [-1.0, -2.0, -3.0]},
-        {"form": "c", "seeds": [2], "delta_m": [-4.0]},
+        {"form": "c", "seeds": [2], "delta_m": [4.0]},
+        {"form": "d", "seeds": [0, 1, 2], "delta_m": [9.0, 9.0, math.nan]},
     ]
     head, _, *lines = groups.behind_best(rows).splitlines()
     assert "behind: b " in head
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
-        ["c", "1", "+1.0"],
+        ["c", "1", "-7.0"],
         ["a", "2", "+4.5 (-1.9 to +10.9)"],
     ]
 

@@ -11,7 +11,7 @@ import jax
 from mtl_sparse.report import records
 from mtl_sparse.runtime import logs, processes, progress, text
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.training import folder, loop, results
+from mtl_sparse.training import folder, loop, pruning, results
 from mtl_sparse.training.checkpoints import Checkpoints
 from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run, setup
@@ -42,6 +42,8 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     workdir = pathlib.Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(folder.held(workdir)))
+        if not processes.on_first((workdir / "splits.json").exists):  # a run that resumes needs its source no more
+            pruning.check_source(run)
         processes.on_first(lambda: folder.claim(workdir, config, run.data))
         processes.on_first(lambda: stack.enter_context(logs.to_file(workdir / "log.txt")))
         saved = stack.enter_context(contextlib.closing(Checkpoints(workdir, owned=True)))

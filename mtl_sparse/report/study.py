@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -412,9 +413,14 @@ def _rows(found: Mapping[pathlib.Path, Results]) -> tuple[Row, ...]:
 
 def is_idle(name: str) -> bool:
     """Return whether an option has no effect in a dense run."""
-    return name.startswith("sparsity.") and name not in ("sparsity.lambda_", "sparsity.target")
+    return name.startswith("sparsity.") and name not in ("sparsity.lambda_", "sparsity.target", "sparsity.prune")
 
 
 def _distinguishing(config):
-    """Return the options that distinguish one row from another: all that change results, except the seed."""
-    return {name: value for name, value in records.settings(config).items() if name != "seed"}
+    """Return the options that distinguish one row from another: all that change results, except the seed.
+
+    Runs that take over the zeros of runs in `.../seed=0` and `.../seed=1` belong to one row.
+    """
+    found = {name: value for name, value in records.settings(config).items() if name != "seed"}
+    prune = found.get("sparsity.prune")
+    return found | ({"sparsity.prune": re.sub(r"(?<=seed=)\d+", "*", prune)} if prune else {})

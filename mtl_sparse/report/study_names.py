@@ -58,7 +58,7 @@ def form(row: study_lib.Row, without: Collection[str] = ()) -> str:
         return "" if _LAMBDA in without else "dense"
     prune = options.get("prune")
     if prune and prune not in schema.IMPORTANCES:
-        return f"zeros of {prune}"
+        return f"zeros of {row.settings.get('sparsity.prune', prune)}"
     words = [_PENALTIES.get(options["penalty"], options["penalty"])]
     words.append("published form" if _is_published(options) else "")
     words.append(f"pruned at once by {prune}" if prune else "")

@@ -149,7 +149,7 @@ def _log_start(run, start):
     name = run.config.loss.weighting
     if name in weighting.BY_GRADIENTS and len(run.tasks) == 1:
         logging.info("With one task there are no gradients to weigh: loss.weighting=%s is the same as equal", name)
-    if run.settled_step > start:
+    if run.settled_step > max(start, 1):  # every checkpoint is from step 1 on
         logging.info("The best checkpoint will be one from step %d on, when the sparsity is settled", run.settled_step)
 
 

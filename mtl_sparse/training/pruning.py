@@ -1,5 +1,6 @@
 """One-shot pruning, a baseline: zero the least important groups, or those that are zero in another run, for good."""
 
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,8 @@ def prune(run: Run, state: TrainState) -> TrainState:
     config, host = run.config, jax.device_get(state)
     sets = penalized(config, host.params)
     if config.sparsity.prune not in IMPORTANCES:
-        scores = processes.from_first(_nonzero(run, sets))
+        alike = [np.ones(one.count) for one in sets]  # in the processes that do not read the checkpoint
+        scores = processes.from_first(_nonzero(run) if processes.is_first() else alike)
         logging.info(
             "Zeroed the %d of %d groups that are zero in %s; they stay zero from here on",
             sum(int((score == 0).sum()) for score in scores), sum(one.count for one in sets), config.sparsity.prune,
@@ -61,6 +63,34 @@ def prune(run: Run, state: TrainState) -> TrainState:
         config.sparsity.prune, zeroed, sum(one.count for one in sets), reached, groups.aim(config.sparsity),
     )  # fmt: skip
     return loader.replicate(host.replace(params=jax.device_get(params)))
+
+
+def check_source(run: Run) -> None:
+    """Check the run whose zeros a new run takes over, before the new run's folder is made.
+
+    Raises:
+      UserError: sparsity.prune is a folder without a best checkpoint, of another model or without a zero group; it is
+        raised in all processes.
+    """
+    config = run.config
+    if not config.sparsity.prune or config.sparsity.prune in IMPORTANCES:
+        return
+
+    def check():
+        _nonzero(run)
+        path = pathlib.Path(config.sparsity.prune).expanduser() / "config.json"
+        theirs = json.loads(path.read_text())["sparsity"] if path.exists() else {}
+        differing = [
+            name for name in ("groups", "scope") if theirs.get(name, config.sparsity[name]) != config.sparsity[name]
+        ]
+        for name in differing:
+            logging.warning(
+                "sparsity.prune=%s was trained with sparsity.%s=%s, this run has %s: only groups that are wholly zero "
+                "under this run's options are taken over",
+                config.sparsity.prune, name, theirs[name], config.sparsity[name],
+            )  # fmt: skip
+
+    processes.on_first(check)
 
 
 def penalized(config, params: Any) -> Sequence[Groups]:
@@ -127,11 +157,15 @@ def _scores(sets: Sequence[Groups], params: Any, gradients: Sequence[Any]) -> li
     return found
 
 
-def _nonzero(run, sets) -> list[np.ndarray]:
+def _nonzero(run) -> list[np.ndarray]:
     """Return 0 for each group that is zero in the best checkpoint of the run that sparsity.prune names, otherwise 1."""
     folder = run.config.sparsity.prune
-    variables = checkpoints.read_variables(pathlib.Path(folder).expanduser(), multitask.shapes(run.model))
-    leaves = sparsity_groups.by_path({"model": variables["params"]})
+    try:
+        variables = checkpoints.read_variables(pathlib.Path(folder).expanduser(), multitask.shapes(run.model))
+    except UserError as error:
+        raise UserError(error.code, f"sparsity.prune={folder!r}: {error}") from error
+    tree = {"model": variables["params"]}
+    sets, leaves = penalized(run.config, tree), sparsity_groups.by_path(tree)
     found = [1.0 - np.asarray(one.zeros([jnp.asarray(leaves[path]) for path in one.paths])) for one in sets]
     if all(score.all() for score in found):
         raise UserError(

@@ -56,6 +56,14 @@ def test_forms_of_sparsity(make):
     ]
 
 
+def test_zeros_of_runs_that_differ_in_their_seed_are_of_one_row(make):
+    """The source's seed is no option of the row."""
+    zeros = [make(0.0, seed=seed, sparsity={"prune": f"runs/l0__seed={seed}"}) for seed in (0, 11)]
+    assert names(make(0.0), *zeros, make(0.0, sparsity={"prune": "runs/norm__seed=0"})) == [
+        "dense", "zeros of runs/l0__seed=*", "zeros of runs/norm__seed=*"
+    ]  # fmt: skip
+
+
 def test_tasks_are_named_where_a_row_has_not_all(make):
     found = names(make(0.0), make(0.0, tasks=("depth",)), make(1e-5, tasks=("segmentation",)))
     assert found == ["dense", "depth alone, dense", "segmentation alone, λ 1e-05"]

@@ -185,6 +185,33 @@ def test_a_source_with_another_penalty_works_and_may_be_gone_after_the_start(pru
         pruning.prune(run, state_lib.initial(run))
 
 
+def test_a_wrong_source_leaves_the_folder_free_for_the_corrected_command(pruned, tmp_path, monkeypatch):
+    pruned.sparsity.update(prune=str(tmp_path / "gone"), target=0.0)
+    with raises("CHECKPOINT_MISSING", naming=f"sparsity.prune='{tmp_path / 'gone'}'"):
+        train.train(pruned, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "run" / "splits.json").write_text("{}")  # of a run that has started
+    monkeypatch.setattr(train.pruning, "check_source", lambda run: pytest.fail("a source that may be gone is read"))
+    with raises("FILE_MISSING", naming="config.json"):
+        train.train(pruned, tmp_path / "run")
+
+
+def test_a_source_with_other_groups_is_warned_of(pruned, tmp_path, monkeypatch, caplog):
+    pruned.sparsity.update(prune=str(tmp_path), target=0.0)
+    run = setup_lib.setup(pruned)
+    variables = jax.device_get(state_lib.initial(run)).variables
+    kernel = np.array(variables["params"]["backbone"]["layer2_0"]["conv1"]["kernel"])
+    kernel[:, :, 1:3] = 0
+    variables["params"]["backbone"]["layer2_0"]["conv1"]["kernel"] = kernel
+    monkeypatch.setattr(pruning.checkpoints, "read_variables", lambda folder, shapes: variables)
+    source = {"sparsity": {"groups": "input", "scope": pruned.sparsity.scope}}
+    for kind, warned in (("input", False), ("coupled", True)):
+        source["sparsity"]["groups"] = kind
+        (tmp_path / "config.json").write_text(json.dumps(source))
+        pruning.check_source(run)
+        assert [kind in message for message in caplog.messages] == [True] * warned
+
+
 def test_a_pruning_without_an_epoch_after_it_is_refused(pruned):
     pruned.sparsity.prune_at = 0.95
     with raises("RUN_TOO_SHORT", naming="prune_at=0.95"):
