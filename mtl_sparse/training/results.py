@@ -18,6 +18,7 @@ from mtl_sparse.compaction.rewritten import Model
 from mtl_sparse.models import costs
 from mtl_sparse.report import plots, records, run_page, schema, tables
 from mtl_sparse.runtime import processes, progress
+from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity.stats import Sparsity
 from mtl_sparse.tasks import Task
 from mtl_sparse.training import checkpoints, evaluation, groups, optimizer
@@ -58,6 +59,16 @@ class Best:
         tasks = self.run.config.tasks if self.tasks is None else self.tasks
         return setup_lib.compact(self.run.config, self.run.model, self.state.variables, tasks=tasks)
 
+    @functools.cached_property
+    def is_dead(self) -> bool:
+        """Whether its zeros make every output constant, so that there is no compact model."""
+        try:
+            return self.compact is None
+        except UserError as error:
+            if error.code != "FUNCTION_DEAD":
+                raise
+            return True
+
     def explain(self) -> list[dict]:
         """Return what compaction removes from each layer, see `explain.explain`."""
         return explain.explain(self.run.model, self.state.variables, *self.compact, self._size)
@@ -72,10 +83,11 @@ class Best:
     def summary(self) -> str:
         """Return one sentence on what compaction saves; times both models at batch 1 in run.summary_rounds rounds."""
         config, variables = self.run.config, self.state.variables
-        zero = groups.count(config, variables["params"]).group
+        zero = f"{100 * groups.count(config, variables['params']).group:.1f} % of groups zero"
+        if self.is_dead:
+            return f"{zero}; every output is constant, so there is no compact model; prune less"
         text = (
-            f"compact (--job=compact): {100 * zero:.1f} % of groups zero; "
-            f"{explain.compare_sentence(self.explain(), variables, self.compact[1])}"
+            f"compact (--job=compact): {zero}; {explain.compare_sentence(self.explain(), variables, self.compact[1])}"
         )
         if config.run.summary_rounds == 0:
             return text
@@ -130,7 +142,9 @@ def _results(run: setup_lib.Run, best: Best, test, constant) -> schema.Results:
         constant=constant,
         headlines=headlines(run.tasks),
         sparsity=sparsity(config, groups.count(config, state.params["model"]), state.opt_state),
-        size=schema.Size(
+        size=None
+        if best.is_dead
+        else schema.Size(
             trained=_model_size(run.model, state.variables, size),
             compact=_model_size(*best.compact, size),
         ),

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from configs import run as run_config
 from mtl_sparse.compaction import exactness
 from mtl_sparse.jobs import evaluate, train
-from mtl_sparse.report import run_page
+from mtl_sparse.report import run_page, schema
+from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.training import checkpoints, evaluation, loop
 from mtl_sparse.training import setup as setup_lib
 from mtl_sparse.training import state as state_lib
@@ -136,6 +138,27 @@ def test_starting_a_finished_run_again_trains_nothing_and_reports_the_same(finis
     before = (workdir / "metrics.jsonl").read_text()
     assert train.train(tiny(rooms), workdir) == results
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_whose_outputs_are_constant_ends_with_its_results(finished, rooms, tmp_path, monkeypatch, capsys):
+    """Such a model has no compact form. Other errors of compaction are not hidden."""
+    original, results = finished
+    workdir = shutil.copytree(original, tmp_path / "run")
+    (workdir / "results.json").unlink()
+
+    def failing(code):
+        def compact(*args, **kwargs):
+            raise UserError(code, "no model is left")
+
+        monkeypatch.setattr(setup_lib, "compact", compact)
+
+    failing("COMPACTION_FAILED")
+    with raises("COMPACTION_FAILED", naming="no model"):
+        train.train(tiny(rooms), workdir)
+    failing("FUNCTION_DEAD")
+    assert train.train(tiny(rooms), workdir) == {name: value for name, value in results.items() if name != "size"}
+    assert schema.Results.read(workdir / "results.json").size is None
+    assert "every output is constant" in capsys.readouterr().out
 
 
 def test_other_options_in_the_same_folder_are_refused(finished, rooms):
