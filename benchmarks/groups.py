@@ -2,14 +2,17 @@
 
     python launch.py --config=configs/sweeps.py:groups:demo --job=sweep --workdir=runs/groups
     python -m benchmarks.groups --sweep=runs/groups [--rounds=15] [--record=docs/benchmarks/groups.json]
+    python -m benchmarks.groups --draw=docs/benchmarks/groups.json
 
 Also for the sweeps `baselines` and `pretrained`. Each row is one way to prune, over the seeds that it and the dense
 model have finished; single-task runs are left out. Delta m is the mean over the tasks of the relative change of the
 main metric against the dense run of the same seed, better being positive. The compact models of the first seed that all
 rows have are timed together with its dense one, round by round. A second table compares each row's Delta m with that of
-the row with the highest one, seed by seed.
+the row with the highest one, seed by seed. A record is drawn beside it, as groups.png: Delta m against the
+multiply-accumulates that are left, and against the milliseconds of each batch size.
 """
 
+import itertools
 import json
 import pathlib
 import time
@@ -21,7 +24,7 @@ from absl import app, flags
 
 from configs import run as run_config
 from mtl_sparse.compaction import speed
-from mtl_sparse.report import schema, study, tables
+from mtl_sparse.report import plots, schema, study, tables
 from mtl_sparse.report.schema import Results
 from mtl_sparse.runtime import environment
 from mtl_sparse.training import setup
@@ -190,6 +193,38 @@ def behind_best(rows: list[dict[str, Any]]) -> str:
     return tables.markdown(lines)
 
 
+def draw(record: pathlib.Path) -> pathlib.Path:
+    """Plot Delta m of each row against the MACs left and, where models were timed, against milliseconds.
+
+    Bars are 95 % intervals over the seeds, for rows that have several. The milliseconds are those of one seed.
+
+    Args:
+      record: a file that `main` wrote.
+
+    Returns:
+      The path of the plot: that of the record, with the suffix png.
+    """
+    found = json.loads(record.read_text())
+    rows, times = sorted(found["rows"], key=lambda row: row["form"] != DENSE), found["times"]
+    panels = {"% of the dense model's MACs left": lambda row: 100 * float(np.mean(row["macs_left"]))}
+    for batch in next(iter(times.values()), {}):
+        label = "ms per image" if batch == "batch 1" else f"ms per batch of {batch.removeprefix('batch ')}"
+        panels[label] = lambda row, batch=batch: times[row["form"]][batch]["median_ms"]
+    figure = plots.new_figure(figsize=(4.2 * len(panels), 4.2 + 0.2 * len(rows)))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (label, cost) in zip(axes, panels.items(), strict=True):
+        for row, color in zip(rows, itertools.cycle(plots.COLORS), strict=False):
+            of = study.difference(row["delta_m"])
+            error = [[of.mean - of.low], [of.high - of.mean]] if np.isfinite(of.low) and row["form"] != DENSE else None
+            name = f"{row['form']} ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else f"{row['form']} (1 seed)"
+            axis.errorbar([cost(row)], [of.mean], yerr=error, fmt="o", capsize=3, color=color, label=name)
+        axis.axhline(0, color="#9aa5b1", linewidth=0.8, zorder=0)
+        axis.set(xlabel=label, xlim=(0, None))
+    axes[0].set_ylabel("Δm over the dense model, % (higher is better)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=8)
+    return plots.save(plots.plain(figure), record.with_suffix(".png"))
+
+
 def _over_seeds(values: list[float], digits: int) -> str:
     """Return the mean, and the standard deviation where there are several values."""
     mean = f"{np.mean(values):.{digits}f}"
@@ -215,6 +250,7 @@ def main(sweep: str, batches: list[int], rounds: int, record: str) -> None:
     if record:
         numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rounds": rounds, "timed_seed": seed}
         pathlib.Path(record).write_text(json.dumps(numbers | {"rows": rows, "times": times}, indent=1) + "\n")
+        print(f"plot: {draw(pathlib.Path(record))}")
 
 
 if __name__ == "__main__":  # here, because flags of other benchmarks have the same names
@@ -223,4 +259,11 @@ if __name__ == "__main__":  # here, because flags of other benchmarks have the s
     _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Images in a call, each timed.")
     _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of each model; 0: from results.json alone.")
     _RECORD = flags.DEFINE_string("record", "", "A JSON file to write.")
-    app.run(lambda _: main(_SWEEP.value, [int(x) for x in _BATCHES.value], _ROUNDS.value, _RECORD.value))
+    _DRAW = flags.DEFINE_string("draw", "", "A record to draw, instead of reading runs.")
+    app.run(
+        lambda _: (
+            print(draw(pathlib.Path(_DRAW.value)))
+            if _DRAW.value
+            else main(_SWEEP.value, [int(x) for x in _BATCHES.value], _ROUNDS.value, _RECORD.value)
+        )
+    )

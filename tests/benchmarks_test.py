@@ -322,6 +322,24 @@ def test_a_row_is_compared_with_the_best_one_seed_by_seed():
     ]
 
 
+def test_a_record_is_drawn_against_macs_and_milliseconds(tmp_path, monkeypatch):
+    rows = [
+        {"form": "ours", "seeds": [0, 1], "delta_m": [-1.0, -3.0], "macs_left": [0.2, 0.3]},
+        {"form": "dense", "seeds": [0], "delta_m": [0.0], "macs_left": [1.0]},
+    ]
+    times = {"dense": {"batch 8": {"median_ms": 90.0}}, "ours": {"batch 8": {"median_ms": 30.0}}}
+    (tmp_path / "record.json").write_text(json.dumps({"rows": rows, "times": times}))
+    drawn = []
+    monkeypatch.setattr(groups.plots, "save", lambda figure, path: drawn.append(figure) or path)
+    assert groups.draw(tmp_path / "record.json") == tmp_path / "record.png"
+    points = [
+        [tuple(map(float, line.get_xydata()[0])) for line in axis.lines if line.get_marker() == "o"]
+        for axis in drawn[0].axes
+    ]
+    assert points == [[(100.0, 0.0), (25.0, -2.0)], [(90.0, 0.0), (30.0, -2.0)]]
+    assert [axis.get_xlabel() for axis in drawn[0].axes] == ["% of the dense model's MACs left", "ms per batch of 8"]
+
+
 def test_the_tables_of_the_pilot_runs_are_those_of_their_record():
     docs = pathlib.Path(__file__).parents[1] / "docs"
     rows = json.loads((docs / "benchmarks" / "pretrained_pilot.json").read_text())["rows"]
