@@ -17,13 +17,18 @@ from mtl_sparse.sparsity.projections import FreezeZeros, HoldNorm, KeepStrongest
 SHAPES = ((3, 3, 6, 4), (1, 1, 6, 5), (3, 8, 2))
 # The second kernel reads the channels in another order, the third one two of them four times.
 NUMBERS = (
-    np.arange(6).reshape(1, 1, 6, 1),
-    np.array([3, 0, 5, 1, 2, 4]).reshape(1, 1, 6, 1),
-    np.array([6, 1, 1, 6, 1, 1, 6, 6]).reshape(1, 8, 1),
+    np.arange(6, dtype=np.int32).reshape(1, 1, 6, 1),
+    np.array([3, 0, 5, 1, 2, 4], np.int32).reshape(1, 1, 6, 1),
+    np.array([6, 1, 1, 6, 1, 1, 6, 6], np.int32).reshape(1, 8, 1),
 )
 PATHS = ("a/kernel", "b/kernel", "c/kernel")
 SIZES = np.array([41.0, 41.0 + 24, 41.0, 41.0, 41.0, 41.0, 24.0])
 COUPLED = CoupledGroups("a", PATHS, NUMBERS, 7, SIZES, costs=np.array([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))
+
+
+@jax.jit
+def stepped(z, weight, d):
+    return prox.group_lasso_over(COUPLED, z, weight, d)
 
 
 def members(group):
@@ -97,7 +102,7 @@ def test_the_step_is_optimal(seed, spread):
     """D (x - z) + weight x / |x| = 0 where x is not zero; |D z| <= weight where it is."""
     z, d, weight = draw(np.random.default_rng(seed), spread)
     with jax.enable_x64(True):
-        x = prox.group_lasso_over(COUPLED, list(map(jnp.asarray, z)), weight, list(map(jnp.asarray, d)))
+        x = stepped(list(map(jnp.asarray, z)), weight, list(map(jnp.asarray, d)))
     for g in range(7):
         x_g, z_g, d_g = (gathered(arrays, g) for arrays in (x, z, d))
         if x_g.any():
@@ -137,10 +142,7 @@ def test_the_step_is_firmly_non_expansive_in_its_metric():
         for _ in range(20):
             u, d, weight = draw(rng)
             v = [a + 0.3 * rng.normal(size=a.shape) for a in u]
-            x, y = (
-                prox.group_lasso_over(COUPLED, list(map(jnp.asarray, w)), weight, list(map(jnp.asarray, d)))
-                for w in (u, v)
-            )
+            x, y = (stepped(list(map(jnp.asarray, w)), weight, list(map(jnp.asarray, d))) for w in (u, v))
             left = sum(np.sum((a - b) * m * (p - q)) for a, b, m, p, q in zip(x, y, d, u, v, strict=True))
             right = sum(np.sum(m * (a - b) ** 2) for a, b, m in zip(x, y, d, strict=True))
             assert left >= right - 1e-9
@@ -184,7 +186,7 @@ def test_the_metric_of_a_group_is_the_mean_over_all_its_parameters():
         for array, numbers in zip(d, NUMBERS, strict=True):
             array[np.broadcast_to(numbers == g, array.shape)] = mean
     weight = jnp.asarray(1e-2 * 85 * COUPLED.sizes**0.5)
-    want = prox.group_lasso_over(COUPLED, list(map(jnp.asarray, z)), weight, list(map(jnp.asarray, d)))
+    want = stepped(list(map(jnp.asarray, z)), weight, list(map(jnp.asarray, d)))
     new = optax.apply_updates(params, updates)
     assert 0 < zeros(new).sum() < 7
     found = arrays_of(new)
