@@ -7,12 +7,11 @@
 Also for the sweeps `baselines` and `pretrained`. Each row is one way to prune, over the seeds that it and the dense
 model have finished; single-task runs are left out. Delta m is the mean over the tasks of the relative change of the
 main metric against the dense run of the same seed, better being positive. The compact models of the first seed that all
-rows have are timed together with its dense one, round by round. A second table compares each row's Delta m with that of
-the row with the highest one, seed by seed. A record is drawn beside it, as groups.png: Delta m against the
-multiply-accumulates that are left, and against the milliseconds of each batch size.
+rows have are timed together with its dense one, round by round. A second table compares each row's Delta m, seed by
+seed, with that of the best row of those with the most seeds. A record is drawn beside it, as groups.png: Delta m
+against the multiply-accumulates that are left, and against the milliseconds of each batch size.
 """
 
-import itertools
 import json
 import pathlib
 import time
@@ -60,6 +59,9 @@ def finished(sweep: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
     """Return form -> seed -> folder of the finished runs, for the seeds that the dense model has, too."""
     read = {path.parent: Results.read(path) for path in sorted(sweep.glob("*/results.json"))}
     runs = {folder: results for folder, results in read.items() if len(results.headlines) > 1}
+    if dead := [str(folder) for folder, results in runs.items() if results.size is None]:
+        print(f"not shown, because every output of the model is constant: {', '.join(dead)}")
+        runs = {folder: results for folder, results in runs.items() if results.size is not None}
     widths = {folder: results.config["model"].get("width", 0) for folder, results in runs.items()}
     found: dict[str, dict[int, pathlib.Path]] = {}
     for folder, results in runs.items():
@@ -182,6 +184,8 @@ def behind_best(rows: list[dict[str, Any]]) -> str:
     The best row is one of those that have the most seeds.
     """
     pruned = [row for row in rows if row["form"] != DENSE and np.isfinite(np.mean(row["delta_m"]))]
+    if not pruned:
+        return ""
     most = max(len(row["seeds"]) for row in pruned)
     best = max((row for row in pruned if len(row["seeds"]) == most), key=lambda row: np.mean(row["delta_m"]))
     gains = dict(zip(best["seeds"], best["delta_m"], strict=True))
@@ -213,11 +217,12 @@ def draw(record: pathlib.Path) -> pathlib.Path:
     figure = plots.new_figure(figsize=(4.2 * len(panels), 4.2 + 0.2 * len(rows)))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (label, cost) in zip(axes, panels.items(), strict=True):
-        for row, color in zip(rows, itertools.cycle(plots.COLORS), strict=False):
+        for i, row in enumerate(rows):
+            style = {"color": plots.COLORS[i % len(plots.COLORS)], "fmt": "os^D"[i // len(plots.COLORS) % 4]}
             of = study.difference(row["delta_m"])
             error = [[of.mean - of.low], [of.high - of.mean]] if np.isfinite(of.low) and row["form"] != DENSE else None
             name = f"{row['form']} ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else f"{row['form']} (1 seed)"
-            axis.errorbar([cost(row)], [of.mean], yerr=error, fmt="o", capsize=3, color=color, label=name)
+            axis.errorbar([cost(row)], [of.mean], yerr=error, capsize=3, label=name, **style)
         axis.axhline(0, color="#9aa5b1", linewidth=0.8, zorder=0)
         axis.set(xlabel=label, xlim=(0, None))
     axes[0].set_ylabel("Δm over the dense model, % (higher is better)")

@@ -64,7 +64,8 @@ def main(sweep: str, record: str) -> None:
     paths = sorted(pathlib.Path(sweep).glob("*/results.json"))
     if not paths:
         raise SystemExit(f"expected finished runs of the sweep `targets` in {sweep}; train it first")
-    rows = sorted(map(row, map(Results.read, paths)), key=lambda one: (one["network"], one["target"], one["groups"]))
+    runs = [results for results in map(Results.read, paths) if results.size is not None]  # others are constant
+    rows = sorted(map(row, runs), key=lambda one: (one["network"], one["target"], one["groups"]))
     print(table(rows))
     if record:
         numbers = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "rows": rows}
@@ -74,5 +75,5 @@ def main(sweep: str, record: str) -> None:
 if __name__ == "__main__":  # here, because flags of other benchmarks have the same names
     _SWEEP = flags.DEFINE_string("sweep", "runs/targets", "Folder of the sweep.")
     _RECORD = flags.DEFINE_string("record", "", "A JSON file to write.")
-    _LEAST = flags.DEFINE_bool("least", False, "Print the least that targets can leave instead.")
+    _LEAST = flags.DEFINE_bool("least", False, "Print the smallest reachable targets, without reading runs.")
     app.run(lambda _: print(least()) if _LEAST.value else main(_SWEEP.value, _RECORD.value))

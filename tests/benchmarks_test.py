@@ -337,6 +337,7 @@ def test_a_record_is_drawn_against_macs_and_milliseconds(tmp_path, monkeypatch):
         for axis in drawn[0].axes
     ]
     assert points == [[(100.0, 0.0), (25.0, -2.0)], [(90.0, 0.0), (30.0, -2.0)]]
+    assert [[bars.has_yerr for bars in axis.containers] for axis in drawn[0].axes] == [[False, True]] * 2
     assert [axis.get_xlabel() for axis in drawn[0].axes] == ["% of the dense model's MACs left", "ms per batch of 8"]
 
 

@@ -11,7 +11,7 @@ import jax
 from mtl_sparse.report import records
 from mtl_sparse.runtime import logs, processes, progress, text
 from mtl_sparse.runtime.errors import UserError
-from mtl_sparse.training import folder, loop, pruning, results
+from mtl_sparse.training import folder, groups, loop, pruning, results
 from mtl_sparse.training.checkpoints import Checkpoints
 from mtl_sparse.training.evaluation import Evaluator
 from mtl_sparse.training.setup import Run, setup
@@ -42,10 +42,13 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     workdir = pathlib.Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(folder.held(workdir)))
-        if not processes.on_first((workdir / "splits.json").exists):  # a run that resumes needs its source no more
+        is_new = not processes.on_first(lambda: any((workdir / "checkpoints" / "latest").glob("*")))
+        if is_new:  # a run that resumes needs its source no more
             pruning.check_source(run)
         processes.on_first(lambda: folder.claim(workdir, config, run.data))
         processes.on_first(lambda: stack.enter_context(logs.to_file(workdir / "log.txt")))
+        if is_new:
+            processes.on_first(lambda: groups.warn_of_target(config))
         saved = stack.enter_context(contextlib.closing(Checkpoints(workdir, owned=True)))
         evaluator = Evaluator(run)
         loop.fit(run, evaluator, workdir, saved)
@@ -58,7 +61,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
         best = results.Best.load(run, saved)
         found = results.write(run, evaluator, workdir, best)
         processes.on_first(lambda: print(best.summary()))
-        processes.on_first(lambda: _print_end(workdir, time.monotonic() - start))
+        processes.on_first(lambda: _print_end(workdir, time.monotonic() - start, best))
         return found
 
 
@@ -67,9 +70,10 @@ def run_job(config, workdir: str | pathlib.Path) -> dict[str, Any]:
     return train(config, workdir)
 
 
-def _print_end(workdir: pathlib.Path, seconds: float) -> None:
+def _print_end(workdir: pathlib.Path, seconds: float, best: results.Best) -> None:
     print(f"\ndone in {text.duration(seconds)}\n{folder.to_open(workdir)}")
-    print(f"To remove the zero channels: --config=configs/run.py:{workdir} --job=compact")
+    if not best.is_dead:
+        print(f"To remove the zero channels: --config=configs/run.py:{workdir} --job=compact")
 
 
 def _check_alike(run: Run) -> None:

@@ -216,7 +216,8 @@ class Results(Schema):
       constant: the same metrics of the constant baseline.
       headlines: task -> its main metric.
       sparsity: sparsity of the best checkpoint.
-      size: size of the model; None in files of early runs, and where the zeros make every output constant.
+      size: size of the model; None in files of early runs, and where the zeros make every output
+        constant (not of a ResNet).
       step: step of the best checkpoint.
       stopped: task -> step after which it was no longer trained, of the tasks that had stopped by then; None if none.
       seed: seed of the run.

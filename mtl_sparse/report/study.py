@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -385,7 +386,7 @@ def read(folders: Sequence[str | pathlib.Path]) -> Study:
 
 
 def _rows(found: Mapping[pathlib.Path, Results]) -> tuple[Row, ...]:
-    options = {folder: _distinguishing(run.config) for folder, run in found.items()}
+    options = _of_any_source({folder: _distinguishing(run.config) for folder, run in found.items()}, found)
     keys = sorted({key for one in options.values() for key in one})
     for key in keys:  # in a run made before an option existed, the option has no effect: as with 0 or False
         nothing = next((one[key] for one in options.values() if key in one and not one[key]), None)
@@ -417,10 +418,22 @@ def is_idle(name: str) -> bool:
 
 
 def _distinguishing(config):
-    """Return the options that distinguish one row from another: all that change results, except the seed.
+    """Return the options that distinguish one row from another: all that change results, except the seed."""
+    return {name: value for name, value in records.settings(config).items() if name != "seed"}
 
-    Runs that take over the zeros of runs in `.../seed=0` and `.../seed=1` belong to one row.
+
+def _of_any_source(options: Mapping[pathlib.Path, dict[str, Any]], found: Mapping[pathlib.Path, Results]):
+    """Return the options, with one name for the sources of zeros that differ in their seed: `.../seed=*`.
+
+    So runs that reuse the zeros of `.../seed=0` and `.../seed=1` belong to one row, unless two of them have the same
+    seed.
     """
-    found = {name: value for name, value in records.settings(config).items() if name != "seed"}
-    prune = found.get("sparsity.prune")
-    return found | ({"sparsity.prune": re.sub(r"(?<=seed=)\d+", "*", prune)} if prune else {})
+    pooled = {
+        folder: one | {"sparsity.prune": re.sub(r"(?<=seed=)\d+", "*", prune)}
+        for folder, one in options.items()
+        if (prune := one.get("sparsity.prune"))
+    }
+    names = {folder: json.dumps(one, sort_keys=True) for folder, one in pooled.items()}
+    counts = Counter((name, found[folder].seed) for folder, name in names.items())
+    twice = {name for (name, _), count in counts.items() if count > 1}
+    return {**options, **{folder: one for folder, one in pooled.items() if names[folder] not in twice}}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from mtl_sparse.tasks import resolve
 
 KINDS = ("input", "coupled")
 TARGETS = {option: key for option, key, _ in SIZE_TARGETS}  # option -> key of `Cost.left`
+_LABELS = {option: label for option, _, label in SIZE_TARGETS}
 _LEAST: dict[Any, dict[str, float]] = {}  # results of `least`, which many trials of a sweep share
 _PREFIX = "model/"  # of the model's parameters in the tree that the optimizer gets
 
@@ -66,10 +67,9 @@ def check(config) -> None:
             "penalty='group_lasso' and penalty_in_gradient=False; with scope='all' one target is for both",
         )
     find(config)  # names what cannot work
-    if given and (sparsity.max_removed < 1 or sparsity.at_least > 1):
+    is_compact = bool(config.model.widths)  # whose groups were counted before it was compacted
+    if given and (sparsity.max_removed < 1 or sparsity.at_least > 1) and not is_compact:
         _check_limits(config)
-    elif given and given[0] in TARGETS:
-        _warn_of_least(config, given[0])
 
 
 def has_target(sparsity) -> bool:
@@ -101,21 +101,38 @@ def left(config, params) -> dict[str, float]:
 def least(config) -> dict[str, float]:
     """Return what is left if each penalized kernel keeps as few groups as the limits of a run allow.
 
-    Without limits, that is one group, the first one of each. Excluded layers keep all of theirs.
+    Without limits, that is one group, the first one of each. Excluded layers keep all of theirs. The kernels inside the
+    heads are penalized with sparsity.scope=all and with a sparsity.head_target.
 
     Returns:
       {"macs", "parameters"}: fractions of the dense model's, in [0, 1].
     """
     sparsity, names = config.sparsity, ("groups", "scope", "at_least", "max_removed")
-    key = (*_model(config), tuple(sparsity.exclude), *(sparsity[name] for name in names))
+    with_heads = sparsity.head_target > 0
+    key = (*_model(config), tuple(sparsity.exclude), *(sparsity[name] for name in names), with_heads)
     if key not in _LEAST:
         leaves = {kernel.path: jnp.ones(kernel.shape) for kernel in _channels(config).kernels}
-        for one, kept in _kept(config):
+        for one, kept in _kept(config, (*_in_scope(config), *(of_heads(config) if with_heads else ()))):
             x = [leaves[path] for path in one.paths]
             masks = one.spread(jnp.arange(one.count) < kept, x)
             leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
         _LEAST[key] = _left(config, leaves)
     return dict(_LEAST[key])
+
+
+def warn_of_target(config) -> None:
+    """Log a warning if a run's target in MACs or parameters can be reached only by zeroing whole kernels."""
+    name = next((name for name in TARGETS if config.sparsity[name] > 0), None)
+    if name is None or config.model.widths:  # a compact model has the target of the run that it was made from
+        return
+    found, wanted = least(config)[TARGETS[name]], config.sparsity[name]
+    if wanted < found:
+        advice = "" if config.sparsity.groups == "coupled" else ", or sparsity.groups=coupled"
+        logging.warning(
+            "sparsity.%s=%s: one group in each penalized kernel leaves %.1f %% of the %s, so the target can be reached "
+            "only by zeroing whole kernels; set a larger target%s",
+            name, wanted, 100 * found, _LABELS[name], advice,
+        )  # fmt: skip
 
 
 def cost(config) -> Cost:
@@ -268,13 +285,13 @@ def _check_limits(config) -> None:
     """
     sparsity = config.sparsity
     if sparsity.target > 0:
-        kept = _kept(config)
+        kept = _kept(config, _in_scope(config))
         most = 1 - sum(count for _, count in kept) / sum(one.count for one, _ in kept)
         reached, wanted = f"{100 * most:.1f} % of groups zero", sparsity.target <= most
     else:
         name = next(name for name in TARGETS if sparsity[name] > 0)
         found = least(config)[TARGETS[name]]
-        reached, wanted = f"{100 * found:.1f} % of {TARGETS[name]} left", sparsity[name] >= found
+        reached, wanted = f"{100 * found:.1f} % of the {_LABELS[name]} left", sparsity[name] >= found
     if not wanted:
         name = next(name for name in ("target", *TARGETS) if sparsity[name] > 0)
         raise UserError(
@@ -285,26 +302,10 @@ def _check_limits(config) -> None:
         )
 
 
-def _warn_of_least(config, name: str) -> None:
-    """Warn of a target in MACs or parameters that is reached only if whole kernels become zero."""
-    found, wanted = least(config)[TARGETS[name]], config.sparsity[name]
-    if wanted < found:
-        advice = "" if config.sparsity.groups == "coupled" else ", or sparsity.groups=coupled"
-        logging.warning(
-            "sparsity.%s=%s: one group in each penalized kernel leaves %.1f %% of %s, so the target can be reached "
-            "only by zeroing whole kernels; set a larger target%s",
-            name,
-            wanted,
-            100 * found,
-            TARGETS[name],
-            advice,
-        )
-
-
-def _kept(config) -> list[tuple[Groups, int]]:
-    """Return the sets of groups in scope with how many of each stay in any case: all of those of excluded layers."""
+def _kept(config, sets: Sequence[Groups]) -> list[tuple[Groups, int]]:
+    """Return the sets with the minimum number of groups that each must keep: all of those of excluded layers."""
     left_alone, at_least = excluded(config), limit(config.sparsity).at_least
-    return [(one, one.count if left_alone.intersection(one.paths) else at_least(one)) for one in _in_scope(config)]
+    return [(one, one.count if left_alone.intersection(one.paths) else at_least(one)) for one in sets]
 
 
 def _in_scope(config):

@@ -1,6 +1,5 @@
 """One-shot pruning, a baseline: zero the least important groups, or those that are zero in another run, for good."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,9 @@ from absl import logging
 
 from input_pipeline import loader
 from mtl_sparse.models import multitask
+from mtl_sparse.report import schema
 from mtl_sparse.report.schema import IMPORTANCES
-from mtl_sparse.runtime import processes
+from mtl_sparse.runtime import files, processes
 from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import groups as sparsity_groups
 from mtl_sparse.sparsity.groups import Groups
@@ -48,8 +48,13 @@ def prune(run: Run, state: TrainState) -> TrainState:
     config, host = run.config, jax.device_get(state)
     sets = penalized(config, host.params)
     if config.sparsity.prune not in IMPORTANCES:
-        alike = [np.ones(one.count) for one in sets]  # in the processes that do not read the checkpoint
-        scores = processes.from_first(_nonzero(run) if processes.is_first() else alike)
+        scores = [np.ones(one.count) for one in sets]
+
+        def read():  # in one process, and an error in all of them
+            scores[:] = _nonzero(run)
+
+        processes.on_first(read)
+        scores = processes.from_first(scores)
         logging.info(
             "Zeroed the %d of %d groups that are zero in %s; they stay zero from here on",
             sum(int((score == 0).sum()) for score in scores), sum(one.count for one in sets), config.sparsity.prune,
@@ -66,7 +71,7 @@ def prune(run: Run, state: TrainState) -> TrainState:
 
 
 def check_source(run: Run) -> None:
-    """Check the run whose zeros a new run takes over, before the new run's folder is made.
+    """Check the run whose zeros a new run takes over, before the new run's config.json is written.
 
     Raises:
       UserError: sparsity.prune is a folder without a best checkpoint, of another model or without a zero group; it is
@@ -79,16 +84,14 @@ def check_source(run: Run) -> None:
     def check():
         _nonzero(run)
         path = pathlib.Path(config.sparsity.prune).expanduser() / "config.json"
-        theirs = json.loads(path.read_text())["sparsity"] if path.exists() else {}
-        differing = [
-            name for name in ("groups", "scope") if theirs.get(name, config.sparsity[name]) != config.sparsity[name]
-        ]
-        for name in differing:
-            logging.warning(
-                "sparsity.prune=%s was trained with sparsity.%s=%s, this run has %s: only groups that are wholly zero "
-                "under this run's options are taken over",
-                config.sparsity.prune, name, theirs[name], config.sparsity[name],
-            )  # fmt: skip
+        theirs = schema.migrate("config", files.read_json(path))["sparsity"]
+        for name in ("groups", "scope"):
+            if theirs[name] != config.sparsity[name]:
+                logging.warning(
+                    "sparsity.prune=%s was trained with sparsity.%s=%s, but this run uses %s: only groups that are "
+                    "wholly zero under this run's options are reused",
+                    config.sparsity.prune, name, theirs[name], config.sparsity[name],
+                )  # fmt: skip
 
     processes.on_first(check)
 

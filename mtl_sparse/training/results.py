@@ -61,7 +61,10 @@ class Best:
 
     @functools.cached_property
     def is_dead(self) -> bool:
-        """Whether its zeros make every output constant, so that there is no compact model."""
+        """Whether its zeros make every output constant, so that there is no compact model.
+
+        A ResNet has a compact model even then.
+        """
         try:
             return self.compact is None
         except UserError as error:
@@ -85,7 +88,7 @@ class Best:
         config, variables = self.run.config, self.state.variables
         zero = f"{100 * groups.count(config, variables['params']).group:.1f} % of groups zero"
         if self.is_dead:
-            return f"{zero}; every output is constant, so there is no compact model; prune less"
+            return f"{zero}; every output is constant, so no compact model was built; use a smaller target or lambda"
         text = (
             f"compact (--job=compact): {zero}; {explain.compare_sentence(self.explain(), variables, self.compact[1])}"
         )

@@ -69,7 +69,6 @@ def test_a_run_is_timed_dense_sparse_and_compact(sparse_run, tmp_path, capsys):
     assert "| compact" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_run_that_has_not_finished_is_timed_without_its_page(sparse_run, tmp_path, caplog):
     config, original = sparse_run
     folder = shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("results.json", "report"))

@@ -84,7 +84,6 @@ def reduced(sparse_run, tmp_path_factory):
     return config, folder, compact_job.run_job(config, folder)
 
 
-@pytest.mark.slow
 def test_a_compact_run_of_fewer_tasks_has_their_test_metrics(reduced, compacted):
     _, folder, small = reduced
     expected, found = (schema.Results.read(path / "results.json") for path in (folder, small))

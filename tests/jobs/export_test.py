@@ -64,7 +64,6 @@ def test_onnx_runs_without_this_package(run):
     check("onnx", config, folder)
 
 
-@pytest.mark.slow
 def test_a_file_that_differs_is_not_written(run, monkeypatch):
     config, folder = run
     write, read = export._FORMATS["stablehlo"]

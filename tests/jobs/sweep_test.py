@@ -482,7 +482,7 @@ def test_named_sweeps_have_their_runs(name):
         assert max(len(trial.name) for trial in trials) < 256, "a folder's name"
 
 
-TRACED = ("groups", "baselines", "pretrained", "targets")  # their checks trace a model for each backbone and size
+TRACED = ("pretrained", "targets")  # their checks trace a model for each backbone and size
 
 
 @pytest.mark.parametrize(

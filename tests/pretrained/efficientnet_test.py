@@ -60,7 +60,6 @@ def test_every_weight_has_a_place(state):
     assert len(leaves) == len(used) and sum(leaf.size for leaf in leaves) == sum(value.size for value in used)
 
 
-@pytest.mark.slow
 def test_a_run_starts_from_the_file(rooms, tmp_path, state):
     """The first layer reads images that are normalized as the run's as it read those that it was trained with."""
     np.savez(tmp_path / "lite0.npz", **state)

@@ -64,6 +64,11 @@ def test_zeros_of_runs_that_differ_in_their_seed_are_of_one_row(make):
     ]  # fmt: skip
 
 
+def test_zeros_of_two_sources_with_the_same_seed_are_two_rows(make):
+    zeros = [make(1e-5, seed=0, sparsity={"prune": f"runs/l0__seed={source}"}) for source in (0, 1)]
+    assert names(*zeros) == ["zeros of runs/l0__seed=0", "zeros of runs/l0__seed=1"]
+
+
 def test_tasks_are_named_where_a_row_has_not_all(make):
     found = names(make(0.0), make(0.0, tasks=("depth",)), make(1e-5, tasks=("segmentation",)))
     assert found == ["dense", "depth alone, dense", "segmentation alone, λ 1e-05"]

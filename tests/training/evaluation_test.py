@@ -78,7 +78,6 @@ def test_depth_in_metres_is_normalized_as_the_normalized_task_is(run):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_predictions_that_are_not_finite_have_no_metrics(run):
     """NaN would count as class 0, and as a right angle between normals."""
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), state_lib.initial(run).variables)

@@ -348,7 +348,6 @@ def test_a_disk_that_is_full_loses_nothing(whole, rooms, tmp_path, faults):
     assert_ends_as(whole, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_loses_nothing(whole, rooms, tmp_path, faults):
     """Root can write to every folder, so as root the test changes the user, too."""
     folders = [tmp_path / "checkpoints" / kind for kind in checkpoints.KINDS]

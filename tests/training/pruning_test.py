@@ -10,6 +10,7 @@ import pytest
 from input_pipeline import loader
 from mtl_sparse.jobs import train
 from mtl_sparse.models import multitask
+from mtl_sparse.runtime.errors import UserError
 from mtl_sparse.sparsity import stats
 from mtl_sparse.training import checkpoints, groups, optimizer, pruning
 from mtl_sparse.training import config as config_lib
@@ -114,8 +115,7 @@ def test_limits_hold(pruned):
     assert sum(layer.zero_groups for layer in layers) > 5
 
 
-@pytest.mark.slow
-def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path):
+def test_a_run_is_dense_until_it_is_pruned_and_keeps_its_zeros(pruned, tmp_path, undrawn):
     """Two of four epochs. Pruned groups stay zero while the rest trains, and the best checkpoint is a pruned one.
 
     Another run with the zeros of the first has them before its first step.
@@ -190,9 +190,14 @@ def test_a_wrong_source_leaves_the_folder_free_for_the_corrected_command(pruned,
     with raises("CHECKPOINT_MISSING", naming=f"sparsity.prune='{tmp_path / 'gone'}'"):
         train.train(pruned, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
-    (tmp_path / "run" / "splits.json").write_text("{}")  # of a run that has started
+    (tmp_path / "run" / "checkpoints" / "latest" / "3").mkdir(parents=True)  # of a run that has started
     monkeypatch.setattr(train.pruning, "check_source", lambda run: pytest.fail("a source that may be gone is read"))
-    with raises("FILE_MISSING", naming="config.json"):
+
+    def claim(*args):
+        raise UserError("CLAIMED", "after the checks")
+
+    monkeypatch.setattr(train.folder, "claim", claim)
+    with raises("CLAIMED", naming="after"):
         train.train(pruned, tmp_path / "run")
 
 
@@ -210,6 +215,15 @@ def test_a_source_with_other_groups_is_warned_of(pruned, tmp_path, monkeypatch, 
         (tmp_path / "config.json").write_text(json.dumps(source))
         pruning.check_source(run)
         assert [kind in message for message in caplog.messages] == [True] * warned
+    monkeypatch.setattr(pruning, "_nonzero", lambda run: [])
+    del source["sparsity"]["groups"]  # a run that is older than the option: of input groups
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    run.config.sparsity.groups = "coupled"
+    pruning.check_source(run)
+    assert "sparsity.groups=input" in caplog.messages[-1]
+    (tmp_path / "config.json").write_text("{")
+    with raises("FILE_DAMAGED", naming="config.json"):
+        pruning.check_source(run)
 
 
 def test_a_pruning_without_an_epoch_after_it_is_refused(pruned):

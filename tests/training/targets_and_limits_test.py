@@ -37,11 +37,14 @@ def tree(variables):
 
 
 def with_zeros(params, sets, fraction, seed=0):
-    """Return the tree with that fraction of the groups of each set zero, and each set with at least its first one."""
+    """Return the tree with that fraction of the groups of each set zero.
+
+    At least one of each set stays, the first one if the fraction is 1.
+    """
     rng, leaves = np.random.default_rng(seed), groups_lib.by_path(params)
     for one in sets:
         alive = rng.random(one.count) >= fraction
-        alive[0] = True
+        alive[rng.integers(one.count) if fraction < 1 else 0] = True
         x = [leaves[path] for path in one.paths]
         masks = one.spread(jnp.asarray(alive), x)
         leaves |= {path: a * mask for path, a, mask in zip(one.paths, x, masks, strict=True)}
@@ -53,17 +56,21 @@ def with_zeros(params, sets, fraction, seed=0):
 def test_what_is_left_is_what_compaction_leaves(kind, depth):
     """MACs and parameters as results.json has them, where each layer gathers its channels."""
     config = settings(depth, groups=kind, target_macs=0.25, group_weights="macs")
+    params, expected = after_compaction(config, groups.find(config), 0.5)
+    assert groups.left(config, params) == pytest.approx(expected, abs=0.005)
+    assert expected["macs_left"] < 0.8
+
+
+def after_compaction(config, sets, fraction):
+    """Return (a tree with that fraction of the groups zero, what compaction leaves, named as by `groups.left`)."""
     model, variables = initial(config)
-    params = with_zeros(tree(variables), groups.find(config), 0.5)
+    params = with_zeros(tree(variables), sets, fraction)
     variables = {**variables, "params": params["model"]}
     size = tuple(config.data.size)
     always_gather = Costs(mac=1, copy=0, split=0)
     small = costs.total(*compaction.compact(model, variables, size=size, costs=always_gather), size)
     dense = costs.total(model, variables, size)
-    left = groups.left(config, params)
-    assert left["macs_left"] == pytest.approx(small["macs"] / dense["macs"], abs=0.005)
-    assert left["parameters_left"] == pytest.approx(small["parameters"] / dense["parameters"], abs=0.005)
-    assert left["macs_left"] < 0.8
+    return params, {f"{key}_left": small[key] / dense[key] for key in ("macs", "parameters")}
 
 
 def test_coupled_groups_are_the_backbones_channels_with_all_their_readers():
@@ -137,8 +144,8 @@ def test_limits_and_the_target_of_the_heads_act():
         ({"exclude": (".*",), "groups": "coupled"}, "OPTION_CONFLICT", "leaves no layer"),
         ({"target": 0.7, "max_removed": 0.5}, "OPTION_CONFLICT", "cannot be reached"),
         ({"target": 0.9, "at_least": 8}, "OPTION_CONFLICT", "at_least=8"),
-        ({"target_macs": 0.1, "max_removed": 0.5}, "OPTION_CONFLICT", "% of macs left"),
-        ({"target_params": 0.1, "max_removed": 0.5}, "OPTION_CONFLICT", "% of parameters left"),
+        ({"target_macs": 0.1, "max_removed": 0.5}, "OPTION_CONFLICT", "% of the MACs left"),
+        ({"target_params": 0.1, "max_removed": 0.5}, "OPTION_CONFLICT", "% of the parameters left"),
         ({"head_target": 0.5}, "OPTION_CONFLICT", "needs a target of the backbone"),
         ({"head_target": 0.5, "target": 0.5, "scope": "all"}, "OPTION_CONFLICT", "scope='backbone'"),
         ({"target_macs": 1.0}, "OPTION_OUT_OF_RANGE", "target_macs"),
@@ -157,24 +164,46 @@ def test_limits_that_fit_a_target_are_accepted(sparsity):
     config_lib.check(settings(**sparsity))
 
 
-@pytest.mark.parametrize("name", groups.TARGETS)
-def test_a_target_that_takes_whole_kernels_is_warned_of(name, caplog):
-    with_sets = {"group_weights": "macs", name: 0.9}
-    least = {kind: left_of_one_group(settings(groups=kind, **with_sets))[name] for kind in groups.KINDS}
+@pytest.mark.parametrize("kind", groups.KINDS)
+def test_the_least_is_what_compaction_leaves_of_one_group_in_each_kernel(kind):
+    """Of penalized kernels: excluded ones stay, and those inside the heads go with a target of their own."""
+    config = settings(groups=kind, target_macs=0.5, group_weights="macs")
+    penalized, inside = groups.find(config), groups.of_heads(config)
+    path = penalized[0].paths[0]
+    others = tuple(one for one in penalized if path not in one.paths)
+    name = path.removeprefix("model/").removesuffix("/kernel")
+    cases = ((penalized, {}), (others, {"exclude": (name,)}), (penalized + inside, {"head_target": 0.9}))
+    found = []
+    for sets, options in cases:
+        config.sparsity.update({"exclude": (), "head_target": 0.0} | options)
+        found.append(groups.least(config))
+        expected = after_compaction(config, sets, 1.0)[1]
+        assert {f"{key}_left": value for key, value in found[-1].items()} == pytest.approx(expected, abs=0.01), options
+    assert found[2]["macs"] < found[0]["macs"] < found[1]["macs"]
+    config.sparsity.update(head_target=0.0, at_least=3)
+    assert groups.least(config)["macs"] > found[0]["macs"]
+
+
+def test_a_target_that_takes_whole_kernels_is_warned_of(caplog):
+    least = {kind: groups.least(settings(groups=kind))["parameters"] for kind in groups.KINDS}
     assert least["coupled"] < least["input"]
     wanted = (least["coupled"] + least["input"]) / 2
-    groups.check(settings(**{name: wanted}, groups="coupled"))
-    groups.check(settings(**{name: least["input"] + 0.01}))
+    enough = (settings(target_params=wanted, groups="coupled"), settings(target_params=least["input"] + 0.01))
+    compact = settings(target_params=wanted)
+    compact.model.widths = "{}"
+    for config in (*enough, compact, settings(target=0.99)):
+        groups.warn_of_target(config)
     assert not caplog.messages
-    groups.check(settings(**{name: wanted}))
+    groups.warn_of_target(settings(target_params=wanted))
     (message,) = caplog.messages
-    assert f"sparsity.{name}={wanted}" in message
-    assert f"{100 * least['input']:.1f} %" in message
+    assert f"sparsity.target_params={wanted}" in message
+    assert f"{100 * least['input']:.1f} % of the parameters" in message
     assert "groups=coupled" in message
 
 
-def left_of_one_group(config):
-    """Return {target: fraction left} of a model with one group left in each penalized kernel, after compaction."""
-    params = with_zeros(tree(initial(config)[1]), groups.find(config), 1.0)
-    found = groups.left(config, params)
-    return {name: found[f"{key}_left"] for name, key in groups.TARGETS.items()}
+def test_the_limits_of_a_compact_run_are_those_of_the_run_that_it_is_of():
+    config = settings(target_macs=0.01, max_removed=0.5)
+    with raises("OPTION_CONFLICT", naming="% of the MACs left"):
+        groups.check(config)
+    config.model.widths = "{}"
+    groups.check(config)

@@ -177,7 +177,6 @@ def test_other_data_in_the_same_folder_are_refused(finished, own_rooms):
         evaluate.run_job(tiny(own_rooms), finished[0])
 
 
-@pytest.mark.slow
 def test_a_run_whose_validation_is_never_finite_is_an_error(rooms, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "validation_score", lambda *_: float("nan"))
     with raises("NO_BEST_CHECKPOINT", naming="sparsity.fixed_norm"):
