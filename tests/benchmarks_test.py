@@ -290,16 +290,20 @@ def test_forms_of_groups_are_compared_with_the_dense_run_of_their_seed(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "forms", "best"),
-    [("pretrained", 3, "ℓ0, weighted alike"), ("pretrained_1e-3", 9, "weighted alike, no fixed")],
+    ("name", "page", "forms", "best"),
+    [
+        ("pretrained", "baselines", 3, "ℓ0, weighted alike"),
+        ("pretrained_1e-3", "baselines", 9, "weighted alike, no fixed"),
+        ("groups_cpu", "groups", 5, "coupled groups, by size"),
+    ],
 )
-def test_the_tables_of_the_pretrained_sweep_are_those_of_its_records(name, forms, best):
+def test_the_tables_of_ways_to_prune_are_those_of_their_records(name, page, forms, best):
     docs = pathlib.Path(__file__).parents[1] / "docs"
     folders = groups.finished(docs / "results" / name)
-    rows, text = groups.summary(folders), (docs / "baselines.md").read_text()
+    rows, text = groups.summary(folders), (docs / f"{page}.md").read_text()
     assert sorted(row["seeds"] for row in rows) == ([[0]] if name == "pretrained" else []) + [[0, 1, 2]] * forms
     record = docs / "benchmarks" / f"{name}.json"
-    times = json.loads(record.read_text())["times"] if name == "pretrained" else {form: {} for form in folders}
+    times = json.loads(record.read_text())["times"] if record.exists() else {form: {} for form in folders}
     assert groups.table(rows, times) in text
     assert groups.behind_best(rows) in text
     first = groups.behind_best(rows).splitlines()[0]
