@@ -64,7 +64,10 @@ def main(sweep: str, record: str) -> None:
     paths = sorted(pathlib.Path(sweep).glob("*/results.json"))
     if not paths:
         raise SystemExit(f"expected finished runs of the sweep `targets` in {sweep}; train it first")
-    runs = [results for results in map(Results.read, paths) if results.size is not None]  # others are constant
+    found = {path.parent: Results.read(path) for path in paths}
+    if dead := [str(folder) for folder, results in found.items() if results.size is None]:
+        print(f"not shown, because every output of the model is constant: {', '.join(dead)}")
+    runs = [results for results in found.values() if results.size is not None]
     rows = sorted(map(row, runs), key=lambda one: (one["network"], one["target"], one["groups"]))
     print(table(rows))
     if record:

@@ -414,6 +414,20 @@ def test_a_target_is_compared_with_what_was_reached(tmp_path, capsys):
     assert [row["reached"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == [0.26, 0.2, 0.5]
 
 
+def test_runs_without_a_compact_model_are_named_and_left_out(tmp_path, capsys):
+    finished_run(tmp_path / "dense", 0, 0.5, 0.1, 1000, lambda_=0.0)
+    finished_run(tmp_path / "macs", 0, 0.4, 0.1, 250)
+    finished_run(tmp_path / "dead", 0, 0.4, 0.1, 100, groups="coupled")
+    results = json.loads((tmp_path / "dead" / "results.json").read_text())
+    del results["size"]
+    (tmp_path / "dead" / "results.json").write_text(json.dumps(results))
+    assert len(groups.finished(tmp_path)) == 2
+    assert str(tmp_path / "dead") in capsys.readouterr().out
+    targets.main(str(tmp_path), "")
+    out = capsys.readouterr().out
+    assert str(tmp_path / "dead") in out and "coupled" not in out
+
+
 def test_the_least_of_a_target_is_of_each_network_and_kind_of_groups(monkeypatch):
     monkeypatch.setattr(targets.groups, "least", lambda config: {"macs": config.model.depth / 100, "parameters": 0.5})
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets.least().splitlines()[2:]]

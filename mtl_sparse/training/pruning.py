@@ -71,7 +71,7 @@ def prune(run: Run, state: TrainState) -> TrainState:
 
 
 def check_source(run: Run) -> None:
-    """Check the run whose zeros a new run takes over, before the new run's config.json is written.
+    """Check the run whose zeros a new run reuses, before the new run's config.json is written.
 
     Raises:
       UserError: sparsity.prune is a folder without a best checkpoint, of another model or without a zero group; it is
